@@ -1,0 +1,44 @@
+"""Loads the compiled libraries once, and says in one sentence what is missing and how to build it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "lib"
+NAMES = {"cpp": "libpatchlight_cpu.so", "cuda": "libpatchlight_cuda.so"}
+REMEDY = "build it with `make build` (or `python setup.py build_ext --inplace`)"
+
+
+@cache
+def missing(kind: str) -> str | None:
+    """None if the library 'cpp' or 'cuda' is loaded, else the reason why not."""
+    path = FOLDER / NAMES[kind]
+    if kind == "cuda" and (reason := missing("cpp")):
+        return reason  # the op schemas live in the CPU library
+    if kind == "cuda" and torch.version.cuda is None:
+        return "this torch was built without CUDA; install a CUDA build of torch"
+    if not path.exists():
+        return f"{path.name} is not built; {REMEDY}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load ({error}); re{REMEDY}"
+    return None
+
+
+def lacks(kind: str, function: str) -> str | None:
+    """None if the library `kind` offers `function`, else the reason why not."""
+    if reason := missing(kind):
+        return reason
+    if not hasattr(torch.ops.patchlight_native, function):
+        return f"{NAMES[kind]} is older than this package and lacks {function}; re{REMEDY}"
+    return None
+
+
+def native(function: str) -> Callable:
+    """The raw C++ function; PyTorch's dispatcher picks its CPU or CUDA body by the tensors' device."""
+    return getattr(torch.ops.patchlight_native, function).default

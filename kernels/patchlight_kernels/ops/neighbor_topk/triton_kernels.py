@@ -1,0 +1,248 @@
+"""Triton kernels of neighbor_topk: windows gather their few candidates, everything else goes through tiles of the Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import hardware
+from ...tuning import autotune
+from .reference import EPS, NAN_RANK, capacity
+
+_EPS = tl.constexpr(EPS)
+_NAN_RANK = tl.constexpr(NAN_RANK)
+
+
+@triton.jit
+def _cosine(dot, square, other_square):
+    """The cosine from a dot product and two squared norms."""
+    return dot / (tl.maximum(tl.sqrt(square), _EPS) * tl.maximum(tl.sqrt(other_square), _EPS))
+
+
+@triton.jit
+def _rank(cosine, present):
+    """What decides: NaN below every cosine, missing candidates below that."""
+    return tl.where(present, tl.where(cosine == cosine, cosine, _NAN_RANK), -float("inf"))
+
+
+WINDOW_CONFIGS = [
+    triton.Config({"BLOCK_N": 32, "BLOCK_D": 128}, num_warps=4),
+    triton.Config({"BLOCK_N": 16, "BLOCK_D": 128}, num_warps=4),
+    triton.Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=4),
+    triton.Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8),
+]
+
+
+@autotune(WINDOW_CONFIGS, key=["HEIGHT", "WIDTH", "CHANNELS", "RADIUS"])
+@triton.jit
+def _window_kernel(
+    x_ptr,  # [images, HEIGHT * WIDTH, CHANNELS]
+    index_ptr,  # [images, HEIGHT * WIDTH, K] int32
+    score_ptr,  # [images, HEIGHT * WIDTH, K] fp32, if HAS_SCORE
+    stride_image,
+    stride_patch,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    RADIUS: tl.constexpr,
+    PLACES: tl.constexpr,  # candidates, rounded up to a power of two
+    WRAP: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """BLOCK_N patches: dot products and squares of the whole window in one pass over the channels, then K rounds of arg max."""
+    PATCHES: tl.constexpr = HEIGHT * WIDTH
+    SIDE: tl.constexpr = 2 * RADIUS + 1
+    CANDIDATES: tl.constexpr = SIDE * SIDE - 1
+    blocks = tl.cdiv(PATCHES, BLOCK_N)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < PATCHES
+    y = offs_n // WIDTH
+    x = offs_n % WIDTH
+    place = tl.arange(0, PLACES)
+    x_ptr += image * stride_image
+
+    dots = tl.zeros((BLOCK_N, PLACES), tl.float32)  # [BLOCK_N, PLACES]
+    squares = tl.zeros((BLOCK_N, PLACES), tl.float32)  # [BLOCK_N, PLACES]
+    own_square = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, CHANNELS, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask = mask_n[:, None] & (offs_d < CHANNELS)[None, :]
+        own = tl.load(x_ptr + offs_n[:, None] * stride_patch + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        own_square += tl.sum(own * own, axis=1)
+        for c in tl.static_range(CANDIDATES):
+            cell: tl.constexpr = c if c < CANDIDATES // 2 else c + 1  # the window without its middle
+            # Outside a clipped border this reads some patch of the image, and the result is masked below.
+            near_y = (y + (cell // SIDE - RADIUS) + HEIGHT) % HEIGHT
+            near_x = (x + (cell % SIDE - RADIUS) + WIDTH) % WIDTH
+            near = near_y * WIDTH + near_x
+            other = tl.load(x_ptr + near[:, None] * stride_patch + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            dots += tl.where((place == c)[None, :], tl.sum(own * other, axis=1)[:, None], 0.0)
+            squares += tl.where((place == c)[None, :], tl.sum(other * other, axis=1)[:, None], 0.0)
+
+    cell_of = tl.where(place < CANDIDATES // 2, place, place + 1)
+    near_y = y[:, None] + (cell_of // SIDE - RADIUS)[None, :]  # [BLOCK_N, PLACES]
+    near_x = x[:, None] + (cell_of % SIDE - RADIUS)[None, :]
+    real = tl.broadcast_to((place < CANDIDATES)[None, :], (BLOCK_N, PLACES))
+    if not WRAP:
+        real = real & (near_y >= 0) & (near_y < HEIGHT) & (near_x >= 0) & (near_x < WIDTH)
+    wrapped = ((near_y + HEIGHT) % HEIGHT) * WIDTH + (near_x + WIDTH) % WIDTH
+    candidate = tl.where(real, wrapped, PATCHES + place[None, :])  # missing ones after all others
+    cosine = tl.where(real, _cosine(dots, own_square[:, None], squares), -float("inf"))
+    rank = _rank(cosine, real)
+    out = (image * PATCHES + offs_n) * K
+    for s in range(K):
+        best = tl.max(rank, axis=1)
+        chosen = tl.min(tl.where(rank == best[:, None], candidate, PATCHES + PLACES), axis=1)  # ties: lower index
+        taken = candidate == chosen[:, None]
+        tl.store(index_ptr + out + s, tl.where(chosen < PATCHES, chosen, -1), mask=mask_n)
+        if HAS_SCORE:
+            score = tl.sum(tl.where(taken & real, cosine, 0.0), axis=1)
+            tl.store(score_ptr + out + s, tl.where(chosen < PATCHES, score, -float("inf")), mask=mask_n)
+        rank = tl.where(taken, -float("inf"), rank)
+        candidate = tl.where(taken, PATCHES + PLACES, candidate)
+
+
+GRAM_CONFIGS = [
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64}, num_warps=4, num_stages=3),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 128}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8, num_stages=3),
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 64}, num_warps=4, num_stages=3),
+]
+
+
+@triton.jit
+def _apart(a, b, SIZE: tl.constexpr, WRAP: tl.constexpr):
+    """Distance along one axis of the grid."""
+    distance = tl.abs(a - b)
+    if WRAP:
+        distance = tl.minimum(distance, SIZE - distance)
+    return distance
+
+
+@autotune(GRAM_CONFIGS, key=["HEIGHT", "WIDTH", "CHANNELS", "RADIUS", "K"])
+@triton.jit
+def _gram_kernel(
+    x_ptr,  # [images, HEIGHT * WIDTH, CHANNELS]
+    index_ptr,  # [images, HEIGHT * WIDTH, K] int32
+    score_ptr,  # [images, HEIGHT * WIDTH, K] fp32, if HAS_SCORE
+    stride_image,
+    stride_patch,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    K: tl.constexpr,
+    KEEP: tl.constexpr,  # K rounded up to a power of two
+    RADIUS: tl.constexpr,  # negative: all patches
+    WRAP: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    FLOAT32_PRODUCTS: tl.constexpr,  # the interpreter multiplies bf16 wrongly, and fp32 must not become tf32
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """BLOCK_M patches against all candidates, BLOCK_N at a time; the K best so far stay in registers."""
+    PATCHES: tl.constexpr = HEIGHT * WIDTH
+    NOBODY: tl.constexpr = 2 * PATCHES + 2 * BLOCK_N  # above every candidate number
+    blocks = tl.cdiv(PATCHES, BLOCK_M)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    offs_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < PATCHES
+    x_ptr += image * stride_image
+    slot = tl.arange(0, KEEP)
+
+    own_square = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, CHANNELS, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask = mask_m[:, None] & (offs_d < CHANNELS)[None, :]
+        own = tl.load(x_ptr + offs_m[:, None] * stride_patch + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        own_square += tl.sum(own * own, axis=1)
+
+    best_rank = tl.full((BLOCK_M, KEEP), -float("inf"), tl.float32)
+    best_cosine = tl.full((BLOCK_M, KEEP), -float("inf"), tl.float32)
+    best_index = tl.zeros((BLOCK_M, KEEP), tl.int32) + (NOBODY - KEEP + slot)[None, :]
+    for first in range(0, PATCHES, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < PATCHES
+        dots = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        square = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, CHANNELS, BLOCK_D):
+            offs_d = start + tl.arange(0, BLOCK_D)
+            mask_d = offs_d < CHANNELS
+            own = tl.load(
+                x_ptr + offs_m[:, None] * stride_patch + offs_d[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0
+            )
+            other = tl.load(
+                x_ptr + offs_n[:, None] * stride_patch + offs_d[None, :], mask=mask_n[:, None] & mask_d[None, :], other=0.0
+            )
+            wide = other.to(tl.float32)
+            square += tl.sum(wide * wide, axis=1)
+            if FLOAT32_PRODUCTS:
+                dots = tl.dot(own.to(tl.float32), tl.trans(wide), dots, input_precision="ieee")
+            else:
+                dots = tl.dot(own, tl.trans(other), dots)
+        near = mask_n[None, :] & (offs_n[None, :] != offs_m[:, None])
+        if RADIUS >= 0:
+            near = near & (_apart(offs_n[None, :] // WIDTH, offs_m[:, None] // WIDTH, HEIGHT, WRAP) <= RADIUS)
+            near = near & (_apart(offs_n[None, :] % WIDTH, offs_m[:, None] % WIDTH, WIDTH, WRAP) <= RADIUS)
+        cosine = tl.where(near, _cosine(dots, own_square[:, None], square[None, :]), -float("inf"))
+        rank = _rank(cosine, near)
+        candidate = tl.where(near, offs_n[None, :], PATCHES + offs_n[None, :])
+        new_rank, new_cosine, new_index = best_rank, best_cosine, best_index
+        for s in range(K):  # the best of what was kept and of this block, K times
+            top = tl.maximum(tl.max(best_rank, axis=1), tl.max(rank, axis=1))
+            kept = tl.min(tl.where(best_rank == top[:, None], best_index, NOBODY), axis=1)
+            fresh = tl.min(tl.where(rank == top[:, None], candidate, NOBODY), axis=1)
+            chosen = tl.minimum(kept, fresh)
+            was_kept = best_index == chosen[:, None]
+            is_fresh = candidate == chosen[:, None]
+            value = tl.sum(tl.where(was_kept, best_cosine, 0.0), axis=1) + tl.sum(tl.where(is_fresh, cosine, 0.0), axis=1)
+            here = (slot == s)[None, :]
+            new_rank = tl.where(here, top[:, None], new_rank)
+            new_cosine = tl.where(here, value[:, None], new_cosine)
+            new_index = tl.where(here, chosen[:, None], new_index)
+            best_rank = tl.where(was_kept, -float("inf"), best_rank)
+            best_index = tl.where(was_kept, NOBODY, best_index)
+            rank = tl.where(is_fresh, -float("inf"), rank)
+            candidate = tl.where(is_fresh, NOBODY, candidate)
+        best_rank, best_cosine, best_index = new_rank, new_cosine, new_index
+
+    out = ((image * PATCHES + offs_m) * K)[:, None] + slot[None, :]
+    mask_out = mask_m[:, None] & (slot < K)[None, :]
+    found = best_index < PATCHES
+    tl.store(index_ptr + out, tl.where(found, best_index, -1), mask=mask_out)
+    if HAS_SCORE:
+        tl.store(score_ptr + out, tl.where(found, best_cosine, -float("inf")), mask=mask_out)
+
+
+def neighbor_topk_fwd(
+    x: Tensor, height: int, width: int, k: int, radius: int, wrap: bool, scores: bool
+) -> tuple[Tensor, Tensor]:
+    """Raw arguments as `patchlight::neighbor_topk_fwd`."""
+    images, patches, channels = x.shape
+    index = x.new_empty((images, patches, k), dtype=torch.int32)
+    score = x.new_empty((images, patches, k) if scores else 0, dtype=torch.float32)
+    operands = (x, index, score, x.stride(0), x.stride(1), height, width, channels, k)
+    side = 2 * radius + 1
+    gathers = 1 <= radius <= 2 and capacity(height, width, radius) == side * side - 1
+    if gathers:
+
+        def grid(meta):
+            return (images * triton.cdiv(patches, meta["BLOCK_N"]),)
+
+        places = triton.next_power_of_2(side * side - 1)
+        _window_kernel[grid](*operands, RADIUS=radius, PLACES=places, WRAP=wrap, HAS_SCORE=scores)
+        return index, score
+
+    def grid(meta):
+        return (images * triton.cdiv(patches, meta["BLOCK_M"]),)
+
+    exact = x.dtype == torch.float32 or hardware.triton_interpreted()
+    keep = max(2, triton.next_power_of_2(k))
+    _gram_kernel[grid](*operands, KEEP=keep, RADIUS=radius, WRAP=wrap, HAS_SCORE=scores, FLOAT32_PRODUCTS=exact)
+    return index, score

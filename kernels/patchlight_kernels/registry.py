@@ -1,0 +1,68 @@
+"""What tests and benchmarks know of an op: its cases, inputs, traffic, and what of a result is compared."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import Op, ops
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of an op. `sizes` is read by the op's own spec only."""
+
+    name: str
+    sizes: Mapping[str, Any]
+    small: bool = False  # a benchmark case that a laptop finishes in a second
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """Everything that tests and benchmarks need, so that neither repeats the other.
+
+    `inputs(case, dtype, device)` gives the public function's keyword arguments from a fixed seed.
+    `observe(arguments, output)` gives the tensors that are compared between implementations, in float64: for an op that
+    chooses, what its choice is worth, as two right answers may differ in a tie.
+    `min_bytes(case, dtype)` and `flops(case)` are the least an implementation must move and compute.
+    """
+
+    op: Op
+    public: Callable
+    tests: tuple[Case, ...]
+    benches: tuple[Case, ...]
+    inputs: Callable[[Case, torch.dtype, str], dict[str, Any]]
+    observe: Callable[[dict[str, Any], Any], dict[str, Tensor]]
+    min_bytes: Callable[[Case, torch.dtype], int]
+    flops: Callable[[Case], int]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+    @property
+    def name(self) -> str:
+        return self.op.name
+
+
+def names() -> list[str]:
+    """Every folder under ops/ is an op."""
+    return sorted(path.name for path in (Path(__file__).parent / "ops").iterdir() if (path / "op.py").exists())
+
+
+def spec(name: str) -> OpSpec:
+    """The spec of one op."""
+    found = importlib.import_module(f"{__package__}.ops.{name}.spec").SPEC
+    assert found.op is ops()[name]
+    return found
+
+
+def specs() -> list[OpSpec]:
+    """The specs of all ops."""
+    return [spec(name) for name in names()]

@@ -1,0 +1,220 @@
+"""DINO, iBOT and SelfPatch: losses, gradients, centers and masks against the recorded ones."""
+
+import objective_cases as cases
+import torch
+from harness import Case, check
+from torch import nn
+
+from patchlight.data.masking import MaskRule, ReleasedMasks, as_tensor
+from patchlight.heads.summary import ClassAttentionSummary
+from patchlight.objectives.dino import Dino, DinoOptions
+from patchlight.objectives.interface import NeighborRule
+from patchlight.objectives.selfpatch import SelfPatch, SelfPatchOptions
+from patchlight.records import Features, Side, Tokens
+
+FP32 = 1e-5
+OUR_NAMES = {
+    **{f"cls_blocks.{number}.attn.": f"blocks.{number}." for number in (0, 1)},
+    "cls_blocks.": "blocks.",
+    "last_layer.": "prototypes.",
+}
+
+
+def compare(case: Case, prefix: str, results: dict, rel: float = FP32) -> None:
+    for key, value in results.items():
+        case.close(prefix + key, value, rel)
+
+
+def check_temperature(case: Case, key: str, value: float) -> None:
+    assert abs(case[key].item() - value) <= 1e-12, f"{case.name} {key}: {value}"
+
+
+@check("dino_loss")
+def dino_loss(case: Case) -> None:
+    objective = Dino(cases.dino_options(case.config))
+    cases.start(objective.target, case["step0.input.center"])
+    for step, epoch in enumerate(case.config["epoch_of_step"]):
+        prefix = f"step{step}."
+        check_temperature(case, prefix + "input.teacher_temp", objective.temperature.at(cases.clock_of(epoch)))
+        compare(case, prefix, cases.dino_step(case.under(prefix), objective, case.config["batch"], epoch))
+
+
+@check("dino_loss_world2")
+def dino_loss_in_two_processes(case: Case) -> None:
+    compare_ranks(case, cases.recorded_in_two_processes(case, cases.dino_on_a_rank))
+
+
+def compare_ranks(case: Case, results: list[dict]) -> None:
+    """What is the same on all ranks was recorded once."""
+    for rank, result in enumerate(results):
+        for key, value in result.items():
+            case.close(key if key in case else f"rank{rank}.{key}", value, FP32)
+
+
+@check("ibot_loss")
+def ibot_loss(case: Case) -> None:
+    objective, config = cases.ibot_objective(case), case.config
+    cases.start(objective.target, case["step0.input.center_cls"])
+    cases.start(objective.patch_target, case["step0.input.center_patch"])
+    for epoch in range(config["nepochs"]):
+        clock = cases.clock_of(epoch)
+        assert abs(case["output.teacher_temp_schedule"][epoch] - objective.temperature.at(clock)) <= 1e-12
+        assert abs(case["output.teacher_patch_temp_schedule"][epoch] - objective.patch_temperature.at(clock)) <= 1e-12
+    for step, epoch in enumerate(config["epoch_of_step"]):
+        prefix = f"step{step}."
+        result = cases.ibot_step(case.under(prefix), objective, config["batch"], config["grid"], epoch)
+        compare(case, prefix, result)
+
+
+@check("selfpatch_loss")
+def selfpatch_loss(case: Case) -> None:
+    objectives, config = cases.selfpatch_objectives(case.config), case.config
+    cases.start(objectives[0].target, case["step0.input.center_cls"])
+    cases.start(objectives[1].target, case["step0.input.center_patch"])
+    for step, epoch in enumerate(config["epoch_of_step"]):
+        prefix = f"step{step}."
+        for objective in objectives:
+            check_temperature(case, prefix + "input.teacher_temp", objective.temperature.at(cases.clock_of(epoch)))
+        tensors = case.under(prefix)
+        compare(case, prefix, cases.selfpatch_step(tensors, objectives, config["batch"], config["patch_weight"], epoch))
+
+
+@check("selfpatch_loss_world2")
+def selfpatch_loss_in_two_processes(case: Case) -> None:
+    compare_ranks(case, cases.recorded_in_two_processes(case, cases.selfpatch_on_a_rank))
+
+
+class Branch:
+    """Summary head and both projection heads of one recorded branch, on recorded backbone patches."""
+
+    def __init__(self, case: Case, name: str, objectives: tuple[Dino, SelfPatch]):
+        config = case.config
+        self.parts = {
+            "ca_head": ClassAttentionSummary(config["dim"], config["num_heads"], mlp_ratio=config["mlp_ratio"]),
+            "c_head": objectives[0].head(config["dim"]),
+            "p_head": objectives[1].head(config["dim"]),
+        }
+        for part, module in self.parts.items():
+            module.load_state_dict(renamed(case.under(f"weight.{name}.{part}.")), strict=True)
+        self.patches = {
+            size: case[f"input.{name}_{size}"].clone().requires_grad_(name == "student") for size in ("global", "local")
+        }
+
+    def features(self, rule: NeighborRule | None) -> list[Features]:
+        result = []
+        for x in self.patches.values():
+            grid = cases.square(x.shape[1])
+            said = self.parts["ca_head"](Tokens(None, x, grid), rule)
+            by_crop = [None if y is None else y.unsqueeze(1) for y in (said.summary, said.patches, said.aggregated)]
+            result.append(Features(*by_crop[:2], grid, neighbors=by_crop[2]))
+        return result
+
+
+def renamed(weights: dict) -> dict:
+    """Recorded names in ours."""
+    result = {}
+    for name, value in weights.items():
+        old = next((prefix for prefix in OUR_NAMES if name.startswith(prefix)), "")
+        result[OUR_NAMES.get(old, "") + name[len(old) :]] = value
+    return result
+
+
+@check("selfpatch_heads_loss")
+def selfpatch_from_patches_to_loss(case: Case) -> None:
+    for k in case.config["k"]:
+        one_neighborhood(case, k)
+
+
+def one_neighborhood(case: Case, k: int) -> None:
+    objectives = whole_objectives(case.config, k)
+    cases.start(objectives[0].target, case["input.center_cls"])
+    cases.start(objectives[1].target, case["input.center_patch"])
+    student, teacher = (Branch(case, name, objectives) for name in ("student", "teacher"))
+    with torch.no_grad():
+        taught_by = teacher.features(objectives[1].needs().neighbors)
+    seen = student.features(None)
+    terms, clock = {}, cases.clock_of(0)
+    for objective, part in zip(objectives, ("c_head", "p_head"), strict=True):
+        sides = Side(*seen, head=student.parts[part]), Side(*taught_by, head=teacher.parts[part])
+        terms |= objective(*sides, cases.views_of(case.config["batch"]), clock)
+        objective.after_step(clock)
+    loss = terms["dino/cls"] + case.config["patch_weight"] * terms["selfpatch/patch"]
+    case.close(f"output.loss_cls.k{k}", terms["dino/cls"], FP32)
+    case.close(f"output.loss_patch.k{k}", terms["selfpatch/patch"], FP32)
+    case.close(f"output.loss.k{k}", loss, FP32)
+    case.close(f"output.center_cls.k{k}", objectives[0].target.center[None, None], FP32)
+    case.close(f"output.center_patch.k{k}", objectives[1].target.center[None], FP32)
+    if k in case.config["k_with_grad"]:
+        loss.backward()
+        check_gradients(case, student, k)
+
+
+def whole_objectives(config: dict, k: int) -> tuple[Dino, SelfPatch]:
+    same = {
+        "bottleneck": config["bottleneck_dim"],
+        "hidden": config["hidden_dim"],
+        "train_norm": not config["norm_last_layer"],
+    }
+    return (
+        Dino(DinoOptions(prototypes=config["out_dim"], center_over="all", **same)),
+        SelfPatch(SelfPatchOptions(prototypes=config["out_dim_patch"], neighbors=NeighborRule(k=k), **same)),
+    )
+
+
+def check_gradients(case: Case, student: Branch, k: int, rel: float = 2e-5) -> None:
+    """All recorded gradients and no others. A key's bias shifts all scores alike: zero but for rounding."""
+    for size, x in student.patches.items():
+        case.close(f"grad.input.student_{size}.k{k}", x.grad, rel)
+    for part, module in student.parts.items():
+        prefix = f"grad.weight.student.k{k}.{part}."
+        theirs = {name: prefix + old for old in case.under(prefix) for name in renamed({old: None})}
+        ours = gradients(module)
+        assert set(ours) == set(theirs), f"{case.name}: {set(ours) ^ set(theirs)}"
+        for name, gradient in ours.items():
+            case.close(theirs[name], gradient, rel, floor=1e-7 if name.endswith("k.bias") else 0.0)
+
+
+def gradients(module: nn.Module) -> dict:
+    return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+
+
+MASK_RULES = {
+    "block_0.3_14x14": MaskRule(((0.3, 0.0),)),
+    "block_mix_14x14": MaskRule(((0.0, 0.0), (0.3, 0.2))),
+    "block_0.3_6x6": MaskRule(((0.3, 0.0),)),
+    "rand_0.7_14x14": MaskRule(((0.7, 0.05),), shape="random"),
+}
+
+
+@check("ibot_masks")
+def ibot_masks(case: Case) -> None:
+    """The same law from another random stream: four standard errors of the difference of two samples."""
+    for name, rule in MASK_RULES.items():
+        config = case.config[name]
+        side, samples = config["grid"], config["samples"]
+        masks = ReleasedMasks(rule)
+        drawn = as_tensor([masks.cells(sample, 0, (side, side)) for sample in range(samples)], side * side)
+        recorded = case.under("output.stat.")
+        counts = drawn.sum(dim=1)
+        ratio = counts.double() / side**2
+        error = (2 / samples) ** 0.5 * 4
+        spread = recorded[f"std_ratio.{name}"]
+        assert abs(ratio.mean() - recorded[f"mean_ratio.{name}"]) <= error * spread, name
+        fourth = ((ratio - ratio.mean()) ** 4).mean() - ratio.var() ** 2  # the variance of squared deviations
+        assert abs(ratio.var() - spread**2) <= error * fourth.sqrt(), name
+        empty = recorded[f"empty_fraction.{name}"]
+        assert abs((counts == 0).double().mean() - empty) <= error * (empty * (1 - empty)).sqrt(), name
+        frequency = recorded[f"position_frequency.{name}"].double()
+        off = (drawn.double().mean(dim=0).view(side, side) - frequency) / (frequency * (1 - frequency)).sqrt()
+        assert off.abs().max() <= error * 1.25, f"{name}: {off.abs().max() / error * 4:.1f}"  # the worst of 196
+        check_histogram(name, torch.bincount(counts, minlength=side**2 + 1), recorded[f"count_histogram.{name}"])
+
+
+def check_histogram(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Chi-square of two samples of equal size, within five of its own standard deviations."""
+    total = (ours + theirs).double()
+    bins = total >= 10
+    chi = ((ours - theirs)[bins].double() ** 2 / total[bins]).sum()
+    freedom = max(int(bins.sum()) - 1, 1)
+    assert abs(ours.sum() - theirs.sum()) == 0
+    assert chi <= freedom + 5 * (2 * freedom) ** 0.5, f"{name}: chi-square {chi:.1f} with {freedom} degrees of freedom"
