@@ -101,7 +101,22 @@ def build_cuda(target: Path, work: Path) -> None:
     compile_ = [path, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
     compile_ += [f"-ccbin={compiler()}", "--threads", "0", *gencode, STABLE_ABI, *include]
     objects = compile_all(compile_, sorted(CSRC.rglob("*_cuda.cu")), work / "cuda")
-    call([path, f"-ccbin={compiler()}", "-shared", "-cudart", "static", *objects, *link, "-ltorch_cpu", "-ltorch", "-lc10", "-o", str(target)])
+    call(
+        [
+            path,
+            f"-ccbin={compiler()}",
+            "-shared",
+            "-cudart",
+            "static",
+            *objects,
+            *link,
+            "-ltorch_cpu",
+            "-ltorch",
+            "-lc10",
+            "-o",
+            str(target),
+        ]
+    )
 
 
 def build_cpu_device(target: Path, work: Path, sanitizer: str | None) -> None:
@@ -110,7 +125,11 @@ def build_cpu_device(target: Path, work: Path, sanitizer: str | None) -> None:
     names = ["-DPATCHLIGHT_CPU_DEVICE", "-DPATCHLIGHT_NAMESPACE=patchlight_cpu_device"]
     checks = [f"-fsanitize={sanitizer}", "-g", "-fno-omit-frame-pointer"] if sanitizer else []
     compile_ = [compiler(), "-std=c++20", "-O1", "-fPIC", "-pthread", *names, *checks, STABLE_ABI, *include]
-    objects = compile_all([*compile_, "-x", "c++"], [CSRC / "library.cpp", *sorted(CSRC.rglob("*_cuda.cu"))], work / f"cpu_device_{sanitizer}")
+    objects = compile_all(
+        [*compile_, "-x", "c++"],
+        [CSRC / "library.cpp", *sorted(CSRC.rglob("*_cuda.cu"))],
+        work / f"cpu_device_{sanitizer}",
+    )
     call([compiler(), "-shared", "-pthread", *checks, *objects, *link, "-ltorch_cpu", "-lc10", "-o", str(target)])
 
 
@@ -126,14 +145,21 @@ class BuildLibraries(build_ext):
         if nvcc():
             self._try("CUDA", build_cuda, folder / "libpatchlight_cuda.so", work)
         else:
-            print("patchlight: no nvcc found, so the CUDA library is not built; the Triton kernels serve GPUs.", flush=True)
+            print(
+                "patchlight: no nvcc found, so the CUDA library is not built; the Triton kernels serve GPUs.",
+                flush=True,
+            )
 
     def _try(self, kind: str, build, target: Path, work: Path) -> None:
         try:
             build(target, work)
         except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
             target.unlink(missing_ok=True)  # an old library beside new Python would be worse than none
-            print(f"{error}\npatchlight: the {kind} library could not be built (reason above). {PYTHON_PATH}", file=sys.stderr, flush=True)
+            print(
+                f"{error}\npatchlight: the {kind} library could not be built (reason above). {PYTHON_PATH}",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             print(f"patchlight: {kind} library ready: {target.name}", flush=True)
 
@@ -173,7 +199,10 @@ class AnyPython(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages("ssl", include=["patchlight*"]), *find_packages("kernels", include=["patchlight_kernels*"])],
+    packages=[
+        *find_packages("ssl", include=["patchlight*"]),
+        *find_packages("kernels", include=["patchlight_kernels*"]),
+    ],
     package_dir={"patchlight": "ssl/patchlight", "patchlight_kernels": "kernels/patchlight_kernels"},
     ext_modules=[Extension("patchlight_kernels.lib.native", sources=[])],  # only so that setuptools calls build_ext
     cmdclass={"build_ext": BuildLibraries, "cpu_device": CpuDevice, "bdist_wheel": AnyPython},

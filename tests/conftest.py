@@ -11,7 +11,9 @@ for folder in (HERE, HERE / "golden"):
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when a kernel is defined, so before any import of ours
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read by Triton when a kernel is defined, so before any import of ours
 
 import pytest  # noqa: E402
 

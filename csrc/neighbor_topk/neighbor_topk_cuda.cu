@@ -222,7 +222,7 @@ __device__ void select_window(const float* dots, const Grid& grid, const Band& b
 }
 
 template <class T, int R>
-__global__ void __launch_bounds__(Window<R>::kMaxWarps * kWarpLanes) window_kernel(Rows<T> rows, Grid grid, int band_rows, Selection out) {
+__global__ void __launch_bounds__(Window<R>::kMaxWarps * kWarpLanes, 1) window_kernel(Rows<T> rows, Grid grid, int band_rows, Selection out) {
   const Band band = Band::of<R>(band_rows, grid.height);
   const int patches = band.loaded * grid.width, warps = blockDim.x / kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const int row_tiles = (grid.width + kTilePatches - 1) / kTilePatches, tiles = band.loaded * row_tiles;

@@ -39,7 +39,9 @@ class Op:
     def __init__(self, name: str, bind: Callable[..., tuple], impls: tuple[Impl, ...]) -> None:
         names = [impl.name for impl in impls]
         if names[-1] != "reference" or not set(names) <= set(IMPLEMENTATIONS):
-            raise ValueError(f"{name}: implementations must come from {IMPLEMENTATIONS} and end in 'reference', got {names}")
+            raise ValueError(
+                f"{name}: implementations must come from {IMPLEMENTATIONS} and end in 'reference', got {names}"
+            )
         self.name, self.bind, self.impls = name, bind, impls
         _ops[name] = self
 
@@ -65,7 +67,9 @@ class Op:
                 reason = impl.unsupported(*raw)
                 if reason is None:
                     return impl
-                raise RuntimeError(f"{self.name}: {forced!r} is forced but cannot run: {reason}. Lift the force, or meet it.")
+                raise RuntimeError(
+                    f"{self.name}: {forced!r} is forced but cannot run: {reason}. Lift the force, or meet it."
+                )
         raise RuntimeError(
             f"{self.name}: {forced!r} is forced but this op has only {[impl.name for impl in self.impls]}. Force one of those."
         )
@@ -131,7 +135,9 @@ def force_from_environment() -> None:
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, impl = item.partition("=")
         if not equals:
-            raise ValueError(f"PATCHLIGHT_IMPL: {item!r} is not op=implementation; write e.g. '*=triton' or 'neighbor_topk=cpp'")
+            raise ValueError(
+                f"PATCHLIGHT_IMPL: {item!r} is not op=implementation; write e.g. '*=triton' or 'neighbor_topk=cpp'"
+            )
         requested[name.strip()] = impl.strip()
     try:
         _check_forced(requested)

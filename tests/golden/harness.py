@@ -44,10 +44,14 @@ class Case:
         """max|actual - recorded| <= rel * max|recorded| + floor, with both shapes equal."""
         recorded = self.tensors[key].double()
         actual = actual.detach().double()
-        assert actual.shape == recorded.shape, f"{self.name} {key}: shape {tuple(actual.shape)}, recorded {tuple(recorded.shape)}"
+        assert actual.shape == recorded.shape, (
+            f"{self.name} {key}: shape {tuple(actual.shape)}, recorded {tuple(recorded.shape)}"
+        )
         error = (actual - recorded).abs().max().item() if recorded.numel() else 0.0
         scale = recorded.abs().max().item() if recorded.numel() else 0.0
-        assert error <= rel * scale + floor, f"{self.name} {key}: off by {error:.3e} where the largest is {scale:.3e} (rel {rel:g})"
+        assert error <= rel * scale + floor, (
+            f"{self.name} {key}: off by {error:.3e} where the largest is {scale:.3e} (rel {rel:g})"
+        )
 
     def equal(self, key: str, actual: torch.Tensor) -> None:
         """Exactly the recorded values."""

@@ -3,9 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-import pytest
-
 import harness
+import pytest
 
 for module in sorted(Path(__file__).parent.glob("check_*.py")):
     spec = importlib.util.spec_from_file_location(module.stem, module)

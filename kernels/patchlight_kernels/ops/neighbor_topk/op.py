@@ -105,9 +105,7 @@ def _run(*raw) -> tuple[Tensor, Tensor]:
     return OP.choose(*raw).fwd(*raw)
 
 
-def _fake(
-    x: Tensor, height: int, width: int, k: int, radius: int, wrap: bool, scores: bool
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, height: int, width: int, k: int, radius: int, wrap: bool, scores: bool) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], x.shape[1], k)
     score = x.new_empty(shape if scores else 0, dtype=reference.score_dtype(x.dtype))
     return x.new_empty(shape, dtype=torch.int32), score

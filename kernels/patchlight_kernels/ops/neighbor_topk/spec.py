@@ -70,8 +70,7 @@ def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
 def _observe(arguments: dict[str, Any], output: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """The scores given, and what the chosen patches are truly worth: their float64 cosines, whatever breaks a tie."""
     index, score = output
-    x, (height, width) = arguments["x"].double(), arguments["grid"]
-    unit = torch.nn.functional.normalize(x, dim=-1, eps=reference.EPS)
+    unit = torch.nn.functional.normalize(arguments["x"].double(), dim=-1, eps=reference.EPS)
     gram = unit @ unit.transpose(1, 2)
     worth = gram.gather(2, index.long().clamp(min=0)).masked_fill(index < 0, -2.0)
     return {"score": score.double().clamp(min=-2.0), "worth": worth}

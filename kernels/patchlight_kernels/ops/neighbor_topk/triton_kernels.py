@@ -28,10 +28,10 @@ def _rank(cosine, present):
 
 
 WINDOW_CONFIGS = [
-    triton.Config({"BLOCK_N": 32, "BLOCK_D": 128}, num_warps=4),
-    triton.Config({"BLOCK_N": 16, "BLOCK_D": 128}, num_warps=4),
-    triton.Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=4),
-    triton.Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8),
+    triton.Config({"BLOCK_N": 16, "BLOCK_D": 128, "TOGETHER": 2}, num_warps=4),
+    triton.Config({"BLOCK_N": 16, "BLOCK_D": 128, "TOGETHER": 4}, num_warps=4),
+    triton.Config({"BLOCK_N": 32, "BLOCK_D": 64, "TOGETHER": 4}, num_warps=4),
+    triton.Config({"BLOCK_N": 32, "BLOCK_D": 128, "TOGETHER": 4}, num_warps=8),
 ]
 
 
@@ -53,6 +53,7 @@ def _window_kernel(
     HAS_SCORE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TOGETHER: tl.constexpr,  # candidates whose loads are in flight together
 ):
     """BLOCK_N patches: dot products and squares of the whole window in one pass over the channels, then K rounds of arg max."""
     PATCHES: tl.constexpr = HEIGHT * WIDTH
@@ -75,8 +76,8 @@ def _window_kernel(
         mask = mask_n[:, None] & (offs_d < CHANNELS)[None, :]
         own = tl.load(x_ptr + offs_n[:, None] * stride_patch + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
         own_square += tl.sum(own * own, axis=1)
-        for c in tl.static_range(CANDIDATES):
-            cell: tl.constexpr = c if c < CANDIDATES // 2 else c + 1  # the window without its middle
+        for c in tl.range(0, CANDIDATES, loop_unroll_factor=TOGETHER):
+            cell = tl.where(c < CANDIDATES // 2, c, c + 1)  # the window without its middle
             # Outside a clipped border this reads some patch of the image, and the result is masked below.
             near_y = (y + (cell // SIDE - RADIUS) + HEIGHT) % HEIGHT
             near_x = (x + (cell % SIDE - RADIUS) + WIDTH) % WIDTH
@@ -108,11 +109,15 @@ def _window_kernel(
         candidate = tl.where(taken, PATCHES + PLACES, candidate)
 
 
+# fp32 products do not use tensor cores and keep their operands in registers: they want short steps.
+FLOAT32_GRAM_CONFIGS = [
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, num_stages=2),
+]
 GRAM_CONFIGS = [
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64}, num_warps=4, num_stages=3),
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 128}, num_warps=4, num_stages=2),
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8, num_stages=3),
-    triton.Config({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 64}, num_warps=4, num_stages=3),
 ]
 
 
@@ -125,7 +130,6 @@ def _apart(a, b, SIZE: tl.constexpr, WRAP: tl.constexpr):
     return distance
 
 
-@autotune(GRAM_CONFIGS, key=["HEIGHT", "WIDTH", "CHANNELS", "RADIUS", "K"])
 @triton.jit
 def _gram_kernel(
     x_ptr,  # [images, HEIGHT * WIDTH, CHANNELS]
@@ -175,10 +179,14 @@ def _gram_kernel(
             offs_d = start + tl.arange(0, BLOCK_D)
             mask_d = offs_d < CHANNELS
             own = tl.load(
-                x_ptr + offs_m[:, None] * stride_patch + offs_d[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0
+                x_ptr + offs_m[:, None] * stride_patch + offs_d[None, :],
+                mask=mask_m[:, None] & mask_d[None, :],
+                other=0.0,
             )
             other = tl.load(
-                x_ptr + offs_n[:, None] * stride_patch + offs_d[None, :], mask=mask_n[:, None] & mask_d[None, :], other=0.0
+                x_ptr + offs_n[:, None] * stride_patch + offs_d[None, :],
+                mask=mask_n[:, None] & mask_d[None, :],
+                other=0.0,
             )
             wide = other.to(tl.float32)
             square += tl.sum(wide * wide, axis=1)
@@ -201,7 +209,9 @@ def _gram_kernel(
             chosen = tl.minimum(kept, fresh)
             was_kept = best_index == chosen[:, None]
             is_fresh = candidate == chosen[:, None]
-            value = tl.sum(tl.where(was_kept, best_cosine, 0.0), axis=1) + tl.sum(tl.where(is_fresh, cosine, 0.0), axis=1)
+            value = tl.sum(tl.where(was_kept, best_cosine, 0.0), axis=1) + tl.sum(
+                tl.where(is_fresh, cosine, 0.0), axis=1
+            )
             here = (slot == s)[None, :]
             new_rank = tl.where(here, top[:, None], new_rank)
             new_cosine = tl.where(here, value[:, None], new_cosine)
@@ -218,6 +228,11 @@ def _gram_kernel(
     tl.store(index_ptr + out, tl.where(found, best_index, -1), mask=mask_out)
     if HAS_SCORE:
         tl.store(score_ptr + out, tl.where(found, best_cosine, -float("inf")), mask=mask_out)
+
+
+_GRAM_KEY = ["HEIGHT", "WIDTH", "CHANNELS", "RADIUS", "K"]
+_gram = autotune(GRAM_CONFIGS, key=_GRAM_KEY)(_gram_kernel)
+_float32_gram = autotune(FLOAT32_GRAM_CONFIGS, key=_GRAM_KEY)(_gram_kernel)
 
 
 def neighbor_topk_fwd(
@@ -242,7 +257,8 @@ def neighbor_topk_fwd(
     def grid(meta):
         return (images * triton.cdiv(patches, meta["BLOCK_M"]),)
 
+    kernel = _float32_gram if x.dtype == torch.float32 else _gram
     exact = x.dtype == torch.float32 or hardware.triton_interpreted()
     keep = max(2, triton.next_power_of_2(k))
-    _gram_kernel[grid](*operands, KEEP=keep, RADIUS=radius, WRAP=wrap, HAS_SCORE=scores, FLOAT32_PRODUCTS=exact)
+    kernel[grid](*operands, KEEP=keep, RADIUS=radius, WRAP=wrap, HAS_SCORE=scores, FLOAT32_PRODUCTS=exact)
     return index, score

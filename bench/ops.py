@@ -1,0 +1,168 @@
+"""The op suite: every implementation that runs here against every peer, correctness first, rows to CSV."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from patchlight_kernels import force, registry
+from patchlight_kernels.registry import Case, OpSpec
+
+from .machine import ceiling, provenance
+from .peers import PEERS
+from .timing import interleaved, peak_extra_bytes
+
+GATE = 1e-2  # a provider whose error against float64 exceeds this is not timed; the tests hold the tight bounds
+CACHE_BYTES = {"cuda": 128 * 2**20, "cpu": 64 * 2**20}  # copies of the inputs add up to more than this
+COLUMNS = tuple(
+    "op case dtype device provider status median_ms p20_ms p80_ms rounds floor_ms percent_of_floor gb_per_s tflop_per_s "
+    "peak_extra_mb error hardware threads torch triton commit date".split()
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to run."""
+
+    ops: tuple[str, ...] = ()
+    small: bool = False
+    dtype: str | None = None
+    seconds: float = 2.0
+
+
+def run(suite: Suite, out: Path) -> list[dict]:
+    """Runs the suite on this machine's GPU if it has one, else on its CPU; writes and returns the rows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, suite.dtype) if suite.dtype else (torch.bfloat16 if device == "cuda" else torch.float32)
+    specs = [spec for spec in registry.specs() if not suite.ops or spec.name in suite.ops]
+    jobs = [
+        (spec, case) for spec in specs for case in spec.benches if case.small or not (suite.small or device == "cpu")
+    ]
+    rows: list[dict] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for spec, case in jobs:
+            progress.update(task, description=f"{spec.name} {case}")
+            rows += one_case(spec, case, dtype, device, suite.seconds)
+            write(rows, out)
+            progress.advance(task)
+    return rows
+
+
+def providers(spec: OpSpec, arguments: dict) -> dict:
+    """Peers, and each implementation that takes these arguments, forced."""
+    raw = spec.op.bind(**arguments)
+    found = dict(PEERS[spec.name])
+    for impl, reason in spec.op.ladder(*raw):
+        if reason is None and impl.name != "reference":
+            found[f"patchlight {impl.name}"] = functools.partial(forced, spec, impl.name)
+    return found
+
+
+def forced(spec: OpSpec, name: str, **arguments):
+    with force(name):
+        return spec.public(**arguments)
+
+
+def copies(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> list[dict]:
+    """Enough sets of inputs that none is in a cache when its turn comes."""
+    first = spec.inputs(case, dtype, device)
+    tensors = [value for value in first.values() if isinstance(value, torch.Tensor)]
+    count = min(16, 2 + CACHE_BYTES[device] // max(1, sum(t.numel() * t.element_size() for t in tensors)))
+    fresh = lambda value: value.clone() if isinstance(value, torch.Tensor) else value
+    return [first] + [{key: fresh(value) for key, value in first.items()} for _ in range(count - 1)]
+
+
+def one_case(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, seconds: float) -> list[dict]:
+    inputs = copies(spec, case, dtype, device)
+    top = ceiling(device, dtype)
+    floor_ms = max(spec.min_bytes(case, dtype) / top.bandwidth, spec.flops(case) / top.flops) * 1e3
+    base = {
+        "op": spec.name,
+        "case": str(case),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "floor_ms": floor_ms,
+        **provenance(device).columns(),
+    }
+    exact = exact_observation(spec, inputs[0])
+    rows, calls = {}, {}
+    for name, call in providers(spec, inputs[0]).items():
+        row = {**base, "provider": name}
+        try:
+            row["error"] = error(spec, inputs[0], call(**inputs[0]), exact)
+        except (NotImplementedError, torch.OutOfMemoryError, RuntimeError) as problem:
+            rows[name] = row | {"status": f"cannot run: {str(problem).splitlines()[0][:80]}"}
+            continue
+        if not row["error"] <= GATE:
+            rows[name] = row | {"status": "wrong result, not timed"}
+            continue
+        rows[name] = row | {"status": "ok"}
+        calls[name] = [functools.partial(call, **arguments) for arguments in inputs]
+        extra = peak_extra_bytes(calls[name][0], device)
+        rows[name]["peak_extra_mb"] = "" if extra is None else extra / 1e6
+    for name, timing in interleaved(calls, device, seconds).items():
+        rows[name] |= {
+            "median_ms": timing.median, "p20_ms": timing.p20, "p80_ms": timing.p80, "rounds": timing.rounds,
+            "percent_of_floor": 100 * floor_ms / timing.median,
+            "gb_per_s": spec.min_bytes(case, dtype) / timing.median / 1e6,
+            "tflop_per_s": spec.flops(case) / timing.median / 1e9,
+        }  # fmt: skip
+    return list(rows.values())
+
+
+def exact_observation(spec: OpSpec, arguments: dict) -> dict:
+    """The reference in float64 on the CPU, which no GPU memory limits; 16 images are enough to judge."""
+    with force("reference"):
+        small = {
+            key: value[:16].double().cpu() if isinstance(value, torch.Tensor) else value
+            for key, value in arguments.items()
+        }
+        return spec.observe(small, spec.public(**small))
+
+
+def error(spec: OpSpec, arguments: dict, output, exact: dict) -> float:
+    """The largest deviation of what the op's spec observes, over the first 16 images."""
+    small = {key: value[:16].cpu() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    mine = spec.observe(small, tuple(part[:16].cpu() for part in output))
+    return max((mine[key] - exact[key]).abs().max().item() for key in exact)
+
+
+def write(rows: list[dict], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(
+            {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+        )
+
+
+def show(rows: list[dict]) -> None:
+    """One table per case: time, ratio to the official mathematics, share of the floor, memory."""
+    console = Console(width=max(120, Console().width))
+    for case in dict.fromkeys((row["op"], row["case"], row["dtype"]) for row in rows):
+        chosen = [row for row in rows if (row["op"], row["case"], row["dtype"]) == case]
+        timed = [row for row in chosen if row["status"] == "ok"]
+        first = timed[0] if timed else chosen[0]
+        title = f"{' '.join(case)} on {first['hardware']}, {first['threads']} threads"
+        ratio = f"vs {first['provider']}"
+        table = Table("provider", "median ms", "p20 - p80", ratio, "of floor", "peak extra MB", "error", title=title)
+        for row in chosen:
+            if row["status"] != "ok":
+                table.add_row(row["provider"], "-", "", "", "", "", row["status"])
+                continue
+            memory = row["peak_extra_mb"]
+            table.add_row(
+                row["provider"], f"{row['median_ms']:.4g}", f"{row['p20_ms']:.4g} - {row['p80_ms']:.4g}",
+                f"{first['median_ms'] / row['median_ms']:.1f}x", f"{row['percent_of_floor']:.0f} %",
+                "" if memory == "" else f"{memory:.2f}", f"{row['error']:.1e}",
+            )  # fmt: skip
+        console.print(table)

@@ -1,0 +1,110 @@
+"""Tables and plots, drawn from CSV rows only."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+
+def draw(rows: Path = Path("bench/out/ops.csv"), out: Path = Path("bench/out")) -> None:
+    """Draw one bar chart per op (time of each provider against the floor) and a Markdown table.
+
+    Args:
+        rows: the CSV of `python -m bench ops`.
+        out: where the pictures and the table go.
+    """
+    if not rows.exists():
+        raise SystemExit(f"{rows} is not there; measure first: python -m bench ops")
+    with rows.open() as file:
+        timed = [row for row in csv.DictReader(file) if row["status"] == "ok"]
+    if not timed:
+        raise SystemExit(f"{rows} holds no timed row; nothing to draw")
+    out.mkdir(parents=True, exist_ok=True)
+    by_op: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for row in timed:
+        by_op[row["op"]][f"{row['case']} {row['dtype']}"].append(row)
+    for op, cases in by_op.items():
+        path = out / f"{op}.png"
+        picture(op, cases, path)
+        print(f"plot: {path}")
+    (out / "ops.md").write_text(markdown(by_op))
+    print(f"table: {out / 'ops.md'}")
+
+
+def markdown(by_op: dict) -> str:
+    lines = []
+    for op, cases in by_op.items():
+        first = next(iter(cases.values()))[0]
+        versions = f"torch {first['torch']}, triton {first['triton']}, commit {first['commit']}, {first['date']}"
+        lines += [f"## {op}", "", f"{first['hardware']}, {first['threads']} threads, {versions}.", ""]
+        lines.append("| case | provider | median ms | p20 - p80 | vs first | of floor | peak extra MB |")
+        lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+        for case, rows in cases.items():
+            for row in rows:
+                ratio = float(rows[0]["median_ms"]) / float(row["median_ms"])
+                lines.append(
+                    f"| {case} | {row['provider']} | {row['median_ms']} | {row['p20_ms']} - {row['p80_ms']} | {ratio:.1f}x | "
+                    f"{float(row['percent_of_floor']):.0f} % | {row['peak_extra_mb']} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(op: str, cases: dict[str, list[dict]], path: Path) -> None:
+    """Horizontal bars per case on a logarithmic axis, p20 to p80 as whiskers, the floor as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    heights = [len(rows) for rows in cases.values()]
+    figure, axes = plt.subplots(
+        len(cases),
+        1,
+        figsize=(10, 0.42 * sum(heights) + 1.0 * len(cases) + 0.6),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (case, rows) in zip(axes[:, 0], cases.items(), strict=True):
+        medians = [float(row["median_ms"]) for row in rows]
+        spread = [
+            [m - min(m, float(row["p20_ms"])) for m, row in zip(medians, rows, strict=True)],
+            [max(m, float(row["p80_ms"])) - m for m, row in zip(medians, rows, strict=True)],
+        ]
+        colors = ["#d9480f" if row["provider"].startswith("patchlight") else "#adb5bd" for row in rows]
+        axis.barh(range(len(rows)), medians, xerr=spread, color=colors, ecolor="#495057", capsize=2)
+        floor = float(rows[0]["floor_ms"])
+        axis.axvline(floor, color="#1971c2", linestyle="--", linewidth=1.5)
+        axis.annotate(
+            f"floor {floor:.3g} ms",
+            (floor, len(rows) - 0.45),
+            color="#1971c2",
+            fontsize=8,
+            ha="left",
+            xytext=(3, 0),
+            textcoords="offset points",
+        )
+        axis.set_yticks(range(len(rows)), [row["provider"] for row in rows])
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlim(floor / 1.5, max(medians) * 2.2)
+        for position, median in enumerate(medians):
+            axis.annotate(
+                f"{median:.3g} ms  {medians[0] / median:.1f}x",
+                (median, position),
+                va="center",
+                fontsize=8,
+                xytext=(8, 0),
+                textcoords="offset points",
+            )
+        axis.set_title(case, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("milliseconds (lower is better)")
+    first = next(iter(cases.values()))[0]
+    figure.suptitle(
+        f"{op}: {first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date']}", fontsize=11
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,112 @@
+"""`python -m patchlight_kernels doctor`: versions, hardware, and which implementation of each op would run, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import extension, hardware, registry
+
+PACKAGES = ("patchlight", "torch", "triton", "timm", "numpy", "nvidia-dali-cuda130", "torchvision", "safetensors")
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> str:
+    """The processor's own name, and the vector extensions that the C++ library picks from."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    model = next(
+        (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.machine()
+    )
+    level = "AVX-512" if " avx512f " in text else "AVX2" if " avx2 " in text else "baseline"
+    return f"{model}, {os.cpu_count()} cores, {level}"
+
+
+def compiler(command: str) -> str:
+    path = shutil.which(command)
+    if not path:
+        return "not found"
+    lines = subprocess.run([path, "--version"], capture_output=True, text=True).stdout.splitlines()
+    return next((line.strip() for line in lines if "release" in line), lines[0].strip() if lines else path)
+
+
+def facts() -> list[tuple[str, str]]:
+    """Everything a bug report should carry."""
+    rows = [(name, version(name)) for name in PACKAGES]
+    rows += [("python", platform.python_version()), ("system", platform.platform()), ("CPU", processor())]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            rows.append((f"GPU {index}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
+        rows.append(("CUDA of torch", str(torch.version.cuda)))
+    else:
+        rows.append(
+            (
+                "GPU",
+                f"none (torch was built for CUDA {torch.version.cuda})"
+                if torch.version.cuda
+                else "none (CPU build of torch)",
+            )
+        )
+    rows += [("C++ compiler", compiler(os.environ.get("CXX", "g++"))), ("nvcc", compiler("nvcc"))]
+    rows += [
+        ("C++ library", extension.missing("cpp") or "loaded"),
+        ("CUDA library", extension.missing("cuda") or "loaded"),
+    ]
+    rows.append(("Triton interpreter", "on" if hardware.triton_interpreted() else "off"))
+    rows.append(("PATCHLIGHT_IMPL", os.environ.get("PATCHLIGHT_IMPL", "not set")))
+    return rows
+
+
+def doctor() -> None:
+    console = Console(width=max(120, Console().width))
+    table = Table(title="patchlight doctor", show_header=False)
+    for name, value in facts():
+        table.add_row(name, value)
+    console.print(table)
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    ladder = Table(
+        "op", "on", "implementation", "would it run", title="which implementation of each op runs, best first"
+    )
+    for spec in registry.specs():
+        case = spec.benches[0]
+        for device in devices:
+            raw = spec.op.bind(**spec.inputs(case, torch.float32, device))
+            try:
+                chosen, complaint = spec.op.choose(*raw).name, None
+            except RuntimeError as error:
+                chosen, complaint = None, str(error)
+            for impl, reason in spec.op.ladder(*raw):
+                state = "[green]runs[/green]" if impl.name == chosen else reason or "could run"
+                ladder.add_row(spec.name, device, impl.name, state)
+            if complaint:
+                ladder.add_row(spec.name, device, "[red]none[/red]", complaint)
+            ladder.add_section()
+    console.print(ladder)
+
+
+def main() -> None:
+    if sys.argv[1:] != ["doctor"]:
+        raise SystemExit("usage: python -m patchlight_kernels doctor")
+    doctor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Patch-level self-supervised pretraining of vision models."""

@@ -1,0 +1,58 @@
+"""What every objective offers. A method is one file here; combining methods is a list in a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..records import Clock, Cues, Side, Views
+
+
+@dataclass(frozen=True, slots=True)
+class NeighborRule:
+    """How the teacher aggregates each patch's positive neighbors (SelfPatch, Eqs. 3-5)."""
+
+    radius: int | None = 1  # 1: 3x3 window, 2: 5x5, None: all patches
+    k: int = 4  # neighbors selected by cosine similarity
+    border: str = "wrap"  # "wrap" as released (torus), "clip" as the paper's picture
+    pool: str = "class_attention"  # or "mean" (ablation)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an objective asks of data and branches; checked once, when a run is built."""
+
+    local_crops: bool = False  # at least one local crop
+    teacher_sees_local: bool = False  # the teacher runs on local crops too
+    masks: bool = False  # the student's global crops are masked (Cues.mask)
+    neighbors: NeighborRule | None = None  # the teacher aggregates neighbors into Features.neighbors
+    summary: str | None = None  # the summary head it insists on: "cls" or "class_attention"
+
+
+class Objective(nn.Module):
+    """A loss and its state. It holds no loop, no optimizer and no backbone, and never weighs itself."""
+
+    name: str
+
+    def needs(self) -> Needs:
+        return Needs()
+
+    def head(self, width: int) -> nn.Module | None:
+        """The head that goes into the student and, as an EMA twin, into the teacher."""
+        return None
+
+    def predictor(self, width: int) -> nn.Module | None:
+        """A module that only the student has."""
+        return None
+
+    def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+        """What the student is told about the global crops (grid: their patch grid) before it looks."""
+        return Cues()
+
+    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
+        """Unweighted loss terms by name, "<objective>/<term>", each averaged over this rank's images."""
+        raise NotImplementedError
+
+    def after_step(self, clock: Clock) -> None:
+        """Moves centers and queues, once per optimizer step. State is buffers, so it checkpoints."""

@@ -1,0 +1,99 @@
+"""The frozen records that cross module borders, with the shape written on every field.
+
+Letters: V crops of one size, B images on this rank, S pixels, N patches, D width, R rows, K prototypes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """V crops of one size of B images."""
+
+    pixels: Tensor  # [V, B, 3, S, S] normalised
+    box: Tensor  # [V, B, 4] x, y, w, h in source pixels, fp32
+    flip: Tensor  # [V, B] bool, whether the crop was mirrored left to right
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """Everything a step sees of one batch."""
+
+    global_crops: Crops
+    local_crops: Crops | None
+    query_crops: Crops | None
+    ids: Tensor  # [B] int64, the samples' numbers in the source
+
+
+@dataclass(frozen=True, slots=True)
+class Cues:
+    """What an objective tells a branch before it looks at the crops."""
+
+    mask: Tensor | None = None  # [V, B, N] bool over the global crops; True patches are replaced by the mask token
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a backbone says of M images."""
+
+    cls: Tensor | None  # [M, D] class token after the final norm; None when the backbone has no class token
+    patches: Tensor  # [M, N, D] after the final norm, or the raw residual stream when the backbone has no class token
+    grid: tuple[int, int]  # rows, columns; rows * columns = N
+    layers: tuple[Tensor, ...] = ()  # [M, N (+1), D] each, the requested intermediate layers
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """One branch's view of one crop size."""
+
+    summary: Tensor  # [V, B, D] one vector per image
+    patches: Tensor  # [V, B, N, D] normalised patch features
+    grid: tuple[int, int]
+    neighbors: Tensor | None = None  # [V, B, N, D] each patch's aggregated neighbors, when an objective needs them
+    layers: tuple[Tensor, ...] = ()  # [V, B, N (+1), D] each
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One branch (student or teacher) as an objective sees it: its features, and the objective's own modules there."""
+
+    global_crops: Features
+    local_crops: Features | None = None
+    query_crops: Features | None = None
+    head: nn.Module | None = None  # the objective's head in this branch
+    predictor: nn.Module | None = None  # the objective's predictor, student only
+
+    def crop_sizes(self) -> list[Features]:
+        """The features that exist, global crops first."""
+        return [f for f in (self.global_crops, self.local_crops) if f is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class SoftTarget:
+    """A teacher's distribution over prototypes, never written out: softmax((z W^T + bias) / temperature)."""
+
+    z: Tensor  # [T, R, D] l2-normalised bottleneck rows of T teacher views
+    prototypes: Tensor  # [K, D] the teacher's effective prototypes
+    temperature: float | Tensor
+    bias: Tensor | None = None  # [K] in logit units: minus the center, or the Sinkhorn potential
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """The only notion of time; all of it is checkpointed."""
+
+    step: int  # optimizer steps done
+    total: int  # optimizer steps of the whole run
+    images_seen: int  # over all ranks
+    steps_per_epoch: int
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    def next(self, images: int) -> Clock:
+        return replace(self, step=self.step + 1, images_seen=self.images_seen + images)

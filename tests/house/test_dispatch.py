@@ -1,0 +1,84 @@
+"""Which implementation runs: forced means forced, and everything can be asked why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from parity import ROOT
+
+from patchlight_kernels import explain, force, neighbor_topk
+from patchlight_kernels.dispatch import Impl, Op
+
+X = torch.randn(1, 9, 4)
+
+
+def run_with(setting: str) -> subprocess.CompletedProcess:
+    code = "import torch, patchlight_kernels as pk; print(pk.explain('neighbor_topk', torch.randn(1, 9, 4), (3, 3), 2))"
+    environment = {**os.environ, "PATCHLIGHT_IMPL": setting, "TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_explain_names_the_winner_and_every_obstacle():
+    text = explain("neighbor_topk", X, (3, 3), 2)
+    assert text.splitlines()[0].endswith("runs")
+    assert "cuda       the tensors are on cpu, not on a GPU" in text
+    assert len(text.splitlines()) == 5
+
+
+def test_forced_means_forced():
+    with (
+        force(neighbor_topk="cuda"),
+        pytest.raises(RuntimeError, match="'cuda' is forced but cannot run: the tensors are on cpu"),
+    ):
+        neighbor_topk(X, (3, 3), 2)
+    neighbor_topk(X, (3, 3), 2)
+
+
+def test_the_narrower_force_wins_and_both_end():
+    with force("cuda", neighbor_topk="reference"):
+        assert "reference runs (forced)" in explain("neighbor_topk", X, (3, 3), 2)
+    assert "forced" not in explain("neighbor_topk", X, (3, 3), 2)
+
+
+def test_force_inside_compile_is_obeyed_at_run_time():
+    compiled = torch.compile(lambda x: neighbor_topk(x, (3, 3), 2), backend="aot_eager", fullgraph=True)
+    compiled(X)
+    with force("cuda"), pytest.raises(RuntimeError, match="forced but cannot run"):
+        compiled(X)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"neighbor_topp": "cpp"}, "no op is called 'neighbor_topp'"),
+        ({"neighbor_topk": "fast"}, "no implementation is called 'fast'"),
+    ],
+)
+def test_force_knows_its_names(names, words):
+    with pytest.raises(ValueError, match=words), force(**names):
+        pass
+
+
+def test_environment_forces_and_complains():
+    assert "reference runs (forced)" in run_with("*=cpp, neighbor_topk=reference").stdout
+    assert "nothing runs: neighbor_topk: 'cuda' is forced but cannot run" in run_with("*=cuda").stdout
+    assert "is not op=implementation" in run_with("triton").stderr
+    assert "no op is called 'prototype'" in run_with("prototype=cpp").stderr
+
+
+def test_an_op_must_end_in_its_reference():
+    with pytest.raises(ValueError, match=r"must come from .* and end in 'reference'"):
+        Op("nothing", bind=lambda: (), impls=(Impl("cpp", lambda: None, lambda: None),))
+
+
+def test_doctor_speaks():
+    result = subprocess.run(
+        [sys.executable, "-m", "patchlight_kernels", "doctor"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    for word in ("torch", "triton", "C++ library", "CUDA library", "neighbor_topk", "reference"):
+        assert word in result.stdout

@@ -1,0 +1,129 @@
+"""Compiles every Triton kernel of an op for GPUs that are not here, and prints what each needs as JSON lines.
+
+Run in a process without TRITON_INTERPRET: `python tests/ops/aot.py neighbor_topk`. The launchers are called on tensors
+without storage, and each launch is recorded instead of run; so the signatures are those that a GPU would see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import Autotuner, JITFunction
+
+from patchlight_kernels import hardware, registry
+
+ARCHS = (80, 90, 100)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@contextlib.contextmanager
+def recorded_launches():
+    """Within the block, launching a kernel appends (kernel, bound arguments, configs) to the list."""
+    launches = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        configs = kernel.configs if isinstance(kernel, Autotuner) else [triton.Config({})]
+        jit = kernel.fn if isinstance(kernel, Autotuner) else kernel
+        names = iter(jit.arg_names)
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        launches.append((jit, bound, configs))
+
+    with mock.patch.object(Autotuner, "run", record), mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def compile_launch(jit: JITFunction, bound: dict, config: triton.Config, arch: int) -> dict:
+    """Machine code for one configuration, and its registers, stack and shared memory."""
+    constexpr = {p.name for p in jit.params if p.is_constexpr}
+    values = {**{name: value for name, value in bound.items() if name in constexpr}, **config.kwargs}
+    signature, divisible = {}, {}
+    for position, name in enumerate(jit.arg_names):
+        value = bound.get(name)
+        if name in values or value is None:
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name], divisible[(position,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], values[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=jit, signature=signature, constexprs=values, attrs=divisible)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage = resource_usage(compiled.asm["cubin"])
+    return {
+        "kernel": jit.__name__,
+        "arch": arch,
+        "config": str(config),
+        "registers": usage["REG"],
+        "stack": usage["STACK"],  # spills show here, not under LOCAL
+        "shared": compiled.metadata.shared,
+        "tensor_cores": bool(re.search(r"mma\.sync|wgmma|tcgen05", compiled.asm["ptx"])),
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def main(name: str) -> None:
+    spec = registry.spec(name)
+    seen = set()
+    with mock.patch.object(hardware, "triton_interpreted", lambda: False):
+        for case in spec.benches:
+            for dtype in (torch.float32, torch.bfloat16):
+                arguments = spec.inputs(case, dtype, "meta")
+                with recorded_launches() as launches:
+                    spec.op.impls[[i.name for i in spec.op.impls].index("triton")].fwd(*spec.op.bind(**arguments))
+                assert launches, f"{case}: the launcher launched nothing"
+                for jit, bound, configs in launches:
+                    first = (
+                        jit.__name__,
+                        dtype,
+                    ) not in seen  # every configuration once, the default one for every size
+                    seen.add((jit.__name__, dtype))
+                    for config in configs if first else configs[:1]:
+                        key = (
+                            jit.__name__,
+                            dtype,
+                            str(config),
+                            *(v for v in bound.values() if not isinstance(v, torch.Tensor)),
+                        )
+                        if key in seen:
+                            continue
+                        seen.add(key)
+                        for arch in ARCHS:
+                            row = compile_launch(jit, bound, config, arch)
+                            print(json.dumps({"case": str(case), "dtype": str(dtype), **row}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

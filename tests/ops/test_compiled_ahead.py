@@ -1,0 +1,57 @@
+"""What the GPU will get, without one: Triton kernels compiled for sm_80, 90, 100, and the CUDA library's resource usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from parity import ROOT
+
+from patchlight_kernels import extension, registry
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_triton_kernels_compile_without_spills(name):
+    """In a process of its own, as Triton is either interpreting or compiling."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "TRITON_DEFAULT_FP_FUSION": "1"
+    }
+    result = subprocess.run(
+        [sys.executable, Path(__file__).parent / "aot.py", name], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+    for row in rows:
+        what = f"{row['kernel']} {row['case']} {row['dtype']} sm_{row['arch']} [{row['config']}]"
+        assert row["stack"] == 0, f"{what}: {row['stack']} bytes of stack, so registers spill"
+        assert row["shared"] <= SHARED_LIMIT[row["arch"]], f"{what}: {row['shared']} bytes of shared memory"
+
+
+@pytest.mark.timeout(600)
+def test_cuda_sources_compile_without_spills():
+    """nvcc builds the library (only what changed), and no kernel of it keeps registers in memory."""
+    if not (shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")):
+        pytest.skip("no nvcc on this machine")
+    if os.environ.get("PATCHLIGHT_CUDA") == "0":
+        pytest.skip("PATCHLIGHT_CUDA=0")
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "CUDA library ready" in result.stdout, result.stdout + result.stderr
+    library = extension.FOLDER / extension.NAMES["cuda"]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "-res-usage", library], capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text)
+    assert kernels, text[:500]
+    for function, registers, stack in kernels:
+        assert int(stack) == 0, f"{function}: {stack} bytes of stack at {registers} registers"

@@ -1,0 +1,126 @@
+"""What every op owes, in every implementation: exactness, repeatability, no unwritten output, one graph node."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity import assert_as_exact_as_pytorch, every_runner, reason_against, running
+
+from patchlight_kernels import registry
+
+SPECS = registry.specs()
+CASES = [pytest.param(spec, case, id=f"{spec.name}-{case}") for spec in SPECS for case in spec.tests]
+DTYPES = [
+    pytest.param(dtype, id=str(dtype).removeprefix("torch."))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+
+
+def compute(spec, device, name, arguments):
+    """The op's output, or None after checking that an implementation that cannot take the arguments says so."""
+    with running(device, name):
+        if reason := reason_against(spec, name, arguments):
+            with pytest.raises(RuntimeError, match="is forced but cannot run"):
+                spec.public(**arguments)
+            assert len(reason) > 10, "a reason must be a sentence"
+            return None
+        return spec.public(**arguments)
+
+
+@every_runner
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_is_as_exact_as_pytorch(spec, case, dtype, device, name):
+    arguments = spec.inputs(case, dtype, device)
+    output = compute(spec, device, name, arguments)
+    if output is not None:
+        assert_as_exact_as_pytorch(spec, arguments, output, f"{name} on {device}")
+
+
+@every_runner
+@every_spec
+def test_repeats_bit_for_bit_and_writes_everything(spec, device, name):
+    """Two runs agree bit for bit, although all fresh memory holds NaN (or the largest integer) in both."""
+    arguments = spec.inputs(spec.tests[1], torch.float32, device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        first, second = (compute(spec, device, name, arguments) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+        assert torch.isfinite(a.float()).all()
+
+
+@every_runner
+@every_spec
+@pytest.mark.parametrize("layout", ["behind a class token", "transposed", "offset by one value", "needing a gradient"])
+def test_takes_any_layout(spec, layout, device, name):
+    arguments = spec.inputs(spec.tests[1], torch.bfloat16, device)
+    changed = dict(arguments)
+    for key, value in arguments.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 3:
+            continue
+        if layout == "behind a class token":
+            changed[key] = torch.cat([torch.full_like(value[:, :1], torch.nan), value], dim=1)[:, 1:]
+        elif layout == "transposed":
+            changed[key] = value.transpose(1, 2).contiguous().transpose(1, 2)
+        elif layout == "offset by one value":
+            changed[key] = torch.cat([value.new_zeros(1), value.flatten()])[1:].view(value.shape)
+        else:
+            changed[key] = value.clone().requires_grad_()
+        assert torch.equal(changed[key], value)
+    output = compute(spec, device, name, changed)
+    assert_as_exact_as_pytorch(spec, arguments, output, f"{layout}, {name} on {device}")
+
+
+@every_spec
+def test_is_one_node_of_a_full_graph(spec):
+    arguments = spec.inputs(spec.tests[1], torch.float32, "cpu")
+    nodes = []
+
+    def backend(graph, _):
+        nodes.extend(
+            node for node in graph.graph.nodes if node.op == "call_function" and "patchlight" in str(node.target)
+        )
+        return graph.forward
+
+    compiled = torch.compile(lambda **kw: spec.public(**kw), fullgraph=True, backend=backend)
+    for mine, eager in zip(compiled(**arguments), spec.public(**arguments), strict=True):
+        assert torch.equal(mine, eager)
+    assert len(nodes) == 1
+
+
+@every_spec
+def test_compiles_with_inductor_and_changing_sizes(spec):
+    compiled = torch.compile(lambda **kw: spec.public(**kw), fullgraph=True, dynamic=True)
+    for case in spec.tests[1:3]:
+        arguments = spec.inputs(case, torch.float32, "cpu")
+        for mine, eager in zip(compiled(**arguments), spec.public(**arguments), strict=True):
+            assert torch.equal(mine, eager)
+
+
+@every_spec
+def test_opcheck(spec):
+    arguments = spec.inputs(spec.tests[1], torch.float32, "cpu")
+    op = getattr(torch.ops.patchlight, f"{spec.name}_fwd").default
+    torch.library.opcheck(op, spec.op.bind(**arguments))
+
+
+@every_spec
+def test_autocast_leaves_the_input_dtype_alone(spec):
+    arguments = spec.inputs(spec.tests[1], torch.float32, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = spec.public(**arguments)
+    for a, b in zip(inside, spec.public(**arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_spec
+def test_costs_are_counted(spec):
+    for case in spec.benches:
+        assert spec.min_bytes(case, torch.bfloat16) > 0
+        assert spec.flops(case) > 0
+    assert any(case.small for case in spec.benches), "no case that a laptop finishes"

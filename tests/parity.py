@@ -1,0 +1,103 @@
+"""Runs any implementation of any op, and holds its error against that of same-precision PyTorch.
+
+On a machine without a GPU, "triton" runs in Triton's interpreter and "cuda" runs the same .cu files on CPU threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from patchlight_kernels import extension, force, hardware
+from patchlight_kernels.registry import OpSpec
+
+ROOT = Path(__file__).parent.parent
+HAS_GPU = torch.cuda.is_available()
+RUNNERS = [("cpu", "reference"), ("cpu", "cpp"), ("cpu", "cuda")] + ([] if HAS_GPU else [("cpu", "triton")])
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")]
+RUNNERS += [pytest.param("cuda", name, marks=needs_gpu) for name in ("reference", "triton", "cuda")]
+every_runner = pytest.mark.parametrize(("device", "name"), RUNNERS)
+FLOOR = 8 * torch.finfo(torch.float32).eps  # rounding of the fp32 result itself
+
+
+@cache
+def cpu_device_library(sanitizer: str | None = None) -> Path:
+    """The CUDA sources built for CPU threads; one process builds, the others wait."""
+    if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")):
+        pytest.skip("no C++ compiler to build the CUDA sources for CPU threads")
+    target = ROOT / "build" / f"libpatchlight_cpu_device{'_' + sanitizer if sanitizer else ''}.so"
+    target.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "setup.py", "-q", "cpu_device", "--output", str(target)]
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(
+            command + (["--sanitizer", sanitizer] if sanitizer else []), cwd=ROOT, capture_output=True, text=True
+        )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return target
+
+
+@contextlib.contextmanager
+def cuda_kernels_on_cpu():
+    """Within the block, the implementation "cuda" takes CPU tensors and runs the CUDA kernels on CPU threads."""
+    torch.ops.load_library(str(cpu_device_library()))
+    namespace = torch.ops.patchlight_cpu_device
+    with (
+        mock.patch.object(extension, "native", lambda function: getattr(namespace, function).default),
+        mock.patch.object(hardware, "no_cuda_library", lambda tensor, function: None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def running(device: str, name: str):
+    """Within the block, ops on `device` run the implementation `name`; skips where the machine cannot have it."""
+    if name == "cpp" and (reason := extension.missing("cpp")):
+        pytest.skip(reason)
+    if name == "cuda" and device == "cuda" and (reason := extension.missing("cuda")):
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        if (device, name) == ("cpu", "cuda"):
+            stack.enter_context(cuda_kernels_on_cpu())
+        stack.enter_context(force(name))
+        yield
+
+
+def reason_against(spec: OpSpec, name: str, arguments: dict) -> str | None:
+    """Why the implementation does not take these arguments, or None."""
+    raw = spec.op.bind(**arguments)
+    return next(reason for impl, reason in spec.op.ladder(*raw) if impl.name == name)
+
+
+def widened(arguments: dict) -> dict:
+    """The same arguments with floating tensors in float64."""
+    return {
+        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in arguments.items()
+    }
+
+
+def assert_as_exact_as_pytorch(spec: OpSpec, arguments: dict, output, label: str) -> None:
+    """err(output, float64) <= 2 err(reference at the inputs' dtype, float64) + rounding, for everything observed."""
+    with force("reference"):
+        exact = spec.observe(arguments, spec.public(**widened(arguments)))
+        pytorch = spec.observe(arguments, spec.public(**arguments))
+    for key, mine in spec.observe(arguments, output).items():
+        assert mine.shape == exact[key].shape, f"{label} {key}: {tuple(mine.shape)}, expected {tuple(exact[key].shape)}"
+        if mine.numel() == 0:
+            continue
+        error = (mine - exact[key]).abs().max().item()
+        pytorch_error = (pytorch[key] - exact[key]).abs().max().item()
+        assert error <= 2 * pytorch_error + FLOOR, (
+            f"{label} {key}: error {error:.2e}, PyTorch's own {pytorch_error:.2e}"
+        )
