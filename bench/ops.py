@@ -21,9 +21,29 @@ from .timing import interleaved, peak_extra_bytes
 
 GATE = 1e-2  # a provider whose error against float64 exceeds this is not timed; the tests hold the tight bounds
 CACHE_BYTES = {"cuda": 128 * 2**20, "cpu": 64 * 2**20}  # copies of the inputs add up to more than this
-COLUMNS = tuple(
-    "op case dtype device provider status median_ms p20_ms p80_ms rounds floor_ms percent_of_floor gb_per_s tflop_per_s "
-    "peak_extra_mb error hardware threads torch triton commit date".split()
+COLUMNS = (
+    "op",
+    "case",
+    "dtype",
+    "device",
+    "provider",
+    "status",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "rounds",
+    "floor_ms",
+    "percent_of_floor",
+    "gb_per_s",
+    "tflop_per_s",
+    "peak_extra_mb",
+    "error",
+    "hardware",
+    "threads",
+    "torch",
+    "triton",
+    "commit",
+    "date",
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.export import register_dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,16 @@ class Cues:
 
 
 @dataclass(frozen=True, slots=True)
+class NeighborRule:
+    """How the teacher aggregates each patch's positive neighbors (SelfPatch, Eqs. 3-5)."""
+
+    radius: int | None = 1  # 1: 3x3 window, 2: 5x5, None: all patches
+    k: int = 4  # neighbors selected by cosine similarity
+    border: str = "wrap"  # "wrap" as released (torus), "clip" as the paper's picture
+    pool: str = "class_attention"  # or "mean" (ablation)
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """What a backbone says of M images."""
 
@@ -44,6 +55,9 @@ class Tokens:
     patches: Tensor  # [M, N, D] after the final norm, or the raw residual stream when the backbone has no class token
     grid: tuple[int, int]  # rows, columns; rows * columns = N
     layers: tuple[Tensor, ...] = ()  # [M, N (+1), D] each, the requested intermediate layers
+
+
+register_dataclass(Tokens)  # so that FSDP2 finds the tensors in a module's output
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ BANNED_FILES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAY_IMPORT = {
     "records": set(),
     "backbones": {"records"},
-    "heads": {"records", "objectives.interface"},
+    "heads": {"records"},
     "data": {"records"},
     "objectives": {"records", "heads", "data.masking"},
     "evaluation": {"records", "backbones", "heads", "data"},

@@ -6,17 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..records import Clock, Cues, Side, Views
-
-
-@dataclass(frozen=True, slots=True)
-class NeighborRule:
-    """How the teacher aggregates each patch's positive neighbors (SelfPatch, Eqs. 3-5)."""
-
-    radius: int | None = 1  # 1: 3x3 window, 2: 5x5, None: all patches
-    k: int = 4  # neighbors selected by cosine similarity
-    border: str = "wrap"  # "wrap" as released (torus), "clip" as the paper's picture
-    pool: str = "class_attention"  # or "mean" (ablation)
+from ..records import Clock, Cues, NeighborRule, Side, Views
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Vision backbones that turn images into patch tokens."""

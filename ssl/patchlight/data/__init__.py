@@ -1,0 +1,1 @@
+"""From files to Views: sources, crop policies, loaders and masks."""

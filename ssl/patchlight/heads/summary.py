@@ -1,0 +1,194 @@
+"""Summaries: one vector per image from a backbone's tokens, and each patch's aggregated neighbors for SelfPatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from patchlight_kernels import neighbor_topk
+
+from ..records import NeighborRule, Tokens
+from .projection import start_linear
+
+POOLS = ("class_attention", "mean")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a summary head says of M images."""
+
+    summary: Tensor  # [M, D] one vector per image
+    patches: Tensor  # [M, N, D] normalised patch features
+    aggregated: Tensor | None  # [M, N, D] each patch's aggregated neighbors, when asked for
+
+
+torch.export.register_dataclass(Summary)  # else FSDP2 of torch 2.11 misses the tensors inside and drops gradients
+
+
+class ClassTokenSummary(nn.Module):
+    """The class token of a backbone that has one (DINO, iBOT). Of neighbors it can only take the mean."""
+
+    kind = "cls"
+
+    def forward(self, tokens: Tokens, neighbors: NeighborRule | None = None) -> Summary:
+        if tokens.cls is None:
+            raise ValueError(
+                "ClassTokenSummary: the backbone must have a class token, got tokens without one; "
+                "build it with class_token=True or use ClassAttentionSummary."
+            )
+        return Summary(tokens.cls, tokens.patches, _mean_if_asked(self, tokens, tokens.patches, neighbors))
+
+
+class MeanSummary(nn.Module):
+    """The mean of the patches. With `dim`, a LayerNorm of its own comes first, for backbones without a final norm."""
+
+    kind = "mean"
+
+    def __init__(self, dim: int | None = None) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if dim is None else nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, tokens: Tokens, neighbors: NeighborRule | None = None) -> Summary:
+        patches = self.norm(tokens.patches)
+        return Summary(patches.mean(dim=1), patches, _mean_if_asked(self, tokens, patches, neighbors))
+
+
+class ClassAttentionSummary(nn.Module):
+    """SelfPatch's aggregation head: a learned token reads the patches through class-attention blocks.
+
+    The summary has read all patches; with a `NeighborRule`, a twin of the token per patch has read that patch's
+    selected neighbors, through the same weights. One LayerNorm ends summary, patches and aggregates alike. The
+    patches themselves are never updated. No LayerScale, as released (whatever the released class name says).
+    """
+
+    kind = "class_attention"
+
+    def __init__(self, dim: int, heads: int, depth: int = 2, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(
+                f"ClassAttentionSummary: depth must be at least 1, got {depth}; the released head has 2 blocks."
+            )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.blocks = nn.ModuleList(ClassAttentionBlock(dim, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def forward(self, tokens: Tokens, neighbors: NeighborRule | None = None) -> Summary:
+        if tokens.cls is not None:
+            raise ValueError(
+                "ClassAttentionSummary: the backbone must leave its patches as the raw residual stream, "
+                "got tokens with a class token; build it with class_token=False or use ClassTokenSummary."
+            )
+        if neighbors is not None and neighbors.pool not in POOLS:
+            raise ValueError(f"ClassAttentionSummary: pool must be one of {POOLS}, got {neighbors.pool!r}.")
+        x = tokens.patches
+        index = None if neighbors is None else select_neighbors(tokens, neighbors)
+        attend = neighbors is not None and neighbors.pool == "class_attention"
+        summary, aggregated = self.cls_token, self.cls_token if attend else None
+        for block in self.blocks:
+            summary, aggregated = block(x, summary, aggregated, index)
+        patches = self.norm(x)
+        if attend:
+            aggregated = self.norm(aggregated)
+        elif index is not None:
+            aggregated = mean_of_neighbors(patches, index)
+        return Summary(self.norm(summary.squeeze(1)), patches, aggregated)
+
+
+class ClassAttentionBlock(nn.Module):
+    """A pre-norm block in which only a state attends: to itself and to patches, all of them or a chosen few.
+
+    The patches are normalised and projected to keys and values once, however many states read them.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"ClassAttentionBlock: heads must divide dim, got {heads} and {dim}; change one of them.")
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.apply(start_linear)
+
+    def forward(
+        self, patches: Tensor, summary: Tensor, aggregated: Tensor | None = None, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The summary [M, 1, D] reads all patches [M, N, D]; aggregated [M, N, D], if any, those of index [M, N, k].
+
+        Either state may be a single [1, 1, D] that stands for all.
+        """
+        x = self.norm1(patches)
+        k, v = self._split(self.k(x)), self._split(self.v(x))
+        summary = self._update(summary, k, v, None)
+        if aggregated is not None:
+            aggregated = self._update(aggregated, k, v, index)
+        return summary, aggregated
+
+    def _update(self, state: Tensor, k: Tensor, v: Tensor, index: Tensor | None) -> Tensor:
+        x = self.norm1(state)
+        q, k_self, v_self = (self._split(project(x)) for project in (self.q, self.k, self.v))
+        attended = class_attention_reference(q, k_self, v_self, k, v, index)
+        state = state + self.proj(attended.flatten(2))
+        return state + self.mlp(self.norm2(state))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., heads, D / heads]."""
+        return x.unflatten(-1, (self.heads, -1))
+
+
+def class_attention_reference(
+    q: Tensor, k_self: Tensor, v_self: Tensor, k_patches: Tensor, v_patches: Tensor, index: Tensor | None
+) -> Tensor:
+    """Q states attend, each to itself and to patches: those of index [M, Q, k] (-1: none there), or all if it is None.
+
+    q, k_self, v_self [M or 1, Q or 1, H, E]; k_patches, v_patches [M, N, H, E]; returns [M, Q, H, E].
+    """
+    images, states = (len(k_patches), q.shape[1]) if index is None else index.shape[:2]
+    q, k_self, v_self = (x.expand(images, states, -1, -1) for x in (q, k_self, v_self))
+    read = "mnhe"
+    if index is not None:
+        read = "mqnhe"
+        k_patches, v_patches = gather_patches(k_patches, index), gather_patches(v_patches, index)
+    score_self = (q * k_self).sum(dim=-1, keepdim=True)
+    scores = torch.einsum(f"mqhe,{read}->mqhn", q, k_patches)
+    if index is not None:
+        scores = scores.masked_fill((index < 0)[:, :, None], float("-inf"))
+    scores = torch.cat([score_self.to(scores.dtype), scores], dim=-1) * q.shape[-1] ** -0.5
+    weights = scores.softmax(dim=-1).to(v_patches.dtype)
+    others = torch.einsum(f"mqhn,{read}->mqhe", weights[..., 1:], v_patches)
+    return weights[..., :1] * v_self + others
+
+
+def gather_patches(x: Tensor, index: Tensor) -> Tensor:
+    """x [M, N, ...] at index [M, Q, k] -> [M, Q, k, ...]; where the index is -1, some row that must not be used."""
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    rows = image * x.shape[1] + index.clamp(min=0)
+    return x.flatten(0, 1)[rows]
+
+
+def select_neighbors(tokens: Tokens, rule: NeighborRule) -> Tensor:
+    """Each patch's k most similar candidates by cosine of the patches as the backbone left them, int32 [M, N, k]."""
+    return neighbor_topk(tokens.patches.detach(), tokens.grid, rule.k, radius=rule.radius, border=rule.border)
+
+
+def mean_of_neighbors(patches: Tensor, index: Tensor) -> Tensor:
+    """The mean of the selected normalised patches, [M, N, D]: nothing learned, missing neighbors (-1) left out."""
+    exists = (index >= 0)[..., None].to(patches.dtype)
+    return (gather_patches(patches, index) * exists).sum(dim=2) / exists.sum(dim=2)
+
+
+def _mean_if_asked(head: nn.Module, tokens: Tokens, patches: Tensor, rule: NeighborRule | None) -> Tensor | None:
+    if rule is None:
+        return None
+    if rule.pool != "mean":
+        raise ValueError(
+            f"{type(head).__name__}: neighbors can be pooled by 'mean' only, got pool={rule.pool!r}; "
+            "'class_attention' needs ClassAttentionSummary."
+        )
+    return mean_of_neighbors(patches, select_neighbors(tokens, rule))

@@ -1,0 +1,116 @@
+"""DINO: what the student makes of one view of an image learns from what the teacher makes of its other views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..heads.projection import ProjectionHead
+from ..heads.prototypes import Prototypes
+from ..records import Clock, Features, Side, SoftTarget, Views
+from .interface import Needs, Objective
+from .targets import TeacherTemperature, build_target
+
+
+@dataclass(frozen=True, slots=True)
+class DinoOptions:
+    """The defaults are those of the released code.
+
+    teacher_temperature and its warm-up: flat 0.04 as the code defaults; the paper and the 300-epoch command take
+        0.04 to 0.07 in 30 epochs. warmup_by: "epoch" as released, or "step" for the same line in small steps.
+    train_norm: train the prototypes' lengths. False as released (norm_last_layer=True); True is advised for ViT-S.
+    target: "centering" as released, or "sinkhorn".
+    center_over: whose teacher rows the center averages (or Sinkhorn balances): "global" crops, as DINO does, or "all"
+        crops, as the released SelfPatch does, whose teacher sees the local crops anyway; its paper says only "as DINO".
+    """
+
+    prototypes: int = 65536
+    bottleneck: int = 256
+    hidden: int = 2048
+    layers: int = 3
+    train_norm: bool = False
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    warmup_teacher_temperature: float = 0.04
+    warmup_epochs: int = 0
+    warmup_by: str = "epoch"
+    target: str = "centering"
+    center_momentum: float = 0.9
+    center_over: str = "global"
+
+    def __post_init__(self) -> None:
+        check_choice("DinoOptions.center_over", self.center_over, ("global", "all"))
+
+
+class Dino(Objective):
+    """The term "dino/cls": every teacher view of a global crop teaches every student view but the same crop's."""
+
+    name = "dino"
+
+    def __init__(self, options: DinoOptions | None = None) -> None:
+        super().__init__()
+        self.options = o = options or DinoOptions()
+        self.temperature = TeacherTemperature(
+            o.warmup_teacher_temperature, o.teacher_temperature, o.warmup_epochs, o.warmup_by
+        )
+        self.target = build_target(o.target, o.prototypes, o.bottleneck, o.center_momentum)
+
+    def needs(self) -> Needs:
+        return Needs(teacher_sees_local=self.options.center_over == "all")
+
+    def head(self, width: int) -> nn.Module:
+        o = self.options
+        prototypes = Prototypes(o.bottleneck, o.prototypes, o.train_norm)
+        return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes)
+
+    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
+        check_heads(self.name, student, teacher)
+        target = self.teach(teacher, self.temperature.at(clock), has_local=student.local_crops is not None)
+        z = student.head(torch.cat([crops.summary for crops in student.crop_sizes()]))
+        pairs = other_views(len(target.z), z)
+        return {"dino/cls": student.head.prototypes(z, target, self.options.student_temperature, pairs)}
+
+    @torch.no_grad()
+    def teach(self, teacher: Side, temperature: float, has_local: bool) -> SoftTarget:
+        """The targets of the global crops; with center_over="all" the local crops enter the statistics."""
+        sizes = [teacher.global_crops]
+        if self.options.center_over == "all" and has_local:
+            sizes.append(local_crops_of(teacher, "teacher", "dino: center_over='all'", "set it to 'global'"))
+        z = teacher.head(torch.cat([crops.summary for crops in sizes]))
+        directions = teacher.head.prototypes.directions()
+        bias = self.target(z.flatten(0, 1), directions, temperature)
+        return SoftTarget(z[: len(teacher.global_crops.summary)], directions, temperature, bias)
+
+    def after_step(self, clock: Clock) -> None:
+        self.target.after_step()
+
+
+def other_views(teacher_views: int, z_SRD: Tensor) -> Tensor:
+    """[T, S] equal weights that sum to 1, and 0 for a view with itself; the student's first T views are the same."""
+    pairs = teacher_views * (len(z_SRD) - 1)
+    if pairs < 1:
+        raise ValueError("A view needs another view to learn from; got one crop per image; use two global crops.")
+    return z_SRD.new_full((teacher_views, len(z_SRD)), 1 / pairs).fill_diagonal_(0)
+
+
+def check_heads(name: str, *sides: Side) -> None:
+    """Both branches must carry the objective's head."""
+    for side, branch in zip(sides, ("student", "teacher"), strict=True):
+        if side.head is None:
+            raise ValueError(
+                f"{name}: its head must be in both branches; got none in the {branch}; build it with head(width)."
+            )
+
+
+def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what} is one of {choices}; got {value!r}; the first is the default.")
+
+
+def local_crops_of(side: Side, branch: str, asked_by: str, remedy: str) -> Features:
+    """A branch's local crops, which an option asked for."""
+    if side.local_crops is None:
+        raise ValueError(f"{asked_by} needs local crops in the {branch}; got none; feed them to it, or {remedy}.")
+    return side.local_crops

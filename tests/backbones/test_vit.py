@@ -1,0 +1,245 @@
+"""The vision transformer: shapes, positions, masks, layers, stochastic depth, timm's names and the start."""
+
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from patchlight.backbones.vit import VisionTransformer, resize_table
+
+
+def small_vit(**options) -> VisionTransformer:
+    return VisionTransformer(**{"width": 24, "depth": 3, "heads": 2, "patch_size": 8, "image_size": 32, **options})
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 40), (8, 8)])
+def test_any_image_size(height, width, class_token):
+    vit = small_vit(class_token=class_token)
+    tokens = vit(torch.randn(2, 3, height, width), layers=(0, -1))
+    rows, columns = tokens.grid
+    assert (rows * 8, columns * 8) == (height, width)
+    assert tokens.patches.shape == (2, rows * columns, 24)
+    assert [layer.shape for layer in tokens.layers] == [(2, rows * columns + class_token, 24)] * 2
+    if class_token:
+        assert tokens.cls.shape == (2, 24)
+    else:
+        assert tokens.cls is None
+
+
+def test_rows_and_columns_are_not_swapped():
+    """A patch's embedding depends on its own pixels and position only, so one bright patch moves one row."""
+    vit = small_vit(class_token=False)
+    dark = torch.zeros(1, 3, 16, 40)
+    bright = dark.clone()
+    bright[:, :, 8:16, 24:32] = 1  # row 1, column 3
+    moved = (vit.embed(bright) - vit.embed(dark)).abs().sum(-1)[0] > 0
+    assert moved.nonzero().tolist() == [[1 * 5 + 3]]
+
+
+def test_images_do_not_mix():
+    vit = small_vit()
+    pixels = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(vit(pixels[1:2]).patches, vit(pixels).patches[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_state_dict_is_timm_and_so_are_the_features():
+    vit = VisionTransformer(width=192, depth=12, heads=3)
+    state = vit.state_dict()
+    assert state.pop("mask_token").shape == (1, 192)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    theirs.load_state_dict(state, strict=True)
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        tokens = vit(pixels)
+        torch.testing.assert_close(tokens.cls, theirs(pixels), rtol=0, atol=1e-5)
+        torch.testing.assert_close(tokens.patches, theirs.forward_features(pixels)[:, 1:], rtol=0, atol=1e-5)
+
+
+def test_masked_patches_are_not_seen():
+    vit = small_vit()
+    torch.nn.init.normal_(vit.mask_token)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, [0, 5]] = True
+    pixels = torch.randn(2, 3, 32, 32, requires_grad=True)
+    masked, plain = vit(pixels, mask), vit(pixels)
+    assert not torch.allclose(masked.patches[0], plain.patches[0], atol=1e-3)
+    torch.testing.assert_close(masked.patches[1], plain.patches[1])
+    masked.patches.square().sum().backward()
+    hidden = mask.view(2, 4, 4).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(pixels)
+    assert (pixels.grad[hidden] == 0).all()
+    assert (pixels.grad[~hidden] != 0).float().mean() > 0.99
+    assert vit.mask_token.grad.abs().min() > 0
+
+
+def test_a_full_mask_leaves_positions():
+    vit = small_vit(class_token=False)
+    everything = torch.ones(1, 16, dtype=torch.bool)
+    embedded = vit.embed(torch.randn(1, 3, 32, 32), everything)
+    torch.testing.assert_close(embedded, vit.pos_embed)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_intermediate_layers(class_token):
+    vit = small_vit(class_token=class_token)
+    pixels = torch.randn(2, 3, 32, 32)
+    tokens = vit(pixels, layers=(2, 0, -2))
+    x, by_hand = vit.embed(pixels), []
+    for block in vit.blocks:
+        x = block(x)
+        by_hand.append(vit.norm(x) if class_token else x)
+    for got, number in zip(tokens.layers, (2, 0, 1), strict=True):
+        assert torch.equal(got, by_hand[number])
+    assert torch.equal(tokens.layers[0][:, int(class_token) :], tokens.patches)
+
+
+def test_attention_map_is_what_the_block_attends():
+    vit = small_vit(depth=2)
+    pixels = torch.randn(2, 3, 16, 24)
+    attention = vit.attention_map(pixels)
+    assert attention.shape == (2, 2, 7, 7)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 2, 7))
+    block = vit.blocks[1]
+    x = block.norm1(vit.blocks[0](vit.embed(pixels)))
+    values = block.attn.qkv(x)[..., 48:].unflatten(-1, (2, 12)).transpose(1, 2)
+    torch.testing.assert_close(block.attn.proj((attention @ values).transpose(1, 2).flatten(2)), block.attn(x))
+
+
+def test_attention_is_fused():
+    assert all(block.attn.fused_attn for block in small_vit().blocks)
+
+
+def test_the_fitting_table_is_used_as_it_is():
+    vit = small_vit()
+    assert vit.positions((4, 4)) is vit.pos_embed
+
+
+@pytest.mark.parametrize("resize", ["released", "size"])
+def test_resized_positions_keep_the_class_row(resize):
+    vit = small_vit(position_resize=resize)
+    resized = vit.positions((2, 5))
+    assert resized.shape == (1, 11, 24)
+    assert torch.equal(resized[:, 0], vit.pos_embed[:, 0])
+
+
+def test_the_two_resizes_differ_as_stated():
+    table = torch.randn(1, 16, 4)
+    image = table.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    plain = F.interpolate(image, size=(6, 3), mode="bicubic").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(resize_table(table, (4, 4), (6, 3), "size"), plain)
+    assert (resize_table(table, (4, 4), (6, 3), "released") - plain).abs().max() > 1e-3
+
+
+def test_released_resize_samples_where_it_says():
+    """Rows are read at (i + 0.5) * 7 / 5.1 - 0.5 by the cubic kernel with A = -0.75, borders repeated."""
+    column = torch.randn(7, dtype=torch.float64)
+    resized = resize_table(column.repeat_interleave(7).view(1, 49, 1), (7, 7), (5, 7), "released").view(5, 7)
+    for i in range(5):
+        at = (i + 0.5) * 7 / 5.1 - 0.5
+        taps = range(math.floor(at) - 1, math.floor(at) + 3)
+        expected = sum(cubic(abs(at - tap)) * column[min(max(tap, 0), 6)] for tap in taps)
+        # Columns repeat one value, so sampling along them changes nothing.
+        torch.testing.assert_close(resized[i], expected.expand(7))
+
+
+def cubic(x: float, a: float = -0.75) -> float:
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4)
+
+
+def test_released_resize_has_the_grid_it_was_asked_for():
+    """The size is floor(table * (target + 0.1) / table): no rounding may lose a row."""
+    for table in (4, 14, 28, 37):
+        for target in range(1, 65):
+            assert (
+                resize_table(torch.zeros(1, table * table, 1), (table, table), (target, 1), "released").shape[1]
+                == target
+            )
+
+
+def test_drop_path_rates_grow_linearly_and_the_teacher_has_none():
+    rates = [getattr(block.drop_path1, "rate", 0.0) for block in small_vit(depth=5, drop_path=0.2).blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert not any(hasattr(block.drop_path1, "rate") for block in small_vit().blocks)
+
+
+def test_drop_path_statistics():
+    drop = small_vit(drop_path=0.25).blocks[-1].drop_path1
+    kept = drop(torch.ones(20000, 2, 3))
+    assert torch.equal(kept, kept[:, :1, :1].expand_as(kept))  # per sample
+    values = kept[:, 0, 0].unique()
+    torch.testing.assert_close(values, torch.tensor([0.0, 1 / 0.75]))
+    assert (kept[:, 0, 0] == 0).float().mean() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 20000) ** 0.5)
+
+
+def test_drop_path_rests_in_eval_and_moves_in_training():
+    vit = small_vit(drop_path=0.5)
+    pixels = torch.randn(8, 3, 32, 32)
+    assert not torch.equal(vit(pixels).patches, vit(pixels).patches)
+    vit.eval()
+    assert torch.equal(vit(pixels).patches, vit(pixels).patches)
+
+
+def test_the_released_start():
+    vit = VisionTransformer(width=192, depth=2, heads=3)
+    assert (vit.mask_token == 0).all()
+    for tensor in (vit.pos_embed, vit.cls_token, vit.blocks[1].mlp.fc2.weight, vit.blocks[0].attn.qkv.weight):
+        assert tensor.std().item() == pytest.approx(0.02, rel=0.2)
+    assert all((layer.bias == 0).all() for layer in vit.modules() if isinstance(layer, torch.nn.Linear))
+    bound = (3 * 16 * 16) ** -0.5  # the library's default for the convolution
+    assert 0.95 * bound < vit.patch_embed.proj.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_compiles_whole_and_agrees(class_token):
+    vit = small_vit(class_token=class_token, depth=2)
+    pixels, mask = torch.randn(2, 3, 16, 24), torch.rand(2, 6) < 0.5
+    compiled = torch.compile(vit, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels, mask).patches, vit(pixels, mask).patches)
+
+
+def test_the_residual_stream_is_contiguous():
+    """Strides left over from the convolution would make every LayerNorm copy its input."""
+    for class_token in (True, False):
+        assert small_vit(class_token=class_token).embed(torch.randn(2, 3, 16, 24)).is_contiguous()
+
+
+def test_autocast_keeps_the_residual_stream_in_fp32():
+    vit = small_vit()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = vit(pixels, torch.rand(2, 16) < 0.5)
+        assert vit.embed(pixels).dtype == torch.float32
+    assert tokens.patches.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda vit: vit(torch.zeros(1, 3, 30, 32)), "multiples of the patch size 8, got 30x32"),
+        (lambda vit: vit(torch.zeros(1, 3, 0, 32)), "multiples of the patch size 8, got 0x32"),
+        (lambda vit: vit(torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, 4, dtype=torch.bool)), r"shape \(1, 16\)"),
+        (lambda vit: vit(torch.zeros(1, 3, 32, 32), torch.zeros(1, 16)), "must be bool"),
+        (lambda vit: vit(torch.zeros(1, 3, 32, 32), layers=(3,)), "there are 3 blocks"),
+    ],
+)
+def test_errors_say_what_to_do(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(small_vit())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 5}, "heads must divide width, got 5 and 24"),
+        ({"drop_path": 1.0}, r"must lie in \[0, 1\), got 1.0"),
+        ({"position_resize": "bilinear"}, "got 'bilinear'"),
+        ({"image_size": 30}, "multiples of the patch size 8, got 30x30"),
+    ],
+)
+def test_errors_at_build(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_vit(**options)
