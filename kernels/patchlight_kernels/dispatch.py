@@ -22,7 +22,10 @@ _forced: dict[str, str] = {}  # op name or "*" -> implementation name; process-w
 
 @dataclass(frozen=True, slots=True)
 class Impl:
-    """One way to compute an op. `unsupported` sees the forward's raw arguments: None, or the reason in words."""
+    """One way to compute an op. `unsupported` sees the forward's raw arguments: None, or the reason in words.
+
+    `bwd` is chosen by the same arguments as `fwd`, so one implementation serves both directions.
+    """
 
     name: str
     fwd: Callable
@@ -52,6 +55,11 @@ class Op:
         _library.impl(qualified, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"patchlight::{qualified}", fake, lib=_library)
         return getattr(torch.ops.patchlight, qualified).default
+
+    def differentiate(self, setup_context: Callable, backward: Callable) -> None:
+        """Gives `patchlight::<name>_fwd` its gradient; `backward` should call the op's `_bwd`, so that it is one node too."""
+        qualified = f"patchlight::{self.name}_fwd"
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
 
     def ladder(self, *raw) -> list[tuple[Impl, str | None]]:
         """Every implementation with the reason that keeps it from running here, or None."""

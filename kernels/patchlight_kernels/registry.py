@@ -33,6 +33,7 @@ class OpSpec:
     `inputs(case, dtype, device)` gives the public function's keyword arguments from a fixed seed.
     `observe(arguments, output)` gives the tensors that are compared between implementations, in float64: for an op that
     chooses, what its choice is worth, as two right answers may differ in a tie.
+    `differentiable` names the arguments whose gradients are compared too.
     `min_bytes(case, dtype)` and `flops(case)` are the least an implementation must move and compute.
     """
 
@@ -44,7 +45,7 @@ class OpSpec:
     observe: Callable[[dict[str, Any], Any], dict[str, Tensor]]
     min_bytes: Callable[[Case, torch.dtype], int]
     flops: Callable[[Case], int]
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    differentiable: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from parity import assert_as_exact_as_pytorch, every_runner, reason_against, running
+from parity import assert_as_exact_as_pytorch, every_runner, outcome, reason_against, running, tensors, widened
 
-from patchlight_kernels import registry
+from patchlight_kernels import force, registry
 
 SPECS = registry.specs()
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case}") for spec in SPECS for case in spec.tests]
@@ -18,14 +20,14 @@ every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
 def compute(spec, device, name, arguments):
-    """The op's output, or None after checking that an implementation that cannot take the arguments says so."""
+    """What the op makes of the arguments, or None after checking that an implementation that cannot take them says so."""
     with running(device, name):
         if reason := reason_against(spec, name, arguments):
             with pytest.raises(RuntimeError, match="is forced but cannot run"):
                 spec.public(**arguments)
             assert len(reason) > 10, "a reason must be a sentence"
             return None
-        return spec.public(**arguments)
+        return outcome(spec, arguments)
 
 
 @every_runner
@@ -33,9 +35,9 @@ def compute(spec, device, name, arguments):
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_is_as_exact_as_pytorch(spec, case, dtype, device, name):
     arguments = spec.inputs(case, dtype, device)
-    output = compute(spec, device, name, arguments)
-    if output is not None:
-        assert_as_exact_as_pytorch(spec, arguments, output, f"{name} on {device}")
+    mine = compute(spec, device, name, arguments)
+    if mine is not None:
+        assert_as_exact_as_pytorch(spec, arguments, mine, f"{name} on {device}")
 
 
 @every_runner
@@ -49,9 +51,9 @@ def test_repeats_bit_for_bit_and_writes_everything(spec, device, name):
         first, second = (compute(spec, device, name, arguments) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-        assert torch.isfinite(a.float()).all()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+        assert torch.isfinite(value).all(), key
 
 
 @every_runner
@@ -61,19 +63,19 @@ def test_takes_any_layout(spec, layout, device, name):
     arguments = spec.inputs(spec.tests[1], torch.bfloat16, device)
     changed = dict(arguments)
     for key, value in arguments.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 3:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
             continue
         if layout == "behind a class token":
             changed[key] = torch.cat([torch.full_like(value[:, :1], torch.nan), value], dim=1)[:, 1:]
         elif layout == "transposed":
-            changed[key] = value.transpose(1, 2).contiguous().transpose(1, 2)
+            changed[key] = value.transpose(-2, -1).contiguous().transpose(-2, -1)
         elif layout == "offset by one value":
             changed[key] = torch.cat([value.new_zeros(1), value.flatten()])[1:].view(value.shape)
         else:
             changed[key] = value.clone().requires_grad_()
         assert torch.equal(changed[key], value)
-    output = compute(spec, device, name, changed)
-    assert_as_exact_as_pytorch(spec, arguments, output, f"{layout}, {name} on {device}")
+    mine = compute(spec, device, name, changed)
+    assert_as_exact_as_pytorch(spec, arguments, mine, f"{layout}, {name} on {device}")
 
 
 @every_spec
@@ -82,31 +84,47 @@ def test_is_one_node_of_a_full_graph(spec):
     nodes = []
 
     def backend(graph, _):
-        nodes.extend(
-            node for node in graph.graph.nodes if node.op == "call_function" and "patchlight" in str(node.target)
-        )
+        nodes.extend(n for n in graph.graph.nodes if n.op == "call_function" and "patchlight" in str(n.target))
         return graph.forward
 
     compiled = torch.compile(lambda **kw: spec.public(**kw), fullgraph=True, backend=backend)
-    for mine, eager in zip(compiled(**arguments), spec.public(**arguments), strict=True):
+    for mine, eager in zip(tensors(compiled(**arguments)), tensors(spec.public(**arguments)), strict=True):
         assert torch.equal(mine, eager)
     assert len(nodes) == 1
 
 
 @every_spec
 def test_compiles_with_inductor_and_changing_sizes(spec):
-    compiled = torch.compile(lambda **kw: spec.public(**kw), fullgraph=True, dynamic=True)
+    """Forward and, where there is one, backward."""
+    compiled = replace(spec, public=torch.compile(lambda **kw: spec.public(**kw), fullgraph=True, dynamic=True))
     for case in spec.tests[1:3]:
         arguments = spec.inputs(case, torch.float32, "cpu")
-        for mine, eager in zip(compiled(**arguments), spec.public(**arguments), strict=True):
-            assert torch.equal(mine, eager)
+        eager = outcome(spec, arguments)
+        for key, value in outcome(compiled, arguments).items():
+            assert torch.equal(value, eager[key]), key
 
 
 @every_spec
 def test_opcheck(spec):
     arguments = spec.inputs(spec.tests[1], torch.float32, "cpu")
     op = getattr(torch.ops.patchlight, f"{spec.name}_fwd").default
+    for key in spec.differentiable:
+        arguments[key].requires_grad_()
     torch.library.opcheck(op, spec.op.bind(**arguments))
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.differentiable], ids=lambda spec: spec.name)
+def test_reference_gradient_is_the_derivative(spec):
+    """Finite differences in float64 on the smallest case."""
+    arguments = widened(spec.inputs(spec.tests[0], torch.float32, "cpu"))
+    leaves = [arguments[key].requires_grad_() for key in spec.differentiable]
+
+    def function(*values):
+        output = tensors(spec.public(**{**arguments, **dict(zip(spec.differentiable, values, strict=True))}))
+        return tuple(part for part in output if part.requires_grad)
+
+    with force("reference"):
+        torch.autograd.gradcheck(function, leaves)
 
 
 @every_spec
@@ -114,7 +132,7 @@ def test_autocast_leaves_the_input_dtype_alone(spec):
     arguments = spec.inputs(spec.tests[1], torch.float32, "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         inside = spec.public(**arguments)
-    for a, b in zip(inside, spec.public(**arguments), strict=True):
+    for a, b in zip(tensors(inside), tensors(spec.public(**arguments)), strict=True):
         assert torch.equal(a, b)
 
 
