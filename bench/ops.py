@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ COLUMNS = (
     "case",
     "dtype",
     "device",
+    "mode",
     "provider",
     "status",
     "median_ms",
@@ -101,58 +103,87 @@ def copies(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> list[di
 
 
 def one_case(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, seconds: float) -> list[dict]:
+    """The rows of one case: forward, and forward with backward where there is one."""
     inputs = copies(spec, case, dtype, device)
+    chosen, rows = providers(spec, inputs[0]), []
+    for mode in ("fwd", "fwd+bwd") if spec.differentiable else ("fwd",):
+        base = provenance_of(spec, case, dtype, device, mode)
+        found, calls = {}, {}
+        for name, call in chosen.items():
+            found[name] = base | {"provider": name} | judged(spec, call, inputs[0])
+            if found[name]["status"] != "ok":
+                continue
+            calls[name] = [functools.partial(measured(spec, mode), call, arguments) for arguments in inputs]
+            extra = peak_extra_bytes(calls[name][0], device)
+            found[name]["peak_extra_mb"] = "" if extra is None else extra / 1e6
+        for name, timing in interleaved(calls, device, seconds).items():
+            found[name] |= {
+                "median_ms": timing.median,
+                "p20_ms": timing.p20,
+                "p80_ms": timing.p80,
+                "rounds": timing.rounds,
+                "percent_of_floor": 100 * base["floor_ms"] / timing.median,
+                "gb_per_s": spec.min_bytes(case, dtype) / timing.median / 1e6,
+                "tflop_per_s": spec.flops(case) / timing.median / 1e9,
+            }
+        rows += found.values()
+    return rows
+
+
+def provenance_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, mode: str) -> dict:
+    """What all rows of a case share. A backward reads and computes twice what its forward does."""
     top = ceiling(device, dtype)
-    floor_ms = max(spec.min_bytes(case, dtype) / top.bandwidth, spec.flops(case) / top.flops) * 1e3
-    base = {
+    passes = 3 if mode == "fwd+bwd" else 1
+    floor = passes * max(spec.min_bytes(case, dtype) / top.bandwidth, spec.flops(case) / top.flops)
+    return {
         "op": spec.name,
         "case": str(case),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
-        "floor_ms": floor_ms,
+        "mode": mode,
+        "floor_ms": floor * 1e3,
         **provenance(device).columns(),
     }
-    exact = exact_observation(spec, inputs[0])
-    rows, calls = {}, {}
-    for name, call in providers(spec, inputs[0]).items():
-        row = {**base, "provider": name}
-        try:
-            row["error"] = error(spec, inputs[0], call(**inputs[0]), exact)
-        except (NotImplementedError, torch.OutOfMemoryError, RuntimeError) as problem:
-            rows[name] = row | {"status": f"cannot run: {str(problem).splitlines()[0][:80]}"}
-            continue
-        if not row["error"] <= GATE:
-            rows[name] = row | {"status": "wrong result, not timed"}
-            continue
-        rows[name] = row | {"status": "ok"}
-        calls[name] = [functools.partial(call, **arguments) for arguments in inputs]
-        extra = peak_extra_bytes(calls[name][0], device)
-        rows[name]["peak_extra_mb"] = "" if extra is None else extra / 1e6
-    for name, timing in interleaved(calls, device, seconds).items():
-        rows[name] |= {
-            "median_ms": timing.median, "p20_ms": timing.p20, "p80_ms": timing.p80, "rounds": timing.rounds,
-            "percent_of_floor": 100 * floor_ms / timing.median,
-            "gb_per_s": spec.min_bytes(case, dtype) / timing.median / 1e6,
-            "tflop_per_s": spec.flops(case) / timing.median / 1e9,
-        }  # fmt: skip
-    return list(rows.values())
 
 
-def exact_observation(spec: OpSpec, arguments: dict) -> dict:
-    """The reference in float64 on the CPU, which no GPU memory limits; 16 images are enough to judge."""
+def measured(spec: OpSpec, mode: str) -> Callable:
+    """What is timed: the call, or the call and the gradients of everything differentiable."""
+
+    def forward(call: Callable, arguments: dict) -> None:
+        with torch.no_grad():
+            call(**arguments)
+
+    def both(call: Callable, arguments: dict) -> None:
+        leaves = {key: arguments[key].detach().requires_grad_() for key in spec.differentiable}
+        output = call(**{**arguments, **leaves})
+        parts = [p for p in (output if isinstance(output, tuple) else (output,)) if p.requires_grad]
+        torch.autograd.grad(parts, list(leaves.values()), [torch.ones_like(p) for p in parts])
+
+    return forward if mode == "fwd" else both
+
+
+def judged(spec: OpSpec, call: Callable, arguments: dict) -> dict:
+    """Whether a provider may be timed: its error against float64, or why it cannot run."""
+    try:
+        with torch.no_grad():
+            found = error(spec, arguments, call(**arguments))
+    except (NotImplementedError, torch.OutOfMemoryError, RuntimeError) as problem:
+        return {"status": f"cannot run: {str(problem).splitlines()[0][:80]}"}
+    return {"error": found, "status": "ok" if found <= GATE else "wrong result, not timed"}
+
+
+def error(spec: OpSpec, arguments: dict, output) -> float:
+    """The largest deviation of what the op's spec observes from the reference in float64 on the CPU."""
+    arguments, output = spec.sample(arguments, output)
+    on_cpu = lambda value: value.cpu() if isinstance(value, torch.Tensor) else value
+    wide = lambda value: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    arguments = {key: on_cpu(value) for key, value in arguments.items()}
+    output = tuple(map(on_cpu, output)) if isinstance(output, tuple) else on_cpu(output)
+    exact_arguments = {key: wide(value) for key, value in arguments.items()}
     with force("reference"):
-        small = {
-            key: value[:16].double().cpu() if isinstance(value, torch.Tensor) else value
-            for key, value in arguments.items()
-        }
-        return spec.observe(small, spec.public(**small))
-
-
-def error(spec: OpSpec, arguments: dict, output, exact: dict) -> float:
-    """The largest deviation of what the op's spec observes, over the first 16 images."""
-    small = {key: value[:16].cpu() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
-    mine = spec.observe(small, tuple(part[:16].cpu() for part in output))
-    return max((mine[key] - exact[key]).abs().max().item() for key in exact)
+        exact = spec.observe(exact_arguments, spec.public(**exact_arguments))
+    mine = spec.observe(arguments, output)
+    return max((mine[key] - exact[key]).abs().max().item() / max(1.0, exact[key].abs().max().item()) for key in exact)
 
 
 def write(rows: list[dict], out: Path) -> None:
@@ -168,8 +199,8 @@ def write(rows: list[dict], out: Path) -> None:
 def show(rows: list[dict]) -> None:
     """One table per case: time, ratio to the official mathematics, share of the floor, memory."""
     console = Console(width=max(120, Console().width))
-    for case in dict.fromkeys((row["op"], row["case"], row["dtype"]) for row in rows):
-        chosen = [row for row in rows if (row["op"], row["case"], row["dtype"]) == case]
+    for case in dict.fromkeys((row["op"], row["case"], row["dtype"], row["mode"]) for row in rows):
+        chosen = [row for row in rows if (row["op"], row["case"], row["dtype"], row["mode"]) == case]
         timed = [row for row in chosen if row["status"] == "ok"]
         first = timed[0] if timed else chosen[0]
         title = f"{' '.join(case)} on {first['hardware']}, {first['threads']} threads"

@@ -23,7 +23,7 @@ def draw(rows: Path = Path("bench/out/ops.csv"), out: Path = Path("bench/out")) 
     out.mkdir(parents=True, exist_ok=True)
     by_op: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in timed:
-        by_op[row["op"]][f"{row['case']} {row['dtype']}"].append(row)
+        by_op[row["op"]][f"{row['case']} {row['dtype']} {row['mode']}"].append(row)
     for op, cases in by_op.items():
         path = out / f"{op}.png"
         picture(op, cases, path)

@@ -34,6 +34,7 @@ class OpSpec:
     `observe(arguments, output)` gives the tensors that are compared between implementations, in float64: for an op that
     chooses, what its choice is worth, as two right answers may differ in a tie.
     `differentiable` names the arguments whose gradients are compared too.
+    `sample(arguments, output)` cuts both to a part that float64 on a CPU can check, for large cases.
     `min_bytes(case, dtype)` and `flops(case)` are the least an implementation must move and compute.
     """
 
@@ -46,6 +47,7 @@ class OpSpec:
     min_bytes: Callable[[Case, torch.dtype], int]
     flops: Callable[[Case], int]
     differentiable: tuple[str, ...] = ()
+    sample: Callable[[dict[str, Any], Any], tuple[dict[str, Any], Any]] = lambda arguments, output: (arguments, output)
 
     @property
     def name(self) -> str:
