@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from . import ops, report
+from . import ops, report, step
 
 OUT = Path("bench/out")
 
@@ -34,7 +34,9 @@ def measure_ops(
 
 def main() -> None:
     tyro.extras.subcommand_cli_from_dict(
-        {"ops": measure_ops, "report": report.draw}, prog="python -m bench", args=sys.argv[1:]
+        {"ops": measure_ops, "step": step.measure_step, "report": report.draw},
+        prog="python -m bench",
+        args=sys.argv[1:],
     )
 
 

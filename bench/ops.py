@@ -211,9 +211,10 @@ def show(rows: list[dict]) -> None:
                 table.add_row(row["provider"], "-", "", "", "", "", row["status"])
                 continue
             memory = row["peak_extra_mb"]
+            share = f"{row['percent_of_floor']:.0f} %" if "percent_of_floor" in row else ""
             table.add_row(
                 row["provider"], f"{row['median_ms']:.4g}", f"{row['p20_ms']:.4g} - {row['p80_ms']:.4g}",
-                f"{first['median_ms'] / row['median_ms']:.1f}x", f"{row['percent_of_floor']:.0f} %",
+                f"{first['median_ms'] / row['median_ms']:.1f}x", share,
                 "" if memory == "" else f"{memory:.2f}", f"{row['error']:.1e}",
             )  # fmt: skip
         console.print(table)

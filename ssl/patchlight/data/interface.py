@@ -1,0 +1,121 @@
+"""What every loader offers: an endless iterator of Views on the device, whose state is a position and nothing else."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..records import Views
+from .counter import ORDER, counter_bits
+from .policy import CropPolicy
+from .sources import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the stream stands, in samples, so that it means the same for any batch and any number of ranks."""
+
+    epoch: int = 0
+    samples: int = 0  # taken from this epoch's order, over all ranks
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of all samples in one epoch: ids [size] int64, the same on every rank."""
+    return np.argsort(counter_bits(seed, ORDER, epoch, np.arange(size)), kind="stable")
+
+
+class Loader(ABC):
+    """An endless iterator of Views. Ids and augmentations depend on seed, epoch and place in the epoch only.
+
+    Each step takes the next `batch * world` samples of the epoch's order and rank r keeps the r-th part of them.
+    What is left at the end of an epoch and does not fill a step is dropped.
+    """
+
+    name: str  # said in reports
+
+    def __init__(self, source: Source, policy: CropPolicy, batch: int, seed: int = 0, rank: int = 0, world: int = 1):
+        self.source, self.policy, self.batch, self.seed = source, policy, batch, seed
+        self.rank, self.world = rank, world
+        self.stall_seconds = 0.0  # how long the last next() waited for data
+        self.replaced = 0  # unreadable samples that gave way to another one, on this rank, since the run began
+        self._position = Position()
+        self._cached_order: tuple[int, np.ndarray] | None = None
+        if batch < 1 or not 0 <= rank < world:
+            raise ValueError(
+                f"{self.name} loader: batch must be positive and rank in [0, world), got batch={batch}, rank={rank},"
+                f" world={world}; pass this process's rank and the number of processes"
+            )
+        if len(source) < self.global_batch:
+            raise ValueError(
+                f"{self.name} loader: an epoch needs at least one global batch, got {len(source)} images for"
+                f" {batch} images x {world} ranks; use a smaller batch or more images"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch * self.world
+
+    @property
+    def dataset_size(self) -> int:
+        return len(self.source)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.dataset_size // self.global_batch
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Views:
+        began = time.perf_counter()
+        start = self._start(self._position)
+        views = self._fetch(start)
+        self.stall_seconds = time.perf_counter() - began
+        self._position = Position(start.epoch, start.samples + self.global_batch)
+        return views
+
+    @abstractmethod
+    def _fetch(self, start: Position) -> Views:
+        """This rank's part of the batch that starts there."""
+
+    def _restart(self) -> None:  # noqa: B027 a loader that reads nothing ahead has nothing to do
+        """Forgets whatever was read ahead: the position has moved."""
+
+    def _start(self, position: Position) -> Position:
+        """Where the next batch really starts: in the next epoch, when this one has no full batch left."""
+        if position.samples + self.global_batch > self.dataset_size:
+            return Position(position.epoch + 1)
+        return position
+
+    def _ids(self, start: Position) -> np.ndarray:
+        """This rank's ids [B] int64 of the batch that starts there."""
+        if self._cached_order is None or self._cached_order[0] != start.epoch:
+            self._cached_order = (start.epoch, epoch_order(self.seed, start.epoch, self.dataset_size))
+        first = start.samples + self.rank * self.batch
+        return self._cached_order[1][first : first + self.batch]
+
+    def state_dict(self) -> dict:
+        return {
+            "epoch": self._position.epoch,
+            "samples": self._position.samples,
+            "seed": self.seed,
+            "dataset_size": self.dataset_size,
+            "fingerprint": self.source.fingerprint,
+            "replaced": self.replaced,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        here = self.state_dict()
+        for key in ("dataset_size", "fingerprint", "seed"):
+            if state[key] != here[key]:
+                raise ValueError(
+                    f"{self.name} loader: a resumed run must see the same data in the same order, got {key}="
+                    f"{here[key]!r} where the checkpoint has {state[key]!r}; restore the data and the seed, or start"
+                    " a new run"
+                )
+        self._position = Position(state["epoch"], state["samples"])
+        self.replaced = state["replaced"]
+        self._restart()

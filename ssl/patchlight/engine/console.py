@@ -1,0 +1,125 @@
+"""What a person at the terminal sees: log lines and a progress bar, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Mapping
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+
+class Display:
+    """Shows log lines. On a terminal a progress bar stays below them; it is redrawn with each line only."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.progress: Progress | None = None
+        self.first: tuple[int, float] | None = None  # step and seconds at the first line, for the time that is left
+
+    def update(self, record: Mapping[str, float]) -> None:
+        """A log line."""
+        left = self._left(record)
+        if not self.console.is_terminal:
+            self.console.print(plain_line(record, left), soft_wrap=True, highlight=False, markup=False)
+            return
+        if self.progress is None:
+            self._start(record)
+        self.progress.console.print(colored_line(record))
+        self.progress.update(self.task, completed=record["step"], rate=rates(record), left=left)
+        self.progress.refresh()
+
+    def say(self, sentence: str) -> None:
+        self._print(Text(sentence, style="cyan"))
+
+    def warn(self, sentence: str) -> None:
+        self._print(Text(f"warning: {sentence}", style="bold yellow"))
+
+    def close(self) -> None:
+        """Takes the bar off the terminal's hands."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def _print(self, text: Text) -> None:
+        console = self.progress.console if self.progress else self.console
+        console.print(text, soft_wrap=not self.console.is_terminal)
+
+    def _start(self, record: Mapping[str, float]) -> None:
+        columns = [
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("[green]{task.fields[rate]}"),
+            TextColumn("[bold]{task.fields[left]} left"),
+        ]
+        self.progress = Progress(*columns, console=self.console, auto_refresh=False, expand=True)
+        self.task = self.progress.add_task("", total=record["total"], rate="", left="")
+        self.progress.start()
+        atexit.register(self.close)  # an error must not leave the terminal without a cursor
+
+    def _left(self, record: Mapping[str, float]) -> str:
+        """The time that is left at the mean speed of this process."""
+        if self.first is None:
+            self.first = (record["step"], record["seconds"])
+            per_step = record.get("speed/seconds_per_step")
+        else:
+            step, seconds = self.first
+            per_step = (record["seconds"] - seconds) / max(record["step"] - step, 1)
+        if per_step is None:
+            return "?"
+        return str(timedelta(seconds=round(per_step * (record["total"] - record["step"]))))
+
+
+def plain_line(record: Mapping[str, float], left: str) -> str:
+    """One line in the shape that DINO's users know."""
+    fields = {"eta": left} | {name: f"{value:.4f}" for name, value in terms(record).items()}
+    for name, shown in (("lr", "lr"), ("gradient/norm", "grad norm")):
+        if name in record:
+            fields[shown] = f"{record[name]:.4g}"
+    if "speed/seconds_per_step" in record:
+        fields["time"] = f"{record['speed/seconds_per_step']:.4f}"
+        fields["data"] = f"{record['data/wait_seconds'] / record['steps']:.4f}"
+    if "speed/images_per_second" in record:
+        fields["images/s"] = f"{record['speed/images_per_second']:.1f}"
+        fields["waiting"] = f"{record['data/wait_share']:.1%}"
+    if "speed/mfu" in record:
+        fields["mfu"] = f"{record['speed/mfu']:.1%}"
+    fields["max mem"] = f"{record['memory/gib'] * 1024:.0f}"
+    body = "  ".join(f"{name}: {value}" for name, value in fields.items())
+    return f"Epoch: [{record['epoch']:.2f}]  [{record['step']}/{record['total']}]  {body}"
+
+
+def colored_line(record: Mapping[str, float]) -> Text:
+    """The same for a terminal: losses first, the ratio to ln K in color."""
+    line = Text(f"{record['step']:>7}  ", style="dim")
+    for name, value in terms(record).items():
+        ratio = name.endswith("/ln_k")
+        style = (
+            "bold" if name == "loss" else "yellow" if ratio and abs(value - 1) < 1e-3 else "magenta" if ratio else ""
+        )
+        line.append(f"{name} ", style="dim").append(f"{value:.4f}  ", style=style)
+    for name, shown in (("lr", "lr"), ("gradient/norm", "grad")):
+        if name in record:
+            line.append(f"{shown} ", style="dim").append(f"{record[name]:.3g}  ")
+    return line
+
+
+def terms(record: Mapping[str, float]) -> dict[str, float]:
+    """The loss first, then its terms and their ratios to ln K."""
+    apart = ("data", "memory", "speed", "step", "gradient", "teacher")
+    names = [name for name in record if "/" in name and name.split("/")[0] not in apart]
+    return {name: record[name] for name in ["loss", *names] if isinstance(record.get(name), float)}
+
+
+def rates(record: Mapping[str, float]) -> str:
+    """How fast, how busy, how often it waited."""
+    parts = []
+    if "speed/images_per_second" in record:
+        parts.append(f"{record['speed/images_per_second']:.0f} images/s")
+        parts.append(f"{record['data/wait_share']:.1%} waiting")
+    if "speed/mfu" in record:
+        parts.append(f"{record['speed/mfu']:.1%} MFU")
+    parts.append(f"{record['memory/gib']:.2f} GiB")
+    return ", ".join(parts)

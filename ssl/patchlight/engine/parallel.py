@@ -1,0 +1,187 @@
+"""Processes and how a branch is spread over them: checkpointing, then compilation, then FSDP2, always in this order."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from ..heads.projection import ProjectionHead
+from ..heads.prototypes import Prototypes
+from ..run import Parallel
+
+if TYPE_CHECKING:
+    from .branches import Branch
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process among the others, and the few collectives the engine needs; none of them waits for the device."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    grid: DeviceMesh | None = None  # "replicate" x "shard"; None on one process
+
+    def sum_over_shards(self, values: Tensor) -> Tensor:
+        """The sum over the processes that hold the pieces of one replica."""
+        if self.grid is not None and self.grid["shard"].size() > 1:
+            dist.all_reduce(values, group=self.grid["shard"].get_group())
+        return values
+
+    def max_over_all(self, values: Tensor) -> Tensor:
+        """The largest value any process has."""
+        if self.world > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def mean_over_all(self, values: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+    def any(self, here: bool) -> bool:
+        """Whether any process says yes. This one waits: for log lines only."""
+        if self.world == 1:
+            return here
+        return bool(self.max_over_all(torch.tensor(float(here), device=self.device)).item())
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes(parallel: Parallel) -> Iterator[Mesh]:
+    """Joins the processes that torchrun started (or stays alone) and leaves them cleanly."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    replicate = world // parallel.shard if parallel.replicate is None else parallel.replicate
+    if replicate * parallel.shard != world:
+        raise ValueError(
+            f"Parallel: replicate x shard must equal the number of processes, got {replicate} x {parallel.shard} for "
+            f"{world}; start torchrun --nproc-per-node {replicate * parallel.shard}, or change shard."
+        )
+    if cuda:
+        torch.cuda.set_device(device)
+    if parallel.deterministic:
+        use_deterministic_algorithms()
+    if world == 1:
+        yield Mesh(device)
+        return
+    # Asynchronous checkpoints travel over gloo while NCCL trains.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    grid = init_device_mesh(device.type, (replicate, parallel.shard), mesh_dim_names=("replicate", "shard"))
+    try:
+        yield Mesh(device, dist.get_rank(), world, grid)
+        # A gloo thread that still wants the interpreter while it shuts down aborts the process: meet first, then leave.
+        # Not after an error: the others may be waiting elsewhere, and torchrun ends them.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def use_deterministic_algorithms() -> None:
+    """Equal runs give equal bits, or an error names the operation that cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def parallelize(branch: Branch, parallel: Parallel, mesh: Mesh, trained: bool) -> None:
+    """Prepares a branch in place for its processes. trained=False is the teacher, which never runs backward."""
+    branch.to(mesh.device)
+    if mesh.world > 1:
+        synchronize_batch_norm(branch, mesh)
+    if parallel.checkpoint_activations and trained:
+        for block in branch.backbone.blocks:
+            checkpoint_activations(block)
+    if parallel.compile:
+        # Every block shares its code, but rates of drop path, crop sizes and grad modes differ.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in branch.backbone.blocks:
+            block.compile(dynamic=False)  # in place, so that parameter names stay; each crop size has its own kernels
+    if mesh.grid is not None:
+        check_equal_start(branch, mesh)
+        shard(branch, mesh.grid, trained)
+
+
+def check_equal_start(branch: Branch, mesh: Mesh) -> None:
+    """Each rank keeps its shard of the weights it has made: they must all have made the same."""
+    checksum = torch.stack(torch._foreach_norm([p.detach() for p in branch.parameters()])).sum()
+    if mesh.any(bool(checksum != mesh.max_over_all(checksum.clone()))):
+        raise ValueError(
+            "Processes must start from equal weights, got different ones; give all the same seed, settings and torch."
+        )
+
+
+def checkpoint_activations(block: nn.Module) -> None:
+    """Keeps only the input of a block for backward, which computes the rest again."""
+    forward = block.forward
+    block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)
+
+
+def synchronize_batch_norm(branch: Branch, mesh: Mesh) -> None:
+    """BatchNorm statistics over all ranks, as the released multi-GPU runs have them; torch can do that on GPUs only."""
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in branch.modules()):
+        return
+    if mesh.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(branch)
+    elif mesh.rank == 0:
+        warnings.warn(
+            "BatchNorm statistics are per process on the CPU, over all processes on GPUs: results depend on the number "
+            "of CPU processes."
+        )
+
+
+def shard(branch: Branch, grid: DeviceMesh, trained: bool) -> None:
+    """FSDP2 over a replicate x shard mesh; with shard=1 this is plain data parallelism whose all-reduce overlaps.
+
+    Units are what is called on its own: blocks, heads, predictors, and Prototypes, whose whole weight only their own
+    methods see. The teacher's root gives its parameters back after forward (FSDP2 would keep them for a backward that
+    never comes, and the moving average would miss the shards); so do its heads.
+    """
+    # Features are views of tokens. Nobody writes into them, which is what FSDP2 warns about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for block in branch.backbone.blocks:
+        fully_shard(block, mesh=grid)
+    for top in [*branch.heads.values(), *branch.predictors.values()]:
+        for module in reversed(list(top.modules())):  # children before parents
+            if module is top or isinstance(module, Prototypes | ProjectionHead):
+                fully_shard(module, mesh=grid, reshard_after_forward=not trained)
+            if isinstance(module, Prototypes):
+                register_fsdp_forward_method(module, "directions")
+                register_fsdp_forward_method(module, "logits")
+    fully_shard(branch, mesh=grid, reshard_after_forward=not trained)
+
+
+def set_gradient_sync(branch: Branch, sync: bool) -> None:
+    """Whether the next backward reduces gradients over processes: only the last one of an accumulated step does."""
+    if isinstance(branch, FSDPModule):
+        branch.set_requires_gradient_sync(sync)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece of a tensor: the tensor itself where nothing is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(piece: Tensor, whole: Tensor) -> Tensor:
+    """A local piece as a tensor sharded like `whole`, the inverse of `local`."""
+    if not isinstance(whole, DTensor):
+        return piece
+    return DTensor.from_local(
+        piece, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )

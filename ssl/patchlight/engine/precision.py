@@ -1,0 +1,53 @@
+"""The one place that decides in which number format a step computes.
+
+Parameters, gradients, optimizer, teacher and all communication are fp32; the forward pass runs under autocast, which
+rounds what matrix products read and leaves norms, softmaxes and the residual stream alone. FSDP2 has no policy of its own
+here: with 16-bit shards a sharded run would also round the norms' weights, and no longer be the run of one process.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context of every forward pass."""
+    dtype = DTYPES[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+class LossScaler:
+    """fp16 needs its loss scaled up so that small gradients survive; the scale follows from non-finite steps.
+
+    torch.amp.GradScaler does this too, but decides about a skipped step from one rank's gradients; here the decision
+    is the engine's, already agreed by all ranks. Nothing is read on the host.
+    """
+
+    GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
+
+    def __init__(self, device: torch.device, start: float = 2.0**16) -> None:
+        self.scale = torch.full((), start, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.scale
+
+    def unscale(self, gradients: list[Tensor]) -> None:
+        torch._foreach_mul_(gradients, self.scale.reciprocal())
+
+    def update(self, refused: Tensor) -> None:
+        """Halves the scale after a refused step (refused is 0 or 1, fp32), doubles it after 2000 good ones."""
+        torch._amp_update_scale_(self.scale, self.good_steps, refused, self.GROWTH, self.BACKOFF, self.INTERVAL)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+
+def build_scaler(precision: str, device: torch.device) -> LossScaler | None:
+    """A loss scaler where the format needs one."""
+    return LossScaler(device) if precision == "fp16" else None

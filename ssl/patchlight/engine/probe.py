@@ -1,0 +1,136 @@
+"""A look at the teacher while it trains: k-NN accuracy on labelled images, and pictures of where it looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..data.crop_sheet import draw_crops
+from ..data.procedural import ProceduralSource
+from ..data.sources import Source
+from ..data.torchvision_loader import plain_batches
+from ..evaluation.attention import class_attention_maps, draw_attention, summary_attention_maps
+from ..evaluation.knn import knn_accuracy
+from ..records import Clock, Crops, Views
+from ..run import Run
+from .branches import Teacher
+from .precision import autocast
+from .run_folder import KNN_FILE, PICTURES_FOLDER, append_line, rewind
+
+NEIGHBORS = (10, 20)
+MOST_GALLERY, MOST_QUERIES, PICTURES, BATCH = 2048, 512, 4, 64
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some images of a source, as a source."""
+
+    source: Source
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int) -> np.ndarray:
+        return self.source.read(int(self.ids[index]))
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.from_numpy(np.asarray(self.source.labels)[self.ids])
+
+
+class TeacherProbe:
+    """Classifies held-out images by their nearest neighbors among others, in the teacher's features.
+
+    Procedural data brings unseen images. A labelled folder gives every fifth image as a query; the run trains on those
+    too, without their labels, so the number follows a run and is no benchmark. Without labels there is no number.
+    Every rank runs the same images, as a sharded teacher needs all ranks; the first one writes.
+    """
+
+    def __init__(self, run: Run, source: Source, folder: Path, device: torch.device, writes: bool) -> None:
+        self.run, self.source, self.device, self.writes = run, source, device, writes
+        self.folder, self.pictures = folder, folder / PICTURES_FOLDER
+        self.gallery, self.queries = split(source, run.parallel.seed)
+        self.labelled = source.labels is not None
+
+    def rewind(self, clock: Clock) -> None:
+        """Drops the looks that a resumed run takes again."""
+        if self.writes:
+            rewind(self.folder / KNN_FILE, lambda line: line["step"] <= clock.step)
+
+    def show_crops(self, views: Views) -> None:
+        """A picture of the first batch's crops beside where they were cut."""
+        if self.writes:
+            self._save(draw_crops(views, self.source, self.run.data.crops), "crops", 0)
+
+    @torch.no_grad()
+    def look(self, teacher: Teacher, clock: Clock) -> dict[str, float]:
+        """The accuracies at this step by name, written down, and a picture of the attention."""
+        accuracies: dict[str, float] = {}
+        if self.labelled:
+            gallery, queries = (self._features(teacher, part) for part in (self.gallery, self.queries))
+            k = [count for count in NEIGHBORS if count <= len(gallery)] or [len(gallery)]
+            found = knn_accuracy(gallery, self.gallery.labels, queries, self.queries.labels, k)
+            accuracies = {f"k{count}": accuracy for count, accuracy in found.items()}
+            if self.writes:
+                append_line(self.folder / KNN_FILE, {"step": clock.step, **accuracies})
+        if self.writes and not isinstance(next(teacher.parameters()), DTensor):  # a shard cannot be drawn alone
+            self._draw_attention(teacher, clock)
+        return accuracies
+
+    def _features(self, teacher: Teacher, part: Subset) -> Tensor:
+        """The summary of each image, [n, D] on the CPU."""
+        rows = []
+        for pixels, ids in self._batches(part):
+            batch = pixels.unsqueeze(
+                0
+            )  # as one crop per image: a sharded teacher gathers its weights in its own forward
+            crops = Crops(
+                batch, batch.new_zeros(*batch.shape[:2], 4), batch.new_zeros(batch.shape[:2], dtype=torch.bool)
+            )
+            with autocast(self.run.parallel.precision, self.device):
+                features, _ = teacher(Views(crops, None, None, ids))
+            rows.append(features.summary[0].float().cpu())
+        return torch.cat(rows)
+
+    def _draw_attention(self, teacher: Teacher, clock: Clock) -> None:
+        part = Subset(self.queries.source, self.queries.ids[:PICTURES])
+        pixels, _ = next(iter(self._batches(part)))
+        backbone = teacher.backbone
+        if self.run.model.summary == "cls":
+            maps = class_attention_maps(backbone, backbone.blocks[-1], pixels)
+        elif self.run.model.summary == "class_attention":
+            maps = summary_attention_maps(teacher.summary, backbone(pixels).patches)
+        else:
+            return  # a mean looks everywhere alike
+        images = self._unnormalized(pixels)
+        self._save(draw_attention(images, maps.cpu(), backbone.grid(*pixels.shape[-2:])), "attention", clock.step)
+
+    def _batches(self, part: Subset):
+        crops, size = self.run.data.crops, self.run.model.image_size
+        return plain_batches(part, size, BATCH, self.device, resize_to=size, mean=crops.mean, std=crops.std)
+
+    def _unnormalized(self, pixels: Tensor) -> np.ndarray:
+        """[B, S, S, 3] uint8."""
+        mean, std = (torch.tensor(c)[:, None, None] for c in (self.run.data.crops.mean, self.run.data.crops.std))
+        values = (pixels.float().cpu() * std + mean).clamp(0, 1) * 255
+        return values.round().byte().permute(0, 2, 3, 1).numpy()
+
+    def _save(self, picture, kind: str, step: int) -> None:
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        picture.save(self.pictures / f"{kind}-{step:07d}.png")
+
+
+def split(source: Source, seed: int) -> tuple[Subset, Subset]:
+    """Gallery and queries."""
+    if isinstance(source, ProceduralSource):
+        unseen = ProceduralSource(MOST_QUERIES, source.size, seed=source.seed + 1)
+        return Subset(source, np.arange(min(len(source), MOST_GALLERY))), Subset(unseen, np.arange(MOST_QUERIES))
+    order = np.random.default_rng(seed).permutation(len(source))
+    held_out = min(MOST_QUERIES, max(1, len(order) // 5))
+    return Subset(source, np.sort(order[held_out:][:MOST_GALLERY])), Subset(source, np.sort(order[:held_out]))

@@ -1,0 +1,29 @@
+"""Recipes: functions that return a complete `Run`. The docstring of each is its help text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..run import Run
+from . import ours, papers
+
+RECIPES: dict[str, Callable[[], Run]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        ours.demo,
+        ours.debug,
+        ours.small_data,
+        ours.selfpatch_vits16_large_batch,
+        papers.dino_vits16_in1k,
+        papers.dino_vits16_in1k_300ep,
+        papers.ibot_vits16_in1k,
+        papers.selfpatch_vits16_in1k,
+        papers.selfpatch_vits16_in1k_released,
+        papers.pass_vits16_in1k,
+        papers.dino_vitti16_coco,
+        papers.selfpatch_vitti16_coco,
+        papers.pass_vitti16_coco,
+        papers.dino_vitti8_coco,
+        papers.selfpatch_vitti8_coco,
+    )
+}

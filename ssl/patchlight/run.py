@@ -1,0 +1,278 @@
+"""A run, described completely: a `Run` and its parts. Recipes are functions that return one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from .data.masking import MaskRule
+from .data.policy import CropPolicy, dino_policy
+from .objectives.dino import DinoOptions
+from .objectives.ibot import IbotOptions
+from .objectives.selfpatch import SelfPatchOptions
+
+Options = DinoOptions | IbotOptions | SelfPatchOptions
+
+
+def _choose(where: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{where} must be one of {', '.join(choices)}, got {value!r}; pick one of them.")
+
+
+def _demand(holds: bool, rule: str, got: object, remedy: str) -> None:
+    if not holds:
+        raise ValueError(f"{rule}, got {got}; {remedy}.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network of both branches, heads apart."""
+
+    arch: str = "vit_small"
+    """Name of the backbone, as build_backbone knows it."""
+    patch_size: int = 16
+    """Pixels between neighboring patches."""
+    image_size: int = 224
+    """Side of the images that the position table is made for; the global crops' side."""
+    drop_path: float = 0.1
+    """The last block's rate of dropping a residual branch, in the student; the teacher never drops."""
+    summary: str = "cls"
+    """What speaks for an image: the class token (cls), class attention over the patches (class_attention), or their mean."""
+    position_resize: str = "released"
+    """How the position table meets local crops: as the released code resizes it, or by size."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Other sizes than the architecture's own, e.g. {"depth": 2, "width": 32, "heads": 2} for a test."""
+
+    def __post_init__(self) -> None:
+        _choose("Model.summary", self.summary, "cls", "class_attention", "mean")
+        _demand(
+            self.image_size % self.patch_size == 0,
+            "Model.image_size must be a multiple of patch_size",
+            f"{self.image_size} and {self.patch_size}",
+            "change one of them",
+        )
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Which losses teach the student, and how much each counts."""
+
+    options: tuple[Options, ...] = (DinoOptions(),)
+    """One entry per objective."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of a loss term by its name, e.g. {"selfpatch/patch": 0.1}; 1 for the others."""
+    masks: MaskRule = MaskRule()  # noqa: RUF009 frozen
+    """How much of the student's global crops is hidden, where an objective asks for masks."""
+    mask_counts: str = "fixed"
+    """fixed: every batch hides equally many patches, so shapes never change; released: the count varies as in iBOT."""
+
+    def __post_init__(self) -> None:
+        _choose("Objectives.mask_counts", self.mask_counts, "fixed", "released")
+        kinds = [type(options).__name__ for options in self.options]
+        _demand(len(kinds) > 0, "Objectives.options needs at least one objective", "none", "add DinoOptions()")
+        _demand(len(set(kinds)) == len(kinds), "Objectives.options may name each objective once", kinds, "remove one")
+        _demand(
+            all(weight >= 0 for weight in self.weights.values()),
+            "Objectives.weights must not be negative",
+            self.weights,
+            "use 0 to leave a term out",
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where images come from and how they are cut."""
+
+    path: str = ""
+    """A folder of images, or a text file with one path per line; empty for the procedural images."""
+    loader: str = "torchvision"
+    """procedural: images drawn on the spot; torchvision: read and cropped on the CPU."""
+    crops: CropPolicy = dino_policy()  # noqa: RUF009 frozen
+    """Which crops an image gives."""
+    batch_per_rank: int = 64
+    """Images that one process sees at once; the global batch is this x processes x Parallel.accumulate."""
+    workers: int = 8
+    """Processes (or threads) per rank that read ahead; 0 reads in the training process."""
+    procedural_images: int = 4096
+    """How many procedural images there are."""
+
+    def __post_init__(self) -> None:
+        _choose("Data.loader", self.loader, "procedural", "torchvision")
+        _demand(self.batch_per_rank > 0, "Data.batch_per_rank must be positive", self.batch_per_rank, "use 1 or more")
+        _demand(self.workers >= 0, "Data.workers must not be negative", self.workers, "use 0 or more")
+        _demand(
+            bool(self.path) == (self.loader != "procedural"),
+            "Data.path belongs to the torchvision loader, which needs one",
+            f"path={self.path!r} with loader={self.loader!r}",
+            'pass the folder of images, or loader="procedural" and no path',
+        )
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How the student and the teacher move."""
+
+    name: str = "adamw"
+    """adamw, lars or lamb."""
+    base_lr: float = 5e-4
+    """Learning rate per 256 images of the global batch: the rate in effect is base_lr x global batch / 256."""
+    min_lr: float = 1e-6
+    """Where the cosine of the learning rate ends."""
+    warmup_epochs: float = 10
+    """Epochs over which the learning rate rises from 0."""
+    weight_decay: float = 0.04
+    """Weight decay at the start; biases and vectors have none."""
+    weight_decay_end: float = 0.4
+    """Weight decay at the end, reached by a cosine."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moments of adamw and lamb."""
+    momentum: float = 0.9
+    """Momentum of lars."""
+    clip: float = 3.0
+    """Largest norm of a gradient; 0 turns clipping off."""
+    clip_mode: str = "per_tensor"
+    """per_tensor: each gradient has its own norm, as released; global: one norm over all, as the papers say."""
+    teacher_momentum: float = 0.996
+    """Share of itself that the teacher keeps per step, at the start."""
+    teacher_momentum_end: float = 1.0
+    """The same at the end, reached by a cosine."""
+    freeze_prototypes_epochs: int = 1
+    """Epochs in which the prototypes do not move."""
+    most_refused: int = 20
+    """Non-finite steps in a row, all of them skipped, after which the run gives up."""
+
+    def __post_init__(self) -> None:
+        _choose("Optim.name", self.name, "adamw", "lars", "lamb")
+        _choose("Optim.clip_mode", self.clip_mode, "per_tensor", "global")
+        for name in ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip"):
+            _demand(
+                getattr(self, name) >= 0, f"Optim.{name} must not be negative", getattr(self, name), "use 0 or more"
+            )
+        for name in ("teacher_momentum", "teacher_momentum_end"):
+            value = getattr(self, name)
+            _demand(0 <= value <= 1, f"Optim.{name} must lie in [0, 1]", value, "0.996 is usual")
+        _demand(self.most_refused > 0, "Optim.most_refused must be positive", self.most_refused, "use 1 or more")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long the run is; all schedules are functions of the step."""
+
+    epochs: int = 100
+    """Passes over the images."""
+    steps_per_epoch: int | None = None
+    """Optimizer steps that count as an epoch; by default images // global batch."""
+
+    def __post_init__(self) -> None:
+        _demand(self.epochs > 0, "Schedule.epochs must be positive", self.epochs, "use 1 or more")
+        _demand(
+            self.steps_per_epoch is None or self.steps_per_epoch > 0,
+            "Schedule.steps_per_epoch must be positive",
+            self.steps_per_epoch,
+            "leave it out to follow the data",
+        )
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the work is spread and in which number format it is done."""
+
+    replicate: int | None = None
+    """Copies of the model; by default as many as there are processes / shard."""
+    shard: int = 1
+    """Processes over which one copy of the model is sharded (FSDP2)."""
+    accumulate: int = 1
+    """Batches whose gradients make one optimizer step; teacher, centers and schedules move once per step."""
+    precision: str = "bf16"
+    """bf16, fp16 (with loss scaling) or fp32: the format of the forward pass; parameters stay fp32."""
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile."""
+    checkpoint_activations: bool = False
+    """Keep only each block's input for backward: less memory, one more forward."""
+    deterministic: bool = False
+    """Equal runs give equal bits, or an error says which operation cannot."""
+    seed: int = 0
+    """Seed of weights, data order, crops and masks."""
+
+    def __post_init__(self) -> None:
+        _choose("Parallel.precision", self.precision, "bf16", "fp16", "fp32")
+        for name in ("shard", "accumulate"):
+            _demand(getattr(self, name) > 0, f"Parallel.{name} must be positive", getattr(self, name), "use 1 or more")
+        _demand(
+            self.replicate is None or self.replicate > 0,
+            "Parallel.replicate must be positive",
+            self.replicate,
+            "leave it out to use all processes",
+        )
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go."""
+
+    folder: str = "runs/patchlight"
+    """Folder of this run: metrics, checkpoints, the exported teacher."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is always one at the end."""
+    keep: int = 3
+    """How many checkpoints to keep, the latest ones."""
+    save_async: bool = False
+    """Write checkpoints while training goes on; costs a copy of the state in host memory."""
+    log_every: int = 50
+    """Steps between log lines; only there does the host wait for the device."""
+    look_every: int | None = None
+    """Steps between looks at the teacher (k-NN accuracy, attention pictures); by default an epoch's. 0: never."""
+    resume: bool = False
+    """Continue from the latest checkpoint in the folder; start anew if there is none."""
+
+    def __post_init__(self) -> None:
+        _demand(
+            self.look_every is None or self.look_every >= 0,
+            "Output.look_every must not be negative",
+            self.look_every,
+            "use 0 for no looks",
+        )
+        for name in ("save_every", "keep", "log_every"):
+            _demand(getattr(self, name) > 0, f"Output.{name} must be positive", getattr(self, name), "use 1 or more")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a pretraining run."""
+
+    model: Model = Model()
+    """The network."""
+    objectives: Objectives = Objectives()
+    """The losses."""
+    data: Data = Data(loader="procedural")
+    """The images."""
+    optim: Optim = Optim()
+    """The optimizer and the teacher."""
+    schedule: Schedule = Schedule()
+    """The length."""
+    parallel: Parallel = Parallel()
+    """The processes."""
+    output: Output = Output()
+    """The results."""
+
+    def __post_init__(self) -> None:
+        for kind, specs in self.data.crops.kinds():
+            _demand(
+                specs[0].size % self.model.patch_size == 0,
+                f"The size of {kind} must be a multiple of Model.patch_size={self.model.patch_size}",
+                specs[0].size,
+                "change one of them",
+            )
+        warmup, epochs = self.optim.warmup_epochs, self.schedule.epochs
+        _demand(
+            warmup <= epochs,
+            "Optim.warmup_epochs must not exceed Schedule.epochs",
+            f"{warmup} of {epochs}",
+            "shorten the warm-up",
+        )
+
+    def to_dict(self) -> dict:
+        """Plain values only, for run.json and checkpoints; an objective's options carry the name of their class."""
+        plain = asdict(self)
+        options = zip(self.objectives.options, plain["objectives"]["options"], strict=True)
+        plain["objectives"]["options"] = [{"kind": type(one).__name__, **values} for one, values in options]
+        return plain

@@ -1,0 +1,140 @@
+"""Crop policies and the tables drawn from them."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop
+
+from patchlight.data.policy import (
+    CropPolicy,
+    CropSpec,
+    Photometric,
+    dino_policy,
+    draw_crops,
+    ibot_policy,
+    selfpatch_policy,
+)
+
+
+def draw(policy: CropPolicy, images: int = 500, epoch: int = 0, seed: int = 0, size: tuple[int, int] = (500, 375)):
+    return draw_crops(policy, seed, epoch, np.arange(images), np.tile(size, (images, 1)))
+
+
+@pytest.mark.parametrize(
+    ("policy", "views", "scales"),
+    [
+        (dino_policy(), (2, 8), ((0.4, 1.0), (0.05, 0.4))),
+        (selfpatch_policy(), (2, 8), ((0.25, 1.0), (0.05, 0.25))),
+        (ibot_policy(), (2, 0), ((0.14, 1.0), None)),
+        (ibot_policy(10, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25)), (2, 10), ((0.25, 1.0), (0.05, 0.25))),
+    ],
+)
+def test_published_policies(policy, views, scales):
+    tables = draw(policy)
+    assert tuple(len(tables[kind].box) if kind in tables else 0 for kind in ("global_crops", "local_crops")) == views
+    for (kind, table), scale, size in zip(tables.items(), scales, (224, 96), strict=False):
+        area = table.box[..., 2] * table.box[..., 3] / (500 * 375)
+        ratio = table.box[..., 2] / table.box[..., 3]
+        assert table.size == size, kind
+        assert scale[0] * 0.98 < area.min() < scale[0] * 1.2
+        assert scale[1] * 0.8 < area.max() <= scale[1] * 1.02
+        assert ratio.min() > 3 / 4 * 0.97
+        assert ratio.max() < 4 / 3 * 1.03
+
+
+def test_published_probabilities():
+    tables = draw(dino_policy(), images=4000)
+    one, two = (lambda name, v=v: getattr(tables["global_crops"], name)[v] for v in (0, 1))
+    local = tables["local_crops"]
+
+    def near(values, probability):
+        return abs(values.mean() - probability) <= 5 * np.sqrt(probability * (1 - probability) / values.size)
+
+    assert near(one("sigma") > 0, 1.0)
+    assert near(two("sigma") > 0, 0.1)
+    assert near(local.sigma > 0, 0.5)
+    assert near(one("solarize"), 0.0)
+    assert near(two("solarize"), 0.2)
+    assert near(local.solarize, 0.0)
+    for table in tables.values():
+        assert near(table.flip, 0.5)
+        assert near(table.gray, 0.2)
+        assert near(table.brightness != 1, 0.8)
+        changed = table.brightness != 1
+        for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2)):
+            values = getattr(table, name)
+            assert np.array_equal(values != 1, changed), "one coin for all four"
+            assert low <= values.min() < low + 0.01 < high - 0.01 < values.max() <= high
+        assert -0.1 <= table.hue.min() < -0.099 < 0.099 < table.hue.max() <= 0.1
+        assert 0.1 <= table.sigma[table.sigma > 0].min() < 0.11
+        assert 1.99 < table.sigma.max() <= 2.0
+        assert set(np.unique(table.order)) == set(range(24))
+
+
+def test_boxes_follow_torchvisions_law():
+    """Two-sample Kolmogorov-Smirnov distances against RandomResizedCrop, which draws the same four numbers."""
+    policy = CropPolicy((CropSpec(1, 8, (0.05, 1.0)),))
+    ours = draw(policy, images=6000)["global_crops"].box[0].astype(float)
+    torch.manual_seed(0)
+    image = torch.empty(3, 375, 500)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.05, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)], float)
+    theirs = theirs[:, [1, 0, 3, 2]]  # top, left, height, width -> x, y, w, h
+
+    def features(box):
+        return [box[:, 0], box[:, 1], box[:, 2] * box[:, 3], box[:, 2] / box[:, 3], box[:, 0] + box[:, 2]]
+
+    for a, b in zip(features(ours), features(theirs), strict=True):
+        grid = np.sort(np.concatenate([a, b]))
+        distance = abs(
+            np.searchsorted(np.sort(a), grid, "right") / len(a) - np.searchsorted(np.sort(b), grid, "right") / len(b)
+        ).max()
+        assert distance < 1.63 * np.sqrt(2 / 6000), "1 % level"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (40, 4)])
+def test_boxes_stay_inside_of_any_image(size):
+    box = draw(dino_policy(), images=50, size=size)["local_crops"].box
+    assert (box[..., :2] >= 0).all()
+    assert (box[..., 2:] >= 1).all()
+    assert (box[..., 0] + box[..., 2] <= size[0]).all()
+    assert (box[..., 1] + box[..., 3] <= size[1]).all()
+
+
+def test_a_wide_image_falls_back_to_the_widest_allowed_center():
+    box = draw(CropPolicy((CropSpec(1, 8, (0.9, 1.0)),)), images=5, size=(400, 30))["global_crops"].box
+    assert (box == [180, 0, 40, 30]).all()
+
+
+def test_rows_depend_on_seed_epoch_and_id_alone():
+    policy = dino_policy(3)
+    whole = draw(policy, images=40)
+    some = np.array([31, 4, 17])
+    part = draw_crops(policy, 0, 0, some, np.tile((500, 375), (3, 1)))
+    for kind, table in part.items():
+        for name in ("box", "flip", "brightness", "hue", "order", "sigma"):
+            assert np.array_equal(getattr(table, name), getattr(whole[kind], name)[:, some]), (kind, name)
+    for other in (draw(policy, 40, epoch=1), draw(policy, 40, seed=1)):
+        assert (other["local_crops"].box != whole["local_crops"].box).any(-1).mean() > 0.99
+    views = whole["local_crops"].box
+    assert (views[0] != views[1]).any(-1).mean() > 0.99
+    assert (whole["global_crops"].box[0] != views[0]).any(-1).mean() > 0.99
+
+
+def test_query_crops_are_a_kind_of_their_own():
+    query = CropSpec(2, 96, (0.05, 0.25), flip=0.0, photometric=Photometric(blur=0.5))
+    policy = CropPolicy(dino_policy(0).global_crops, query_crops=(query,))
+    tables = draw(policy)
+    assert list(tables) == ["global_crops", "query_crops"]
+    assert not tables["query_crops"].flip.any()
+    assert policy.pixels_per_image == 2 * 224**2 + 2 * 96**2
+
+
+def test_wrong_policies_are_named():
+    with pytest.raises(ValueError, match="at least one global crop"):
+        CropPolicy(())
+    with pytest.raises(ValueError, match=r"local_crops must share one size, got \[96, 64\]"):
+        CropPolicy(
+            (CropSpec(1, 224, (0.4, 1)),), local_crops=(CropSpec(1, 96, (0.1, 0.4)), CropSpec(1, 64, (0.1, 0.4)))
+        )
+    with pytest.raises(ValueError, match="scale"):
+        CropSpec(1, 224, (0.5, 0.2))

@@ -1,0 +1,185 @@
+"""How branches look at crops, how the teacher follows, and what several objectives may ask of both."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engine.tiny_run import DINO, IBOT, SELFPATCH, NoiseLoader, tiny_run
+from torch import nn
+
+from patchlight.data.policy import dino_policy
+from patchlight.engine.branches import WeightedObjectives, build_branches, build_objectives, check_teacher_student
+from patchlight.objectives.interface import Needs, NeighborRule, Objective
+from patchlight.records import Clock
+from patchlight_kernels import force
+
+CLOCK = Clock(0, 10, 0, 5)
+
+
+def built(run):
+    objectives = build_objectives(run)
+    return (*build_branches(run.model, objectives.parts), objectives, next(NoiseLoader(run)))
+
+
+def test_a_branch_sees_each_crop_as_if_alone():
+    student, _, _, views = built(tiny_run("", options=(IBOT,)))
+    mask = torch.rand(2, 8, 16) < 0.4
+    global_crops, local_crops = student(views, mask)
+    assert (global_crops.grid, local_crops.grid) == ((4, 4), (3, 3))
+    for view in range(2):
+        seen = student.summary(student.backbone(views.global_crops.pixels[view], mask[view]))
+        torch.testing.assert_close(global_crops.summary[view], seen.summary)
+        torch.testing.assert_close(global_crops.patches[view], seen.patches)
+        seen = student.summary(student.backbone(views.local_crops.pixels[view]))
+        torch.testing.assert_close(local_crops.patches[view], seen.patches)
+
+
+def test_the_teacher_is_called_once_per_size_and_not_on_local_crops_unless_asked():
+    _, teacher, _, views = built(tiny_run(""))
+    sizes = []
+    teacher.backbone.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
+    assert teacher(views, local=False)[1] is None
+    assert sizes == [(16, 3, 16, 16)]
+    teacher(views)
+    assert sizes[1:] == [(16, 3, 16, 16), (16, 3, 12, 12)]
+
+
+def test_the_teacher_starts_as_a_copy_without_gradients_in_training_mode():
+    student, teacher, _, _ = built(tiny_run("", model={"drop_path": 0.5, "image_size": 16, "patch_size": 4}))
+    check_teacher_student(teacher, student)
+    theirs = student.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in teacher.state_dict().items())
+    assert teacher.training
+    assert not any(type(module).__name__ == "DropPath" for module in teacher.modules())
+    assert any(type(module).__name__ == "DropPath" for module in student.modules())
+
+
+@pytest.mark.parametrize("refused", [None, 0.0, 1.0])
+def test_the_teacher_follows_by_one_minus_momentum(refused):
+    student, teacher, _, _ = built(tiny_run(""))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    teacher.follow(student, 0.9, None if refused is None else torch.tensor(refused))
+    theirs = dict(student.named_parameters())
+    for name, parameter in teacher.named_parameters():
+        expected = before[name] if refused else before[name] * 0.9 + theirs[name] * 0.1
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+        if refused:
+            assert torch.equal(parameter, before[name])
+
+
+class WithPredictor(Objective):
+    name = "predicts"
+
+    def head(self, width):
+        return nn.BatchNorm1d(width)
+
+    def predictor(self, width):
+        return nn.Linear(width, 3)
+
+
+def test_predictors_belong_to_the_student_and_buffers_do_not_follow():
+    run = tiny_run("")
+    student, teacher = build_branches(run.model, [WithPredictor()])
+    check_teacher_student(teacher, student)
+    views = next(NoiseLoader(run))
+    sides = [branch.side("predicts", branch(views)) for branch in (student, teacher)]
+    assert isinstance(sides[0].predictor, nn.Linear)
+    assert sides[1].predictor is None
+    student.heads["predicts"].running_mean += 1
+    teacher.follow(student, 0.5)
+    assert torch.equal(teacher.heads["predicts"].running_mean, torch.zeros(20))
+
+
+def test_an_aliasing_teacher_is_refused():
+    student, teacher, _, _ = built(tiny_run(""))
+    teacher.backbone.blocks[1] = student.backbone.blocks[1]
+    with pytest.raises(ValueError, match=r"teacher aliases student: .*backbone.blocks.1"):
+        check_teacher_student(teacher, student)
+
+
+def test_a_teacher_on_views_of_the_students_memory_is_refused():
+    student, teacher, _, _ = built(tiny_run(""))
+    teacher.backbone.pos_embed.data = student.backbone.pos_embed.data[:, :]
+    with pytest.raises(ValueError, match=r"teacher aliases student.*1 shared parameters such as backbone.pos_embed"):
+        check_teacher_student(teacher, student)
+
+
+def test_a_teacher_of_another_shape_or_with_gradients_is_refused():
+    student, teacher, _, _ = built(tiny_run(""))
+    teacher.requires_grad_(True)
+    with pytest.raises(ValueError, match="must not collect gradients"):
+        check_teacher_student(teacher, student)
+    del teacher.heads["dino"]
+    with pytest.raises(ValueError, match=r"must have the student's parameters, got \['heads.dino"):
+        check_teacher_student(teacher, student)
+
+
+def test_the_loss_is_the_weighted_sum_of_the_terms():
+    run = tiny_run("", options=(DINO, SELFPATCH), objectives={"weights": {"selfpatch/patch": 0.1}})
+    run = replace(run, objectives=replace(run.objectives, options=(DINO, SELFPATCH)))
+    student, teacher, objectives, views = built(run)
+    with force(neighbor_topk="reference"):
+        taught = teacher(views, None, objectives.teacher_sees_local, objectives.neighbors)
+    loss, terms = objectives((student, student(views)), (teacher, taught), views, CLOCK)
+    assert terms.keys() == {"dino/cls", "selfpatch/patch"}
+    torch.testing.assert_close(loss, terms["dino/cls"] + 0.1 * terms["selfpatch/patch"])
+
+
+def test_an_objective_sees_only_what_it_asked_of_the_teacher():
+    """SelfPatch makes the teacher look at local crops; DINO beside it must not notice."""
+    run = tiny_run("", options=(DINO, SELFPATCH))
+    _, teacher, objectives, views = built(run)
+    with force(neighbor_topk="reference"):
+        taught = teacher(views, None, objectives.teacher_sees_local, objectives.neighbors)
+    seen = {}
+
+    def remember(name: str):
+        def forward(student, teacher, views, clock):
+            seen[name] = teacher
+            return {name: torch.zeros(())}
+
+        return forward
+
+    for one in objectives.parts:
+        one.forward = remember(one.name)
+    objectives((teacher, taught), (teacher, taught), views, CLOCK)
+    assert seen["dino"].local_crops is None
+    assert seen["selfpatch"].local_crops is taught[1]
+    assert seen["dino"].head is teacher.heads["dino"]
+
+
+def test_a_weight_without_a_term_is_refused():
+    run = tiny_run("")
+    run = replace(run, objectives=replace(run.objectives, weights={"dino/clss": 2.0}))
+    student, teacher, objectives, views = built(run)
+    with pytest.raises(ValueError, match=r"got \['dino/clss'\] where the terms are \['dino/cls'\]"):
+        objectives((student, student(views)), (teacher, teacher(views)), views, CLOCK)
+
+
+class Wishes(Objective):
+    def __init__(self, **needs) -> None:
+        super().__init__()
+        self.wanted = Needs(**needs)
+
+    def needs(self) -> Needs:
+        return self.wanted
+
+
+def test_objectives_must_agree():
+    same = WeightedObjectives([Wishes(neighbors=NeighborRule(k=2)), Wishes(neighbors=NeighborRule(k=2)), Wishes()])
+    assert same.neighbors == NeighborRule(k=2)
+    with pytest.raises(ValueError, match="must agree on neighbors"):
+        WeightedObjectives([Wishes(neighbors=NeighborRule(k=2)), Wishes(neighbors=NeighborRule(k=4))])
+    with pytest.raises(ValueError, match="must agree on masks"):
+        WeightedObjectives([Wishes(masks=True), Wishes(masks=True)])
+
+
+def test_objectives_are_checked_against_model_and_data():
+    run = tiny_run("", options=(SELFPATCH,))
+    with pytest.raises(ValueError, match=r"need Model.summary='class_attention', got 'cls'"):
+        build_objectives(replace(run, model=replace(run.model, summary="cls")))
+    with pytest.raises(ValueError, match="need local crops"):
+        build_objectives(replace(run, data=replace(run.data, crops=dino_policy(0, 16, 12))))

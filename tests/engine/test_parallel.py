@@ -1,0 +1,193 @@
+"""The same run on one process, on two, sharded, in a 2 x 2 mesh, accumulated and with checkpointed activations."""
+
+from dataclasses import replace
+from functools import partialmethod
+
+import pytest
+import torch
+from engine.tiny_run import DINO, IBOT, SELFPATCH, largest_difference, on_processes, tiny_run, tiny_trainer, train_tiny
+from torch import nn
+
+from patchlight.engine.parallel import Mesh, local, processes, set_gradient_sync
+from patchlight.run import Parallel
+
+STEPS = 6
+STEP_LENGTH = 1e-3  # learning rate of the tiny run at its peak: what a wrong gradient's sign costs per step
+
+
+def assert_equal_runs(one: dict, other: dict) -> None:
+    """Losses, gradient norms and weights up to fp32 rounding: a hundredth of one optimizer step."""
+    assert one["clock"] == other["clock"]
+    for a, b in zip(one["terms"], other["terms"], strict=True):
+        for name in a.keys() - {"teacher/spread"}:  # of each rank's own images
+            assert b[name] == pytest.approx(a[name], rel=2e-5), name
+    for part in ("student", "teacher", "objectives"):
+        assert largest_difference(one[part], other[part]) < STEP_LENGTH / 100, part
+
+
+@pytest.mark.parametrize("options", [(DINO,), (IBOT,), (DINO, SELFPATCH)], ids=["dino", "ibot", "dino+selfpatch"])
+def test_two_replicas_and_two_shards_train_like_one_process(options, tmp_path):
+    one = train_tiny(tiny_run(tmp_path, options=options), STEPS)
+    assert len({terms["loss"] for terms in one["terms"]}) == STEPS
+    for shard in (1, 2):
+        run = tiny_run(
+            tmp_path, options=options, parallel={"precision": "fp32", "shard": shard}, data={"batch_per_rank": 4}
+        )
+        first, second = on_processes(2, train_tiny, run, STEPS)
+        assert_equal_runs(one, first)
+        assert largest_difference(first["teacher"], second["teacher"]) == 0
+
+
+def test_two_by_two_processes_train_like_one(tmp_path):
+    one = train_tiny(tiny_run(tmp_path), STEPS)
+    run = tiny_run(tmp_path, parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 2})
+    assert_equal_runs(one, on_processes(4, train_tiny, run, STEPS)[3])
+
+
+@pytest.mark.parametrize("options", [(DINO,), (IBOT,)], ids=["dino", "ibot"])
+def test_four_accumulated_batches_are_one_batch_four_times_as_large(options, tmp_path):
+    """Loss, gradients, centers and teacher: all move once per optimizer step."""
+    one = train_tiny(tiny_run(tmp_path, options=options), STEPS)
+    parallel = {"precision": "fp32", "accumulate": 4}
+    four = train_tiny(tiny_run(tmp_path, options=options, parallel=parallel, data={"batch_per_rank": 2}), STEPS)
+    assert_equal_runs(one, four)
+
+
+def test_accumulation_over_shards(tmp_path):
+    one = train_tiny(tiny_run(tmp_path), STEPS)
+    parallel = {"precision": "fp32", "accumulate": 2, "shard": 2}
+    run = tiny_run(tmp_path, parallel=parallel, data={"batch_per_rank": 2})
+    assert_equal_runs(one, on_processes(2, train_tiny, run, STEPS)[0])
+
+
+def test_global_clipping_over_shards(tmp_path):
+    """The norm must be that of the whole tensors, not of one rank's pieces."""
+    optim = {"clip": 0.3, "clip_mode": "global", "warmup_epochs": 0, "base_lr": 1e-3 * 32}
+    one = train_tiny(tiny_run(tmp_path, optim=optim), STEPS)
+    parallel = {"precision": "fp32", "shard": 2}
+    run = tiny_run(tmp_path, optim=optim, parallel=parallel, data={"batch_per_rank": 4})
+    assert_equal_runs(one, on_processes(2, train_tiny, run, STEPS)[0])
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_layerwise_optimizers_over_shards(name, tmp_path):
+    optim = {"name": name, "base_lr": {"lars": 0.3, "lamb": 1e-3}[name] * 32, "warmup_epochs": 0, "momentum": 0.9}
+    one = train_tiny(tiny_run(tmp_path, optim=optim), STEPS)
+    run = tiny_run(tmp_path, optim=optim, parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 4})
+    assert_equal_runs(one, on_processes(2, train_tiny, run, STEPS)[0])
+
+
+def test_checkpointed_activations_change_nothing(tmp_path):
+    model = {"image_size": 16, "patch_size": 4, "drop_path": 0.5, "sizes": {"width": 20, "depth": 2, "heads": 2}}
+    plain = train_tiny(tiny_run(tmp_path, model=model), STEPS)
+    again = train_tiny(
+        tiny_run(tmp_path, model=model, parallel={"precision": "fp32", "checkpoint_activations": True}), STEPS
+    )
+    assert again["terms"] == plain["terms"]
+    assert largest_difference(plain["student"], again["student"]) == 0
+
+
+def train_compiled(run, steps: int) -> dict:
+    """With compiled blocks, spared the minute that the default backend needs to build them."""
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
+    return train_tiny(run, steps)
+
+
+def test_compiled_checkpointed_and_sharded_blocks_train_like_plain_ones(tmp_path):
+    one = train_tiny(tiny_run(tmp_path), 3)
+    parallel = {"precision": "fp32", "shard": 2, "compile": True, "checkpoint_activations": True}
+    run = tiny_run(tmp_path, parallel=parallel, data={"batch_per_rank": 4})
+    assert_equal_runs(one, on_processes(2, train_compiled, run, 3)[0])
+
+
+def test_bf16_over_shards_stays_near_fp32(tmp_path):
+    one = train_tiny(tiny_run(tmp_path, parallel={"precision": "bf16"}), STEPS)
+    exact = train_tiny(tiny_run(tmp_path), STEPS)
+    run = tiny_run(tmp_path, parallel={"precision": "bf16", "shard": 2}, data={"batch_per_rank": 4})
+    two = on_processes(2, train_tiny, run, STEPS)[0]
+    rounded = abs(one["terms"][-1]["loss"] - exact["terms"][-1]["loss"])
+    assert 0 < rounded < 0.02
+    assert abs(two["terms"][-1]["loss"] - exact["terms"][-1]["loss"]) < 2 * rounded + 0.005
+    assert all(array.dtype == "float32" for array in two["teacher"].values())
+
+
+def test_wrong_number_of_processes_is_refused():
+    with (
+        pytest.raises(ValueError, match=r"replicate x shard must equal the number of processes, got 3 x 1 for 1"),
+        processes(Parallel(replicate=3)),
+    ):
+        pass
+
+
+def infinite_on_one_rank(run) -> tuple[float, tuple, bool]:
+    """Rank 1 reports an infinite term although all gradients are finite."""
+    with processes(run.parallel) as mesh:
+        trainer = tiny_trainer(run, mesh)
+        terms = trainer.accumulate()
+        terms["dino/cls"] = terms["dino/cls"] + (float("inf") if mesh.rank == 1 else 0.0)
+        before = [local(parameter).clone() for parameter in trainer.student.parameters()]
+        refused, _ = trainer.update.step(terms, 0.1, 0.1, False)
+        after = [local(parameter) for parameter in trainer.student.parameters()]
+        same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return refused.item(), trainer.update.refusals(), same
+
+
+def test_what_one_rank_finds_not_finite_all_refuse_and_can_name(tmp_path):
+    run = tiny_run(tmp_path, parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 4})
+    assert on_processes(2, infinite_on_one_rank, run) == [(1.0, (1, 1, "the loss term dino/cls"), True)] * 2
+
+
+def count_reductions(run) -> int:
+    """How often one step reduces gradients over shards."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train_tiny(run, 1)
+    return sum(event.count for event in profile.key_averages() if "reduce_scatter" in event.key)
+
+
+def test_only_the_last_accumulated_batch_reduces_gradients(tmp_path):
+    def reductions(batches: int) -> int:
+        parallel = {"precision": "fp32", "shard": 2, "accumulate": batches}
+        run = tiny_run(tmp_path, parallel=parallel, data={"batch_per_rank": 4 // batches})
+        return on_processes(2, count_reductions, run)[0]
+
+    assert 0 < reductions(4) < 2 * reductions(1)
+
+
+def start_with_another_seed(run) -> str:
+    with processes(run.parallel) as mesh:
+        parallel = replace(run.parallel, seed=mesh.rank)
+        try:
+            tiny_trainer(replace(run, parallel=parallel), mesh)
+        except ValueError as error:
+            return str(error)
+    return "started"
+
+
+def test_processes_with_different_weights_are_refused(tmp_path):
+    run = tiny_run(tmp_path, data={"batch_per_rank": 4})
+    assert all("equal weights" in said for said in on_processes(2, start_with_another_seed, run))
+
+
+def fail_on_one_rank(run) -> str:
+    with processes(run.parallel) as mesh:
+        if mesh.rank == 1:
+            raise SystemExit(7)  # as an error would, without its traceback in the test's output
+        return "rank 0 did not wait"
+
+
+def test_an_error_on_one_rank_does_not_leave_it_waiting(tmp_path):
+    with pytest.raises(AssertionError, match=r"exit codes \[\d+, 7\]|exit codes \[-?\d+, 7\]"):
+        on_processes(2, fail_on_one_rank, tiny_run(tmp_path), timeout=20)
+
+
+def test_gradient_sync_needs_no_sharding():
+    set_gradient_sync(nn.Linear(2, 2), False)
+
+
+def test_a_lone_mesh_communicates_nothing():
+    mesh = Mesh(torch.device("cpu"))
+    x = torch.tensor([3.0])
+    assert mesh.sum_over_shards(x) is x
+    assert mesh.max_over_all(x) is x
+    assert mesh.any(True)
+    assert not mesh.any(False)

@@ -1,0 +1,81 @@
+"""Runs are refused where they make no sense, and explain themselves."""
+
+import ast
+import inspect
+import json
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+
+import pytest
+import tyro
+
+from patchlight import run as run_module
+from patchlight.data.policy import dino_policy
+from patchlight.objectives.dino import DinoOptions
+from patchlight.run import Data, Model, Objectives, Optim, Output, Parallel, Run, Schedule
+
+PARTS = (Model, Objectives, Data, Optim, Schedule, Parallel, Output, Run)
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        (lambda: Model(summary="max"), r"Model.summary must be one of cls, class_attention, mean, got 'max'; pick"),
+        (lambda: Model(image_size=100), r"image_size must be a multiple of patch_size, got 100 and 16; change"),
+        (lambda: Objectives(options=()), r"at least one objective, got none; add"),
+        (lambda: Objectives(options=(DinoOptions(), DinoOptions())), r"each objective once, got \['DinoOptions', "),
+        (lambda: Objectives(weights={"dino/cls": -1.0}), r"must not be negative, got {'dino/cls': -1.0}"),
+        (lambda: Data(loader="torchvision"), r"Data.path belongs to .*got path='' with loader='torchvision'; pass"),
+        (lambda: Data(path="x", loader="procedural"), r"got path='x' with loader='procedural'"),
+        (lambda: Data(loader="ffcv", path="x"), r"Data.loader must be one of procedural, torchvision"),
+        (lambda: Data(loader="procedural", batch_per_rank=0), r"batch_per_rank must be positive, got 0"),
+        (lambda: Optim(name="sgd"), r"Optim.name must be one of adamw, lars, lamb, got 'sgd'"),
+        (lambda: Optim(base_lr=-1), r"Optim.base_lr must not be negative, got -1"),
+        (lambda: Optim(teacher_momentum=1.5), r"teacher_momentum must lie in \[0, 1\], got 1.5"),
+        (lambda: Schedule(epochs=0), r"Schedule.epochs must be positive, got 0"),
+        (lambda: Schedule(steps_per_epoch=0), r"steps_per_epoch must be positive, got 0; leave it out"),
+        (lambda: Parallel(precision="fp8"), r"Parallel.precision must be one of bf16, fp16, fp32, got 'fp8'"),
+        (lambda: Parallel(accumulate=0), r"Parallel.accumulate must be positive, got 0"),
+        (lambda: Output(keep=0), r"Output.keep must be positive, got 0"),
+        (
+            lambda: Run(data=Data(loader="procedural", crops=dino_policy(2, 224, 90))),
+            r"local_crops must be a multiple of",
+        ),
+        (lambda: Run(schedule=Schedule(epochs=5)), r"warmup_epochs must not exceed Schedule.epochs, got 10 of 5"),
+    ],
+)
+def test_nonsense_is_refused_with_rule_value_and_remedy(part, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        part()
+
+
+def test_every_field_has_its_docstring():
+    """A string after each field, which help shows."""
+    tree = ast.parse(inspect.getsource(run_module))
+    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign):
+                documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                assert documented, f"{node.name}.{statement.target.id}"
+
+
+def test_help_shows_the_docstrings(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(Parallel, args=["--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Batches whose gradients make one optimizer step" in said
+
+
+def test_a_run_is_plain_data():
+    run = Run()
+    plain = run.to_dict()
+    assert json.loads(json.dumps(plain))["objectives"]["options"][0]["kind"] == "DinoOptions"
+    assert plain.keys() == {field.name for field in fields(Run)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_are_frozen(part):
+    assert is_dataclass(part)
+    one = part(loader="procedural") if part is Data else part()
+    assert replace(one) == one
+    with pytest.raises(FrozenInstanceError):
+        setattr(one, fields(part)[0].name, None)

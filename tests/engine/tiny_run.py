@@ -1,0 +1,198 @@
+"""A run that takes a second: a small ViT on noise, and what tests need to start it on several processes."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from patchlight.data.policy import dino_policy
+from patchlight.engine.parallel import Mesh, processes
+from patchlight.engine.trainer import Trainer
+from patchlight.objectives.dino import DinoOptions
+from patchlight.objectives.ibot import IbotOptions
+from patchlight.objectives.selfpatch import SelfPatchOptions
+from patchlight.records import Clock, Crops, Views
+from patchlight.run import Data, Model, Objectives, Optim, Output, Parallel, Run, Schedule
+from patchlight_kernels import force
+
+HEAD = {"prototypes": 37, "bottleneck": 11, "hidden": 24, "train_norm": True, "student_temperature": 0.5}
+DINO = DinoOptions(**HEAD, teacher_temperature=0.4)
+IBOT = IbotOptions(**HEAD, teacher_temperature=0.4, warmup_epochs=0, patch_teacher_temperature=0.4)
+SELFPATCH = SelfPatchOptions(**HEAD, teacher_temperature=0.4)
+
+
+def tiny_run(folder: Path | str, **parts) -> Run:
+    """8 images per step, two crop sizes; a calm learning rate, so that rounding is not amplified."""
+    options = parts.pop("options", (DINO,))
+    of_parts = {
+        "model": {
+            "image_size": 16,
+            "patch_size": 4,
+            "drop_path": 0.0,
+            "sizes": {"width": 20, "depth": 2, "heads": 2},
+            "summary": "class_attention" if SELFPATCH in options else "cls",
+        },
+        "data": {"loader": "procedural", "crops": dino_policy(2, 16, 12), "batch_per_rank": 8, "workers": 0},
+        "optim": {"base_lr": 1e-3 * 32, "warmup_epochs": 1, "teacher_momentum": 0.9},
+        "schedule": {"epochs": 4, "steps_per_epoch": 5},
+        "parallel": {"precision": "fp32"},
+        "output": {"folder": str(folder), "save_every": 10**6, "log_every": 5},
+        "objectives": {"options": options},
+    }
+    kinds = {
+        "model": Model,
+        "data": Data,
+        "optim": Optim,
+        "schedule": Schedule,
+        "parallel": Parallel,
+        "output": Output,
+        "objectives": Objectives,
+    }
+    return Run(**{name: kind(**{**of_parts[name], **parts.get(name, {})}) for name, kind in kinds.items()})
+
+
+class NoiseLoader:
+    """Batches that depend on the samples' running numbers only, so any split over ranks and batches sees the same."""
+
+    dataset_size = 10**6
+    stall_seconds = 0.125
+
+    def __init__(self, run: Run, mesh: Mesh | None = None) -> None:
+        self.batch, self.crops = run.data.batch_per_rank, run.data.crops
+        self.rank, self.world = (mesh.rank, mesh.world) if mesh else (0, 1)
+        self.samples = 0
+
+    def __next__(self) -> Views:
+        first = self.samples + self.rank * self.batch
+        self.samples += self.batch * self.world
+        ids = torch.arange(first, first + self.batch)
+        kinds = [self.cut(ids, specs) for _, specs in self.crops.kinds()]
+        return Views(*(kinds + [None] * (3 - len(kinds))), ids)
+
+    def cut(self, ids: Tensor, specs: tuple) -> Crops:
+        count, size = sum(spec.count for spec in specs), specs[0].size
+        images = [torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(int(i))) for i in ids]
+        return Crops(torch.stack(images, dim=1), torch.zeros(count, len(ids), 4), torch.zeros(count, len(ids)) > 0)
+
+    def state_dict(self) -> dict:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.samples = state["samples"]
+
+
+class Notebook:
+    """Metrics kept in memory: every step's numbers, every log line, every diagnosis."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+        self.lines: list[dict[str, float]] = []
+        self.diagnoses: list[str] = []
+        self.closed = False
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        self.steps.append({name: term.detach().clone() for name, term in terms.items()})
+
+    def log(self, clock: Clock, values: dict[str, float]) -> dict[str, float]:
+        self.lines.append({name: float(term) for name, term in self.steps[-1].items()} | values)
+        return self.lines[-1]
+
+    def diagnose(self, clock: Clock, diagnosis) -> None:
+        self.diagnoses.append(diagnosis.name)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def tiny_trainer(run: Run, mesh: Mesh | None = None, metrics: Notebook | None = None) -> Trainer:
+    return Trainer(run, mesh, NoiseLoader(run, mesh), metrics or Notebook())
+
+
+def on_processes(count: int, work: Callable, *arguments, timeout: float = 60) -> list:
+    """Runs work(*arguments) on so many processes as torchrun would start them; what each returned, by rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["patchlight.engine.trainer"])
+    port = free_port()
+    started = []
+    for rank in range(count):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(sender, rank, count, port, work, arguments))
+        process.start()
+        sender.close()
+        started.append((process, receiver))
+    try:
+        results = [receive(receiver, timeout) for _, receiver in started]
+        for process, _ in started:
+            process.join(timeout)
+        codes = [process.exitcode for process, _ in started]
+        assert codes == [0] * count, f"exit codes {codes}"
+        return results
+    finally:
+        for process, _ in started:
+            process.kill()
+
+
+def receive(receiver: multiprocessing.connection.Connection, timeout: float) -> object:
+    """What a process sent, None if it ended without."""
+    assert receiver.poll(timeout), "a process neither returned nor ended"
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
+
+
+def _child(sender, rank: int, count: int, port: int, work: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in torchrun.items()})
+    sender.send(work(*arguments))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train_tiny(run: Run, steps: int | None = None, whole: bool = True) -> dict:
+    """Trains and returns plain values: the terms of every step, and the final weights of both branches."""
+    # Not the interpreted Triton kernel, which takes a second.
+    with force(neighbor_topk="reference"), processes(run.parallel) as mesh:
+        trainer = tiny_trainer(run, mesh)
+        if steps is None:
+            trainer.fit()
+        else:
+            for _ in range(steps):
+                trainer.step()
+        return outcome(trainer)
+
+
+def outcome(trainer: Trainer) -> dict:
+    """Terms per step, averaged over ranks; weights and optimizer state, put together."""
+    rows = [torch.stack([term.double() for term in step.values()]) for step in trainer.metrics.steps]
+    means = [trainer.mesh.mean_over_all(row) for row in rows]
+    names = list(trainer.metrics.steps[0]) if rows else []
+    return {
+        "terms": [dict(zip(names, row.tolist(), strict=True)) for row in means],
+        "student": whole(trainer.student.state_dict()),
+        "teacher": whole(trainer.teacher.state_dict()),
+        "objectives": whole(trainer.objectives.state_dict()),
+        "clock": trainer.clock,
+    }
+
+
+def whole(tensors: dict[str, Tensor]) -> dict:
+    """As numpy arrays, which travel between processes without sharing memory."""
+    full = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+    return {name: t.detach().clone().numpy() for name, t in full.items()}
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    """Over all arrays of two dictionaries with equal keys."""
+    assert a.keys() == b.keys()
+    return max(float(abs(a[name].astype("float64") - b[name].astype("float64")).max()) for name in a)
