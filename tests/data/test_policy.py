@@ -10,14 +10,14 @@ from patchlight.data.policy import (
     CropSpec,
     Photometric,
     dino_policy,
-    draw_crops,
+    sample_crops,
     ibot_policy,
     selfpatch_policy,
 )
 
 
 def draw(policy: CropPolicy, images: int = 500, epoch: int = 0, seed: int = 0, size: tuple[int, int] = (500, 375)):
-    return draw_crops(policy, seed, epoch, np.arange(images), np.tile(size, (images, 1)))
+    return sample_crops(policy, seed, epoch, np.arange(images), np.tile(size, (images, 1)))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_rows_depend_on_seed_epoch_and_id_alone():
     policy = dino_policy(3)
     whole = draw(policy, images=40)
     some = np.array([31, 4, 17])
-    part = draw_crops(policy, 0, 0, some, np.tile((500, 375), (3, 1)))
+    part = sample_crops(policy, 0, 0, some, np.tile((500, 375), (3, 1)))
     for kind, table in part.items():
         for name in ("box", "flip", "brightness", "hue", "order", "sigma"):
             assert np.array_equal(getattr(table, name), getattr(whole[kind], name)[:, some]), (kind, name)

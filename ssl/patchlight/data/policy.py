@@ -133,8 +133,8 @@ class CropTable:
     solarize: np.ndarray  # [V, B] bool
 
 
-def draw_crops(policy: CropPolicy, seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray) -> dict[str, CropTable]:
-    """Draws the crops of images ids [B] with sizes [B, 2] (width, height): one table per kind of crop.
+def sample_crops(policy: CropPolicy, seed: int, epoch: int, ids: np.ndarray, sizes: np.ndarray) -> dict[str, CropTable]:
+    """Samples the crops of images ids [B] with sizes [B, 2] (width, height): one table per kind of crop.
 
     An image's rows depend on seed, epoch and its id alone.
     """

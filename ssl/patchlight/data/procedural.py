@@ -7,7 +7,6 @@ all classes. Image i is a pure function of (seed, i, size).
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ CLASSES = (
     "star",
     "cross",
     "crescent",
-    "flower",
+    "target",
     "striped square",
     "checkered disk",
     "dotted triangle",
@@ -32,15 +31,14 @@ CLASSES = (
 _FEWEST_OBJECTS, _MOST_OBJECTS = 3, 4  # per image, all of the image's class, each with its own colors
 _NOISE_CELLS, _NOISE_STRENGTHS = (4, 10, 32), (0.3, 0.2, 0.1)  # cells per side of each noise, and its range
 _REACH = (0.2, 0.28)  # from an object's center to its rim, in image widths
-_TURN = 0.15
-_DARK = -1.0
-_LEVEL = 0.3
+_TILT = 27 * math.pi / 180  # an object turns by at most this much either way
+_DARKNESS = 0.3  # mean of the background
 _CHUNK = 64  # images drawn at a time
-_OBJECT_FIELDS = 12
+_OBJECT_FIELDS = 10  # size, distance from the center, angle, fill, ink, and of the first one: where they begin
 
 
 class ProceduralSource:
-    """`count` images of size x size. All are drawn on first use (about a thousand per second) and kept as uint8."""
+    """`count` images of size x size, drawn when it is made (about a thousand per second) and kept as uint8."""
 
     classes = CLASSES
 
@@ -53,6 +51,10 @@ class ProceduralSource:
         self.count, self.size, self.seed = count, size, seed
         self.fingerprint = f"procedural-1 count={count} size={size} seed={seed}"
         self.labels = labels(seed, np.arange(count))
+        self.images = np.empty((count, size, size, 3), np.uint8)
+        for first in range(0, count, _CHUNK):
+            indices = np.arange(first, min(first + _CHUNK, count))
+            self.images[indices] = draw_images(seed, indices, size)[0]
 
     def __len__(self) -> int:
         return self.count
@@ -62,15 +64,6 @@ class ProceduralSource:
 
     def read(self, index: int) -> np.ndarray:
         return self.images[index]
-
-    @cached_property
-    def images(self) -> np.ndarray:
-        """All images, [n, size, size, 3] uint8."""
-        images = np.empty((self.count, self.size, self.size, 3), np.uint8)
-        for first in range(0, self.count, _CHUNK):
-            indices = np.arange(first, min(first + _CHUNK, self.count))
-            images[indices] = draw_images(self.seed, indices, self.size)[0]
-        return images
 
     def masks(self, indices: np.ndarray) -> np.ndarray:
         """Where the objects of some images are: [B, size, size] bool."""
@@ -97,7 +90,7 @@ def draw_images(seed: int, indices: np.ndarray, size: int) -> tuple[np.ndarray, 
         distance, texture = _object(classes, objects[:, number], place, size)
         distance[number >= counts] = 1.0  # outside everywhere
         cover = (0.5 - distance * size).clamp_(0, 1)[:, None]  # antialiased over one pixel
-        fill, ink = _colors(objects[:, number, 4:])
+        fill, ink = _colors(objects[:, number, 3:9])
         image = image + (fill + (ink - fill) * texture[:, None] - image) * cover
         mask |= distance < 0
     pixels = (image.clamp_(0, 1) * 255).round_().to(torch.uint8)
@@ -118,7 +111,7 @@ def _backgrounds(seed: int, indices: np.ndarray, size: int) -> Tensor:
     """Colored noise of three scales, [B, 3, size, size]: as colorful within an image as between images."""
     cells = [4 * n * n for n in _NOISE_CELLS]
     parts = (_uniform(seed, 1, indices, sum(cells)) - 0.5).split(cells, 1)
-    image = torch.full((len(indices), 3, size, size), _LEVEL)
+    image = torch.full((len(indices), 3, size, size), _DARKNESS)
     for strength, side, part in zip(_NOISE_STRENGTHS, _NOISE_CELLS, parts, strict=True):
         gray, color = part.view(-1, 4, side, side).split([1, 3], 1)
         image += strength * F.interpolate(gray + 0.5 * color, size=(size, size), mode="bicubic")
@@ -126,10 +119,8 @@ def _backgrounds(seed: int, indices: np.ndarray, size: int) -> Tensor:
 
 
 def _colors(u: Tensor) -> tuple[Tensor, Tensor]:
-    """A fill and an ink of opposite brightness, from u [B, 7]: [B, 3, 1, 1] each."""
-    bright = (u[:, :1] > _DARK).float()
-    fill, ink = 0.6 * u[:, 1:4] + 0.4 * bright, 0.6 * u[:, 4:7] + 0.4 * (1 - bright)
-    return fill[:, :, None, None], ink[:, :, None, None]
+    """A bright fill and a dark ink of any hue, from u [B, 6]: [B, 3, 1, 1] each."""
+    return 0.4 + 0.6 * u[:, :3, None, None], 0.6 * u[:, 3:6, None, None]
 
 
 def _object(classes: Tensor, u: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +129,7 @@ def _object(classes: Tensor, u: Tensor, place: Tensor, size: int) -> tuple[Tenso
     reach = _REACH[0] + (_REACH[1] - _REACH[0]) * u[:, 0]
     off_center = 0.24 + 0.16 * u[:, 1]
     center_x, center_y = 0.5 + off_center * torch.cos(place), 0.5 + off_center * torch.sin(place)
-    angle = 2 * math.pi * (u[:, 3] - 0.5) * _TURN
+    angle = (2 * u[:, 2] - 1) * _TILT
     cos, sin = (f(angle)[:, None, None] / reach[:, None, None] for f in (torch.cos, torch.sin))
     dx, dy = x - center_x[:, None, None], y - center_y[:, None, None]
     right, down = dx * cos + dy * sin, dy * cos - dx * sin  # in units of the object's reach
@@ -167,14 +158,14 @@ def _shape(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | float]:
             return (radius - 0.72).abs() - 0.2, 0.0
         case "star":
             tip = 2 * (torch.remainder(angle * 5 / (2 * math.pi), 1) - 0.5).abs()  # 1 at the tips
-            return 0.7 * (radius - 0.38 - 0.62 * tip), 0.0
+            return 0.7 * (radius - 0.48 - 0.52 * tip), 0.0
         case "cross":
             across, along = torch.maximum(x.abs() - 0.95, y.abs() - 0.26), torch.maximum(x.abs() - 0.26, y.abs() - 0.95)
             return torch.minimum(across, along), 0.0
         case "crescent":
             return torch.maximum(radius - 0.95, 0.75 - torch.hypot(x - 0.5, y)), 0.0
-        case "flower":
-            return 0.6 * (radius - 0.7 - 0.28 * torch.cos(6 * angle)), 0.0
+        case "target":
+            return radius - 0.95, square(torch.cos(13 * radius))
         case "striped square":
             return torch.maximum(x.abs(), y.abs()) - 0.72, square(torch.sin(12 * x))
         case "checkered disk":

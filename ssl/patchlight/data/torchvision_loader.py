@@ -17,7 +17,7 @@ from ..records import Crops, Views
 from .counter import SUBSTITUTE, counter_bits
 from .interface import Loader, Position
 from .photometric import photometric
-from .policy import IMAGENET_MEAN, IMAGENET_STD, CropPolicy, CropTable, draw_crops
+from .policy import IMAGENET_MEAN, IMAGENET_STD, CropPolicy, CropTable, sample_crops
 from .sources import Source
 
 _MAX_SUBSTITUTES = 16  # so many unreadable samples in a row are no accident
@@ -131,7 +131,7 @@ class _Batches(Dataset):
         images, shown, replacements = self._read(ids)
         sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
         batch = {"ids": torch.from_numpy(shown)}
-        for kind, table in draw_crops(self.policy, self.seed, epoch, ids, sizes).items():
+        for kind, table in sample_crops(self.policy, self.seed, epoch, ids, sizes).items():
             batch[f"{kind}.pixels"] = photometric(cut(images, table), table)
             batch[f"{kind}.box"] = torch.from_numpy(table.box).float()
             batch[f"{kind}.flip"] = torch.from_numpy(table.flip)

@@ -10,7 +10,7 @@ from html import escape
 from itertools import pairwise
 
 WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 26  # margins around the plotting area
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 28  # margins around the plotting area
 MOST_POINTS = 400
 
 
@@ -106,8 +106,7 @@ def thinned(series: Series) -> Series:
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that enclose [low, high], about `count` steps apart."""
     if high <= low:
-        pad = abs(low) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+        low, high = low - 0.1 * abs(low), high + (0.1 * abs(high) or 1.0)
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -134,7 +133,7 @@ def short(value: float) -> str:
         return f"{value / 1e3:.3g}k"
     if size >= 100 or value == round(value):
         return f"{value:.0f}"
-    if size >= 1e-3:
+    if size >= 1e-4:
         return f"{value:.4g}" if size >= 1 else f"{value:.3g}"
     return f"{value:.1e}"
 

@@ -31,21 +31,17 @@ class Display:
         self.progress.update(self.task, completed=record["step"], rate=rates(record), left=left)
         self.progress.refresh()
 
-    def say(self, sentence: str) -> None:
-        self._print(Text(sentence, style="cyan"))
-
     def warn(self, sentence: str) -> None:
-        self._print(Text(f"warning: {sentence}", style="bold yellow"))
+        """Something is wrong."""
+        console = self.progress.console if self.progress else self.console
+        text = Text(f"warning: {sentence}", style="bold yellow")
+        console.print(text, soft_wrap=not self.console.is_terminal)
 
     def close(self) -> None:
         """Takes the bar off the terminal's hands."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
-
-    def _print(self, text: Text) -> None:
-        console = self.progress.console if self.progress else self.console
-        console.print(text, soft_wrap=not self.console.is_terminal)
 
     def _start(self, record: Mapping[str, float]) -> None:
         columns = [

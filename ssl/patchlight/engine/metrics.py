@@ -20,7 +20,7 @@ from .console import Display
 from .environment import peak_memory, write_environment
 from .parallel import Mesh
 from .report import write_report
-from .run_folder import DIAGNOSES_FILE, EPOCHS_FILE, KNN_FILE, METRICS_FILE, append_line, read_lines, rewind
+from .run_folder import DIAGNOSES_FILE, EPOCHS_FILE, METRICS_FILE, append_line, read_lines, rewind
 
 if TYPE_CHECKING:
     from .sentinels import Diagnosis
@@ -105,18 +105,6 @@ class Metrics:
             self._write(clock, record)
         return means | {name: float(value) for name, value in values.items()}
 
-    def log_knn(self, clock: Clock, accuracy: Mapping[int, float], seconds: float | None = None) -> None:
-        """Notes k-NN accuracies (0 to 1) by k."""
-        if self.mesh.rank == 0:
-            record = {"step": clock.step, "epoch": clock.step / clock.steps_per_epoch, "images": clock.images_seen}
-            record |= {f"k{k}": round(value, 6) for k, value in accuracy.items()}
-            append_line(self.folder / KNN_FILE, record | ({} if seconds is None else {"seconds": round(seconds, 3)}))
-            if self.display:
-                self.display.say(
-                    f"step {clock.step}: k-NN " + ", ".join(f"{v:.1%} (k={k})" for k, v in accuracy.items())
-                )
-            self._report(force=False)
-
     def diagnose(self, clock: Clock, diagnosis: Diagnosis) -> None:
         """Says by name what is wrong, and notes it."""
         if self.mesh.rank == 0:
@@ -151,7 +139,8 @@ class Metrics:
 
     def _ratios(self, means: Mapping[str, float]) -> dict[str, float]:
         """Each prototype loss over ln K: 1 means that student and teacher say the same of everything."""
-        counts = {name: self.prototypes.get(name) or self.prototypes.get(name.split("/")[0]) for name in means}
+        terms = [name for name in means if name.count("/") == 1]
+        counts = {name: self.prototypes.get(name) or self.prototypes.get(name.split("/")[0]) for name in terms}
         return {f"{name}/ln_k": means[name] / math.log(count) for name, count in counts.items() if count}
 
     def _speed(self, clock: Clock, seconds: float, waited: float) -> dict[str, float]:
@@ -178,8 +167,7 @@ class Metrics:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = rewind(self.folder / METRICS_FILE, lambda line: line["step"] <= start)
-        for name in (KNN_FILE, DIAGNOSES_FILE):
-            rewind(self.folder / name, lambda line: line["step"] <= start)
+        rewind(self.folder / DIAGNOSES_FILE, lambda line: line["step"] <= start)
         rewind(self.folder / EPOCHS_FILE, lambda line: (line["epoch"] + 1) * clock.steps_per_epoch <= start)
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         write_environment(self.folder)

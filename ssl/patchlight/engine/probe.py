@@ -58,10 +58,14 @@ class TeacherProbe:
         self.gallery, self.queries = split(source, run.parallel.seed)
         self.labelled = source.labels is not None
 
-    def rewind(self, clock: Clock) -> None:
-        """Drops the looks that a resumed run takes again."""
-        if self.writes:
-            rewind(self.folder / KNN_FILE, lambda line: line["step"] <= clock.step)
+    def rewind(self, clock: Clock) -> dict[str, float]:
+        """Drops the looks that a resumed run takes again; returns the first one, if it was of the untrained teacher."""
+        if not self.writes:
+            return {}
+        kept = rewind(self.folder / KNN_FILE, lambda line: line["step"] <= clock.step)
+        return (
+            {name: value for name, value in kept[0].items() if name != "step"} if kept and not kept[0]["step"] else {}
+        )
 
     def show_crops(self, views: Views) -> None:
         """A picture of the first batch's crops beside where they were cut."""

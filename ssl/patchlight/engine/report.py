@@ -164,7 +164,7 @@ def _other_charts(lines: list[dict]) -> str:
 def _speed_charts(lines: list[dict]) -> str:
     charts: dict[str, tuple[str, Callable[[float], str] | None]] = {
         "speed/images_per_second": ("images per second, all processes", None),
-        "data/wait_share": ("share of the time spent waiting for data", percent),
+        "data/wait_share": ("time spent waiting for data", percent),
         "speed/mfu": ("MFU, backbone only", percent),
         "memory/gib": ("peak memory per process, GiB", None),
     }

@@ -28,7 +28,7 @@ h3 b { color: var(--ink); font-variant-numeric: tabular-nums; }
 .card { position: relative; padding: 14px 16px 8px; }
 .chart { display: block; width: 100%; overflow: visible; }
 .grid { stroke: var(--grid); } .level { stroke: var(--soft); stroke-dasharray: 4 4; }
-.tick { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums; }
+.tick { fill: var(--soft); font-size: 13px; font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .line.c0 { stroke: var(--c0); } .line.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); }
 .line.c3 { stroke: var(--c3); }

@@ -82,8 +82,8 @@ def train(run: Run) -> None:
 class Probe(Protocol):
     """Who looks at the teacher while it trains. Called on every rank."""
 
-    def rewind(self, clock: Clock) -> None:
-        """Forgets looks later than the clock, which a resumed run takes again."""
+    def rewind(self, clock: Clock) -> dict[str, float]:
+        """Forgets looks later than the clock, which a resumed run takes again; returns that of the untrained teacher."""
         ...
 
     def show_crops(self, views: Views) -> None:
@@ -256,7 +256,7 @@ class Trainer:
             else:
                 self.load(latest)
                 if self.probe is not None:
-                    self.probe.rewind(self.clock)
+                    self.first_look = self.probe.rewind(self.clock)
         if self.mesh.rank == 0:
             write_whole(self.folder / RUN_FILE, json.dumps(self.run.to_dict(), indent=1))
             Console().print(self.summary())

@@ -1,0 +1,98 @@
+"""Folders and lists of images: order, labels, odd files."""
+
+import numpy as np
+import pytest
+from data.pictures import picture, write_pictures
+from PIL import Image
+
+from patchlight.data.sources import FileList, ImageFolder, open_source, read_image
+
+
+def test_a_nested_folder_is_read_in_sorted_order(tmp_path):
+    write_pictures(tmp_path, ["b/y.png", "a/z/2.PNG", "a/10.jpeg", "a/2.bmp", "c.d/e.webp"])
+    source = ImageFolder(tmp_path)
+    assert source.names == ["a/10.jpeg", "a/2.bmp", "a/z/2.PNG", "b/y.png", "c.d/e.webp"]
+    assert source.classes == ("a", "b", "c.d")
+    assert source.labels.tolist() == [0, 0, 0, 1, 2]
+    assert np.array_equal(source.read(3), picture(0))
+    assert len(source) == 5
+    assert source.name(3).endswith("b/y.png")
+
+
+def test_images_at_the_top_mean_that_there_are_no_labels(tmp_path):
+    write_pictures(tmp_path, ["a/1.png", "2.png"])
+    source = open_source(tmp_path)
+    assert source.labels is None
+    assert source.classes == ()
+
+
+def test_hidden_files_and_links_in_circles_are_left_alone(tmp_path):
+    write_pictures(tmp_path, ["a/1.png", "a/.hidden.png", ".cache/2.png"])
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert ImageFolder(tmp_path).names == ["a/1.png"]
+
+
+def test_a_linked_folder_is_followed(tmp_path):
+    write_pictures(tmp_path, ["elsewhere/1.png", "root/a/2.png"])
+    (tmp_path / "root" / "b").symlink_to(tmp_path / "elsewhere")
+    assert ImageFolder(tmp_path / "root").names == ["a/2.png", "b/1.png"]
+
+
+def test_other_files_are_counted_aloud(tmp_path):
+    write_pictures(tmp_path, ["a/1.png"])
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.warns(UserWarning, match=r"left out 1 files .* notes.txt"):
+        ImageFolder(tmp_path)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"folder must exist, got .*nowhere"):
+        ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="got none among 0 files"):
+        ImageFolder(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"got none among 1 files .* known endings are \.bmp"):
+        ImageFolder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="list must exist"):
+        open_source(tmp_path / "list.txt")
+
+
+def test_a_list_gives_order_and_labels(tmp_path):
+    write_pictures(tmp_path, ["a.png", "sub/b.png"])
+    (tmp_path / "list.txt").write_text("sub/b.png\tdog\n\na.png\tcat\n")
+    source = open_source(tmp_path / "list.txt")
+    assert source.labels.tolist() == [1, 0]
+    assert source.classes == ("cat", "dog")
+    assert np.array_equal(source.read(0), picture(1))
+    (tmp_path / "plain.txt").write_text(f"{tmp_path}/a.png\n")
+    assert FileList(tmp_path / "plain.txt").labels is None
+    (tmp_path / "mixed.txt").write_text("a.png\tcat\nsub/b.png\n")
+    with pytest.raises(ValueError, match="got a mixture"):
+        FileList(tmp_path / "mixed.txt")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="at least one line"):
+        FileList(tmp_path / "empty.txt")
+
+
+def test_fingerprints_tell_data_apart(tmp_path):
+    write_pictures(tmp_path, ["x/1.png", "y/1.png", "z/1.png", "z/2.png"])
+    one, two, three = (ImageFolder(tmp_path / name).fingerprint for name in "xyz")
+    assert one == two, "the same names elsewhere are the same data"
+    assert one != three
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    for mode in ("L", "LA", "RGBA", "P", "CMYK", "1"):
+        path = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
+        Image.fromarray(picture(0)).convert(mode).save(path)
+        image = read_image(path)
+        assert image.dtype == np.uint8, mode
+        assert image.shape == picture(0).shape, mode
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    image = read_image(tmp_path / "deep.png")
+    assert np.array_equal(image[:, :, 0], values >> 8)
+    assert (image == image[:, :, :1]).all()

@@ -1,0 +1,256 @@
+"""Numbers of a run: read at log lines only, right over steps, ranks and restarts."""
+
+import io
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from engine.tiny_run import DINO, IBOT, on_processes, tiny_run
+from rich.console import Console
+
+from patchlight.engine import metrics as metrics_module
+from patchlight.engine.console import Display
+from patchlight.engine.metrics import Cost, Metrics, build_metrics, flops_per_image, prototype_counts, vit_flops
+from patchlight.engine.parallel import Mesh, processes
+from patchlight.engine.run_folder import append_line, read_lines
+from patchlight.engine.sentinels import Diagnosis
+from patchlight.records import Clock
+from patchlight.run import Parallel
+
+ALONE = Mesh(torch.device("cpu"))
+
+
+def clock(step: int, total: int = 40, epoch: int = 10, batch: int = 8) -> Clock:
+    return Clock(step, total, step * batch, epoch)
+
+
+def add(metrics: Metrics, *losses: float, **more: float) -> None:
+    for loss in losses:
+        metrics.add({"loss": torch.tensor(loss)} | {name: torch.tensor(value) for name, value in more.items()})
+
+
+def lines(folder) -> list[dict]:
+    return read_lines(folder / "metrics.jsonl")
+
+
+def test_adding_never_reads_the_device(tmp_path):
+    """Tensors on the meta device have no values: whatever reads one fails."""
+    metrics = Metrics(tmp_path, ALONE)
+    terms = {"loss": torch.empty((), device="meta", requires_grad=True), "dino/cls": torch.empty((), device="meta")}
+    for _ in range(3):
+        metrics.add(terms)
+    assert not metrics.sums[("loss", "dino/cls")].requires_grad
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        metrics.log(clock(3), {})
+
+
+def test_a_line_is_the_mean_since_the_last_one(tmp_path):
+    metrics = Metrics(tmp_path, ALONE, {"dino": 64})
+    for losses in ([1.0, 2.0, 6.0], [10.0, 20.0]):
+        for loss in losses:
+            metrics.add({"loss": torch.tensor(loss), "dino/cls": torch.tensor(2 * loss)})
+        step = 3 if len(losses) == 3 else 5
+        returned = metrics.log(clock(step), {"lr": 0.5, "data/wait_seconds": 0.25})
+    assert returned == {"loss": 15.0, "dino/cls": 30.0, "lr": 0.5, "data/wait_seconds": 0.25}
+    first, second = lines(tmp_path)
+    assert (first["loss"], first["steps"], first["step"], first["images"]) == (3.0, 3, 3, 24)
+    assert (second["loss"], second["steps"], second["epoch"], second["total"]) == (15.0, 2, 0.5, 40)
+    assert second["dino/cls/ln_k"] == pytest.approx(30 / math.log(64))
+    assert second["lr"] == 0.5
+
+
+def test_sums_do_not_lose_small_numbers(tmp_path):
+    metrics = Metrics(tmp_path, ALONE)
+    for _ in range(3000):
+        metrics.add({"loss": torch.tensor(11.0904)})
+    assert metrics.log(clock(3000, 9000), {})["loss"] == pytest.approx(float(torch.tensor(11.0904)), rel=1e-12)
+
+
+def test_one_bad_step_does_not_hide_the_others(tmp_path):
+    metrics = Metrics(tmp_path, ALONE, {"dino": 64})
+    add(metrics, 1.0, float("nan"), 3.0, float("inf"), **{"dino/cls": 5.0})
+    record = metrics.log(clock(4), {})
+    assert record["loss"] == 2.0
+    assert record["loss/nonfinite"] == 2
+    assert record["dino/cls"] == 5.0
+    assert "dino/cls/nonfinite" not in record
+    add(metrics, float("nan"))
+    assert math.isnan(metrics.log(clock(5), {})["loss"])
+    assert lines(tmp_path)[1]["loss"] is None, "a file of JSON has no NaN"
+    add(metrics, 1.0, **{"dino/cls": float("nan")})
+    metrics.log(clock(6), {})
+    assert lines(tmp_path)[2]["dino/cls/nonfinite"] == 1
+    assert [name for name in lines(tmp_path)[2] if name.endswith("ln_k")] == ["dino/cls/ln_k"]
+
+
+def test_speed_waiting_and_use_of_the_device(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics_module, "write_report", lambda folder: None)
+    metrics = Metrics(tmp_path, ALONE, cost=Cost(flops_per_image=1e9, peak_flops=1e11))
+    now[0] = 160.0  # building and compiling
+    for _ in range(5):
+        add(metrics, 1.0)
+        now[0] += 2.0
+    now[0] -= 2.0
+    metrics.log(clock(5), {"data/wait_seconds": 2.0})
+    for _ in range(4):
+        add(metrics, 1.0)
+        now[0] += 1.0
+    metrics.log(clock(9), {"data/wait_seconds": 1.0})
+    first, second = lines(tmp_path)
+    assert first["speed/images_per_second"] == pytest.approx(4 * 8 / 8.0), "the first step does not count"
+    assert first["data/wait_share"] == pytest.approx(2.0 / 5 * 4 / 8.0)
+    assert second["speed/images_per_second"] == pytest.approx(4 * 8 / 4.0)
+    assert second["speed/seconds_per_step"] == pytest.approx(1.0)
+    assert second["data/wait_share"] == pytest.approx(0.25)
+    assert second["speed/mfu"] == pytest.approx(8 * 1e9 / 1e11)
+    assert second["seconds"] == pytest.approx(12.0)
+    assert second["memory/gib"] > 0.01
+
+
+def test_the_epochs_file_is_dinos(tmp_path):
+    metrics = Metrics(tmp_path, ALONE)
+    for before, step in ((0, 4), (4, 10), (10, 14), (14, 20), (20, 24)):
+        add(metrics, *[float(step)] * (step - before), **{"dino/cls": 1.0})
+        metrics.log(clock(step), {"lr": step / 100, "weight_decay": 0.04})
+    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [0, 1]
+    assert records[0]["train_loss"] == pytest.approx((4 * 4 + 6 * 10) / 10)
+    assert records[1]["train_loss"] == pytest.approx((4 * 14 + 6 * 20) / 10)
+    assert records[1]["train_lr"] == pytest.approx((4 * 0.14 + 6 * 0.20) / 10)
+    assert {"train_wd", "train_dino/cls"} <= records[0].keys()
+
+
+def test_short_epochs_between_two_lines_are_not_forgotten(tmp_path):
+    metrics = Metrics(tmp_path, ALONE)
+    add(metrics, *[2.0] * 35)
+    metrics.log(clock(35), {})
+    records = read_lines(tmp_path / "log.txt")
+    assert [(r["epoch"], r["train_loss"]) for r in records] == [(0, 2.0), (1, 2.0), (2, 2.0)]
+
+
+def test_a_resumed_run_drops_the_lines_of_its_lost_future(tmp_path):
+    first = Metrics(tmp_path, ALONE)
+    for step in (5, 10, 15, 20):
+        add(first, *[1.0] * 5)
+        first.log(clock(step), {})
+        first.diagnose(clock(step), Diagnosis("uniform collapse", "Lower the temperature."))
+    seconds = lines(tmp_path)[1]["seconds"]
+    second = Metrics(tmp_path, ALONE)  # resumed from step 10
+    assert len(lines(tmp_path)) == 4, "nothing happens before the first line"
+    add(second, *[7.0] * 5)
+    second.log(clock(15), {})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(5, 1.0), (10, 1.0), (15, 7.0)]
+    assert lines(tmp_path)[2]["seconds"] >= seconds
+    assert [line["step"] for line in read_lines(tmp_path / "diagnoses.jsonl")] == [5, 10]
+    assert [line["epoch"] for line in read_lines(tmp_path / "log.txt")] == [0]
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    append_line(tmp_path / "metrics.jsonl", {"step": 5, "steps": 5, "seconds": 1.0, "loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "los')
+    assert len(lines(tmp_path)) == 1
+    metrics = Metrics(tmp_path, ALONE)
+    add(metrics, *[1.0] * 5)
+    metrics.log(clock(10), {})
+    assert [line["step"] for line in lines(tmp_path)] == [5, 10]
+
+
+def two_ranks(folder: str) -> dict:
+    torch.set_num_threads(1)
+    with processes(Parallel()) as mesh:
+        metrics = Metrics(folder, mesh)
+        for loss in (1.0, 2.0):
+            metrics.add({"loss": torch.tensor(loss + 10 * mesh.rank)})
+        if mesh.rank == 1:
+            metrics.add({"loss": torch.tensor(float("nan"))})
+        else:
+            metrics.add({"loss": torch.tensor(3.0)})
+        means = metrics.log(clock(3, batch=16), {"data/wait_seconds": 0.5 * mesh.rank})
+    return {"means": means, "rank": mesh.rank}
+
+
+def test_a_line_is_the_mean_over_ranks_and_the_longest_wait(tmp_path):
+    results = on_processes(2, two_ranks, str(tmp_path))
+    for result in results:
+        assert result["means"]["loss"] == pytest.approx((1 + 2 + 11 + 12 + 3) / 5)
+        assert result["means"]["loss/nonfinite"] == 1
+    (line,) = lines(tmp_path)
+    assert line["data/wait_seconds"] == 0.5
+
+
+def test_diagnoses_are_said_and_kept(tmp_path):
+    said = io.StringIO()
+    metrics = Metrics(tmp_path, ALONE, display=Display(Console(file=said, width=200)))
+    metrics.folder.mkdir(exist_ok=True)
+    metrics.diagnose(clock(7), Diagnosis("uniform collapse", "Lower the temperature."))
+    assert "step 7: uniform collapse: Lower the temperature." in said.getvalue()
+    assert read_lines(tmp_path / "diagnoses.jsonl")[0]["name"] == "uniform collapse"
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path):
+    said = io.StringIO()
+    metrics = Metrics(tmp_path, ALONE, {"dino": 64}, display=Display(Console(file=said, width=60)))
+    for step in (5, 10):
+        for _ in range(5):
+            metrics.add({"loss": torch.tensor(3.5), "dino/cls": torch.tensor(4.0)})
+        metrics.log(clock(step), {"lr": 0.001, "data/wait_seconds": 0.0})
+    text = said.getvalue()
+    assert "\x1b" not in text
+    assert text.count("\n") == 2, "one line each, however narrow"
+    last = text.splitlines()[1]
+    for words in ("Epoch: [1.00]  [10/40]", "eta: 0:00:", "loss: 3.5000", "dino/cls: 4.0000", "dino/cls/ln_k: 0.9618",
+                  "lr: 0.001", "time: ", "data: 0.0000", "images/s: ", "max mem: "):  # fmt: skip
+        assert words in last, (words, last)
+
+
+def test_a_bar_where_there_is_one(tmp_path):
+    said = io.StringIO()
+    display = Display(Console(file=said, width=120, force_terminal=True))
+    metrics = Metrics(tmp_path, ALONE, display=display)
+    for step in (20, 40):
+        add(metrics, *[1.0] * 20)
+        metrics.log(clock(step), {"data/wait_seconds": 0.0})
+    assert display.progress is None, "closed at the end"
+    assert "40/40 steps" in said.getvalue()
+    assert said.getvalue().endswith("\x1b[?25h"), "the cursor is back"
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metrics = Metrics(tmp_path, ALONE, tensorboard=True)
+        add(metrics, *[2.0] * 40)
+        metrics.log(clock(40), {})
+        events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(40, 2.0)]
+
+
+def test_what_build_metrics_knows_of_a_run(tmp_path):
+    run = tiny_run(tmp_path, options=(DINO, IBOT))
+    assert prototype_counts(run) == {"dino": 37, "ibot": 37}
+    metrics = build_metrics(run, ALONE)
+    assert metrics.folder == tmp_path
+    assert metrics.cost.peak_flops is None
+    globals_, locals_ = vit_flops(16, 4, 20, 2), vit_flops(12, 4, 20, 2)
+    assert flops_per_image(run) == pytest.approx(4 * 2 * globals_ + 3 * 2 * locals_)
+
+
+def test_flops_of_published_networks():
+    """ViT-S/16: 9.2 and 1.62 GFLOP (twice the multiply-adds) on crops of 224 and 96 pixels."""
+    assert vit_flops(224, 16, 384, 12) == pytest.approx(9.20e9, rel=0.01)
+    assert vit_flops(96, 16, 384, 12) == pytest.approx(1.62e9, rel=0.01)
+
+
+def test_nothing_is_written_before_the_first_line(tmp_path):
+    folder = tmp_path / "run"
+    metrics = Metrics(folder, ALONE)
+    add(metrics, 1.0)
+    assert not folder.exists(), "the trainer must be able to refuse an occupied folder"
+    metrics.log(clock(1), {})
+    assert {"metrics.jsonl", "environment.json", "report.html"} <= {path.name for path in folder.iterdir()}

@@ -1,0 +1,195 @@
+"""The report: everything inside of one file, from the folder alone, and what is in the folder is in it."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from engine.tiny_run import tiny_run
+from PIL import Image
+
+from patchlight.engine.charts import MOST_POINTS, Series, line_chart, nice_ticks, percent, short, thinned
+from patchlight.engine.environment import describe_environment
+from patchlight.engine.report import build_report, write_report
+from patchlight.engine.run_folder import append_line
+
+
+def fill(folder, lines: int = 6, knn: int = 3, pictures: int = 1):
+    """A run's folder as training leaves it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(tiny_run(folder).to_dict()))
+    (folder / "environment.json").write_text(json.dumps(describe_environment()))
+    for number in range(1, lines + 1):
+        append_line(
+            folder / "metrics.jsonl",
+            {"step": 10 * number, "total": 100, "epoch": number / 2, "images": 80 * number, "steps": 10,
+             "loss": 6.0 - number / 4, "dino/cls": 5.5 - number / 4, "dino/cls/ln_k": 0.9, "lr": 1e-3, "momentum": 0.99,
+             "gradient/norm": 2.5, "speed/images_per_second": 123.0, "data/wait_share": 0.125,
+             "data/wait_seconds": 0.5, "memory/gib": 1.5, "seconds": 4.0 * number},
+        )  # fmt: skip
+    for number in range(knn):
+        append_line(folder / "knn.jsonl", {"step": 20 * number, "epoch": 1.0, "k10": 0.2 + number / 10, "k20": 0.19})
+    (folder / "plots").mkdir(exist_ok=True)
+    for number in range(pictures):
+        Image.new("RGB", (8, 8), (number, 10, 20)).save(folder / "plots" / f"attention-{10 * number:06d}.png")
+    Image.new("RGB", (9, 9)).save(folder / "plots" / "crops.png")
+    return folder
+
+
+VOID = {"meta", "img", "line", "circle", "polyline"}
+
+
+class Page(HTMLParser):
+    """Tags in balance, and the text between them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.words, self.references = [], [], []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_everything_of_the_folder_is_in_the_page(tmp_path):
+    text = build_report(fill(tmp_path / "my-run"))
+    said = " ".join(Page(text).words)
+    for words in ("my-run", "Dino", "vit_small/4", "step 60 of 100", "epoch 3.0", "480 images", "k-NN accuracy, k=10", "40%",
+                  "from 20% at step 0", "dino/cls", "loss / ln K", "learning rate", "teacher momentum", "gradient norm",
+                  "images per second", "waiting for data", "12.5%", "3.0 s in all", "3.00 s of 24.00 s",
+                  "50.0 ms per step on the slowest process", "procedural, 0 workers", "1.50 GiB", "attention, step 0",
+                  "crops", "data.batch_per_rank", "packages.torch"):  # fmt: skip
+        assert words in said, words
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path):
+    text = build_report(fill(tmp_path))
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text), re.IGNORECASE)
+    assert "@import" not in text
+    assert not re.search(r"url\(", text)
+    references = Page(text).references
+    assert len(references) == 2
+    for reference in references:
+        assert reference.startswith("data:image/png;base64,")
+        assert base64.b64decode(reference.split(",")[1]).startswith(b"\x89PNG")
+
+
+def test_it_is_a_function_of_the_folder(tmp_path):
+    fill(tmp_path)
+    assert build_report(tmp_path) == build_report(tmp_path)
+    first = build_report(tmp_path)
+    append_line(tmp_path / "knn.jsonl", {"step": 60, "epoch": 3.0, "k10": 0.777, "k20": 0.7})
+    assert "77.7%" in build_report(tmp_path)
+    assert "77.7%" not in first
+
+
+def test_it_replaces_the_old_one_at_once(tmp_path):
+    fill(tmp_path)
+    path = write_report(tmp_path)
+    assert path.name == "report.html"
+    with path.open() as reader:
+        append_line(tmp_path / "metrics.jsonl", json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]))
+        write_report(tmp_path)
+        assert reader.read().endswith("</html>\n"), "an open old report stays whole"
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".report")]
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_run_that_has_just_begun(tmp_path, lines):
+    said = " ".join(Page(build_report(fill(tmp_path, lines, knn=lines, pictures=0))).words)
+    assert ("no log line yet" in said) == (lines == 0)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no log line yet" in build_report(empty)
+
+
+def test_numbers_that_were_not_finite_leave_a_gap(tmp_path):
+    fill(tmp_path)
+    append_line(tmp_path / "metrics.jsonl", {**json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]),
+                                             "step": 70, "loss": None, "dino/cls": None})  # fmt: skip
+    assert "not finite" in " ".join(Page(build_report(tmp_path)).words)
+
+
+def test_diagnoses_come_first(tmp_path):
+    fill(tmp_path)
+    for step in range(25):
+        append_line(
+            tmp_path / "diagnoses.jsonl",
+            {"step": step, "name": "uniform collapse", "sentence": "a < b & c", "fatal": False},
+        )
+    text = build_report(tmp_path)
+    assert text.index("uniform collapse") < text.index("What it learned")
+    assert "a &lt; b &amp; c" in text
+    assert "5 earlier ones" in text
+
+
+def test_names_are_escaped(tmp_path):
+    folder = fill(tmp_path / "a<script>b")
+    assert "a<script>b" not in build_report(folder)
+    assert "a&lt;script&gt;b" in build_report(folder)
+
+
+def test_pictures_are_spread_over_the_run(tmp_path):
+    captions = re.findall(r"attention, step (\d+)", build_report(fill(tmp_path, pictures=10)))
+    assert sorted(map(int, set(captions))) == [0, 30, 60, 90]
+
+
+def points(svg: str) -> list[tuple[float, float]]:
+    return [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]+)"', svg)[1].split()]
+
+
+def test_lines_go_where_the_values_are():
+    drawn = points(line_chart([Series("a", [0, 50, 100], [1.0, 3.0, 2.0])], total=200))
+    xs, ys = zip(*drawn, strict=True)
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.11)
+    assert ys[1] < ys[2] < ys[0], "up is less in an SVG"
+    assert (ys[0] - ys[2]) == pytest.approx((ys[0] - ys[1]) / 2, abs=0.11)
+    whole = points(line_chart([Series("a", [0, 50, 100], [1.0, 3.0, 2.0])], total=100))
+    assert whole[-1][0] - whole[0][0] == pytest.approx(2 * (xs[2] - xs[0]), abs=0.21), "half the run, half the width"
+
+
+def test_one_spike_does_not_flatten_a_long_curve():
+    values = [1.0 + (i % 2) for i in range(200)]
+    calm = points(line_chart([Series("a", range(200), values)]))
+    values[20] = 1e6
+    spiked = points(line_chart([Series("a", range(200), values)]))
+    assert spiked[100] == calm[100]
+    assert spiked[20][1] >= 0
+
+
+def test_long_series_are_thinned_by_means():
+    series = thinned(Series("a", range(10_000), [float(i % 2) for i in range(9999)] + [7.0]))
+    assert len(series.values) == MOST_POINTS
+    assert series.values[-1] == 7.0
+    assert all(0.3 < value < 0.7 for value in series.values[:-1])
+    assert series.steps[-1] == 9999
+
+
+def test_ticks_enclose_the_values():
+    for low, high in ((0.0, 1.0), (3.2, 3.3), (-5.0, 17.0), (0.0, 12345.0), (2.0, 2.0), (0.0, 0.0), (1e-6, 3e-6)):
+        ticks = nice_ticks(low, high)
+        assert ticks[0] <= low
+        assert ticks[-1] >= high
+        assert 2 <= len(ticks) <= 8
+        assert len({short(t) for t in ticks}) == len(ticks), (low, high, [short(t) for t in ticks])
+
+
+def test_numbers_are_short():
+    shown = [short(v) for v in (0, 1, 0.5, 6.2345, 123.4, 12345.0, 2.5e6, 1e-5, 0.00321)]
+    assert shown == ["0", "1", "0.5", "6.234", "123", "12.3k", "2.5M", "1.0e-05", "0.00321"]
+    assert percent(0.4567) == "45.7%"
