@@ -38,7 +38,7 @@ class StepSuite:
 class SyntheticLoader:
     """The same random crops for ever, already on the device."""
 
-    stall_seconds = 0.0
+    stall_seconds, replaced = 0.0, 0
 
     def __init__(self, run: Run, device: torch.device) -> None:
         self.dataset_size = run.data.batch_per_rank * 1000

@@ -10,8 +10,8 @@ from patchlight.data.policy import (
     CropSpec,
     Photometric,
     dino_policy,
-    sample_crops,
     ibot_policy,
+    sample_crops,
     selfpatch_policy,
 )
 

@@ -215,6 +215,7 @@ def test_a_bar_where_there_is_one(tmp_path):
     for step in (20, 40):
         add(metrics, *[1.0] * 20)
         metrics.log(clock(step), {"data/wait_seconds": 0.0})
+    metrics.close()
     assert display.progress is None, "closed at the end"
     assert "40/40 steps" in said.getvalue()
     assert said.getvalue().endswith("\x1b[?25h"), "the cursor is back"
@@ -227,6 +228,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         metrics = Metrics(tmp_path, ALONE, tensorboard=True)
         add(metrics, *[2.0] * 40)
         metrics.log(clock(40), {})
+        metrics.close()
         events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(40, 2.0)]
 

@@ -39,7 +39,7 @@ class NoHostSync(TorchDispatchMode):
 class Prepared:
     """Batches drawn beforehand."""
 
-    stall_seconds = 0.0
+    stall_seconds, replaced = 0.0, 0
 
     def __init__(self, loader: NoiseLoader, batches: int) -> None:
         self.views = [next(loader) for _ in range(batches)]

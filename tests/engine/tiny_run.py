@@ -60,7 +60,7 @@ class NoiseLoader:
     """Batches that depend on the samples' running numbers only, so any split over ranks and batches sees the same."""
 
     dataset_size = 10**6
-    stall_seconds = 0.125
+    stall_seconds, replaced = 0.125, 0
 
     def __init__(self, run: Run, mesh: Mesh | None = None) -> None:
         self.batch, self.crops = run.data.batch_per_rank, run.data.crops

@@ -184,10 +184,7 @@ class Metrics:
                 self.writer.add_scalar(name, value, clock.step)
         if self.display:
             self.display.update(record)
-        if clock.step == clock.total:
-            self.close()
-        else:
-            self._report(force=False)
+        self._report(force=False)
 
     def _write_epochs(self, clock: Clock) -> None:
         """A line in log.txt for each epoch that is over. A log line counts to the epoch that its last step belongs to."""

@@ -42,6 +42,7 @@ class Loader(Protocol):
 
     dataset_size: int
     stall_seconds: float  # how long the last next() waited for data
+    replaced: int  # unreadable images that another took the place of, so far
 
     def __next__(self) -> Views: ...
 
@@ -66,7 +67,7 @@ class Metrics(Protocol):
         ...
 
     def close(self) -> None:
-        """Called when a run stops before its last step."""
+        """Called when a run ends, after its last look at the teacher."""
         ...
 
 
@@ -143,7 +144,7 @@ class Trainer:
             while self.clock.step < self.clock.total and not stopped:
                 self.step()
                 last = self.clock.step == self.clock.total
-                line = last or self.clock.step % output.log_every == 0
+                line = last or 0 in (self.clock.step % output.log_every, self.clock.step % self.clock.steps_per_epoch)
                 if line:
                     self.log()
                 # Ranks must agree on the step they stop at, and meeting costs time: several meet on log lines only.
@@ -153,8 +154,8 @@ class Trainer:
                 if last or self.clock.step % (output.look_every or self.clock.steps_per_epoch) == 0:
                     self.look_at_teacher()
             self.checkpoints.finish()
+        self.metrics.close()
         if stopped:
-            self.metrics.close()
             self.say(f"Stopped by SIGTERM after step {self.clock.step}; continue with Output.resume=True.")
 
     def step(self) -> None:
@@ -232,7 +233,8 @@ class Trainer:
 
     def log(self) -> None:
         """A log line and what the sentinels make of it; the one place where the host waits for the device."""
-        means = self.metrics.log(self.clock, {**self.rates, "data/wait_seconds": self.waited})
+        waited = {"data/wait_seconds": self.waited, "data/replaced": float(self.loader.replaced)}
+        means = self.metrics.log(self.clock, self.rates | waited)
         self.waited = 0.0
         for diagnosis in self.sentinels.check(self.clock, means):
             self.metrics.diagnose(self.clock, diagnosis)

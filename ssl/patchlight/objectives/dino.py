@@ -21,6 +21,8 @@ class DinoOptions:
     teacher_temperature and its warm-up: flat 0.04 as the code defaults; the paper and the 300-epoch command take
         0.04 to 0.07 in 30 epochs. warmup_by: "epoch" as released, or "step" for the same line in small steps.
     train_norm: train the prototypes' lengths. False as released (norm_last_layer=True); True is advised for ViT-S.
+    hidden_norm: None as released, or "batch": BatchNorm after the head's hidden layers, which the released code offers
+        and which makes short runs on little data move.
     target: "centering" as released, or "sinkhorn".
     center_over: whose teacher rows the center averages (or Sinkhorn balances): "global" crops, as DINO does, or "all"
         crops, as the released SelfPatch does, whose teacher sees the local crops anyway; its paper says only "as DINO".
@@ -30,6 +32,7 @@ class DinoOptions:
     bottleneck: int = 256
     hidden: int = 2048
     layers: int = 3
+    hidden_norm: str | None = None
     train_norm: bool = False
     student_temperature: float = 0.1
     teacher_temperature: float = 0.04
@@ -63,7 +66,7 @@ class Dino(Objective):
     def head(self, width: int) -> nn.Module:
         o = self.options
         prototypes = Prototypes(o.bottleneck, o.prototypes, o.train_norm)
-        return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes)
+        return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, hidden_norm=o.hidden_norm)
 
     def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
         check_heads(self.name, student, teacher)

@@ -22,6 +22,7 @@ class SelfPatchOptions:
     The paper weighs this term 0.1 against DINO's 1; weights belong to the recipe. Its PASS version warms the teacher's
     temperature up, 0.04 to 0.07 in 30 epochs, where the released command keeps 0.04.
 
+    hidden_norm: as DINO's.
     neighbors: the window, how many neighbors, what lies beyond the border and how they are pooled.
     teacher_sees_local: True as released (the paper does not say): local crops teach themselves too, for which the
         teacher runs on them. False spares it that, as in DINO: the term is then over global crops only.
@@ -35,6 +36,7 @@ class SelfPatchOptions:
     bottleneck: int = 256
     hidden: int = 2048
     layers: int = 3
+    hidden_norm: str | None = None
     train_norm: bool = False
     student_temperature: float = 0.1
     teacher_temperature: float = 0.04
@@ -74,7 +76,7 @@ class SelfPatch(Objective):
     def head(self, width: int) -> nn.Module:
         o = self.options
         prototypes = Prototypes(o.bottleneck, o.prototypes, o.train_norm)
-        return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes)
+        return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, hidden_norm=o.hidden_norm)
 
     def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
         check_heads(self.name, student, teacher)
