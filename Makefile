@@ -15,8 +15,8 @@ endif
 
 .PHONY: demo test bench lint sanitize doctor build clean
 
-demo: $(VENV)/built  ## the main job, in its smallest form
-	$(PY) -m bench ops --small
+demo: $(VENV)/built  ## pretrains a small ViT on procedural images; report, pictures and checkpoint in runs/demo-*
+	$(PY) train.py demo --output.folder runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/built  ## every test that this machine can run
 	$(PY) -m pytest -n $(shell nproc 2>/dev/null || echo 2) --dist worksteal

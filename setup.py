@@ -124,7 +124,9 @@ def build_cpu_device(target: Path, work: Path, sanitizer: str | None) -> None:
     include, link = torch_flags()
     names = ["-DPATCHLIGHT_CPU_DEVICE", "-DPATCHLIGHT_NAMESPACE=patchlight_cpu_device"]
     checks = [f"-fsanitize={sanitizer}", "-g", "-fno-omit-frame-pointer"] if sanitizer else []
-    compile_ = [compiler(), "-std=c++20", "-O1", "-fPIC", "-pthread", *names, *checks, STABLE_ABI, *include]
+    # g++ 12 miscompiles arrays of small structs in loops that nvcc unrolls (at -O1, in its induction variable pass).
+    flags = ["-std=c++20", "-O1", "-fno-ivopts", "-fPIC", "-pthread"]
+    compile_ = [compiler(), *flags, *names, *checks, STABLE_ABI, *include]
     objects = compile_all(
         [*compile_, "-x", "c++"],
         [CSRC / "library.cpp", *sorted(CSRC.rglob("*_cuda.cu"))],

@@ -7,8 +7,10 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from torch import Tensor
 
 from patchlight.data.policy import dino_policy
@@ -99,7 +101,7 @@ def run_of(suite: StepSuite) -> Run:
 
 
 def measure_step(
-    suite: StepSuite = StepSuite(),
+    suite: Annotated[StepSuite, tyro.conf.arg(name="")] = StepSuite(),
     out: Path = Path("bench/out/step.csv"),
     threads: int = 2,
 ) -> None:

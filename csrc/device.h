@@ -16,12 +16,20 @@ namespace patchlight {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+__device__ __forceinline__ int min_int(int a, int b) { return a < b ? a : b; }
+
+struct Alike {  // a lane among those of its warp that hold the same value
+  int before, total;
+};
+
 #ifdef PATCHLIGHT_CPU_DEVICE
 
 struct OnDevice {
   explicit OnDevice(const Tensor&) {}
   size_t shared_memory_limit() const { return 99 * 1024; }
 };
+
+inline int multiprocessors(const Tensor&) { return 1; }
 
 template <class... Params, class... Args>
 void launch(const OnDevice&, void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, Args... args) {
@@ -30,6 +38,15 @@ void launch(const OnDevice&, void (*kernel)(Params...), dim3 grid, int threads, 
 
 inline char* shared_memory() {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(cpu_device::block->shared.data()) + 127) & ~uintptr_t(127));
+}
+
+inline Alike lanes_alike(int value) {
+  return cpu_device::exchange(value, [&](auto lane) {
+    Alike alike{0, 0};
+    for (int other = 0; other < cpu_device::kWarp; ++other)
+      if (lane(other) == value) ++alike.total, alike.before += other < cpu_device::lane();
+    return alike;
+  });
 }
 
 inline void copy16_async(void* shared, const void* global, int bytes) {
@@ -66,6 +83,12 @@ class OnDevice {
   int limit_ = 0;
 };
 
+inline int multiprocessors(const Tensor& tensor) {
+  int count = 0;
+  PATCHLIGHT_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
+  return count;
+}
+
 template <class... Params, class... Args>
 void launch(const OnDevice& device, void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, Args... args) {
   if (shared_bytes > 48 * 1024)
@@ -85,6 +108,12 @@ __device__ __forceinline__ char* shared_memory() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Every lane of the warp calls it.
+__device__ __forceinline__ Alike lanes_alike(int value) {
+  const unsigned same = __match_any_sync(kAllLanes, value);
+  return {__popc(same & ((1u << (threadIdx.x % 32)) - 1)), __popc(same)};
 }
 
 // 16 bytes to shared memory, the first `bytes` from global memory and zeros behind them.

@@ -32,6 +32,46 @@ inline float half_to_float(uint16_t half) {
   return bits_to_float(bits | (uint32_t(half & 0x8000u) << 16));
 }
 
+// e^x without a branch or a call, so that loops over it vectorise. What would be below the normal numbers is 0, more than
+// 88.72 gives inf, NaN stays NaN. Within 2 ulp.
+inline float exp_inline(float x) {
+  const float within = x > -87.33f && x < 88.73f ? x : 0.0f;
+  const float halves = within * 1.44269504f;  // x = n ln 2 + r with |r| <= ln 2 / 2
+  const int n = int(halves < 0 ? halves - 0.5f : halves + 0.5f);
+  const float r = float(double(within) - double(n) * 0.69314718055994531);  // in two floats the compiler would regroup it
+  float p = 1.9875691500e-4f;  // e^r = 1 + r + r^2 p(r), Cephes' coefficients
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &p, sizeof bits);
+  const float scaled = bits_to_float(bits + (uint32_t(n) << 23));  // times 2^n
+  const float limit = x > 0 ? bits_to_float(0x7f800000u) : x == x ? 0.0f : x;
+  return x > -87.33f && x < 88.722839f ? scaled : limit;
+}
+
+// 2^x for x <= 0 (up to 127 in fact) without a branch or a call, so that loops over it vectorise. Below the normal numbers 0,
+// NaN stays NaN. x - n is exact, so nothing is left that reassociation could spoil. Within 2 ulp.
+inline float exp2_inline(float x) {
+  const float within = x > -126.0f ? x : x == x ? -126.0f : x;
+  const int n = int(within < 0 ? within - 0.5f : within + 0.5f);
+  const float r = within - float(n);
+  float p = 1.5353362e-4f;  // fitted to the relative error on [-1/2, 1/2], 2e-9
+  p = p * r + 1.3398875e-3f;
+  p = p * r + 9.6184369e-3f;
+  p = p * r + 5.5503324e-2f;
+  p = p * r + 2.4022648e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &p, sizeof bits);
+  const float scaled = bits_to_float(bits + (uint32_t(n) << 23));
+  return x > -126.0f ? scaled : x == x ? 0.0f : x;
+}
+
 CLONES static void widen(const Half* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from[i].x);
 }

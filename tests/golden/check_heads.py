@@ -5,10 +5,10 @@ from harness import Case, check
 
 from patchlight.heads.projection import ProjectionHead
 from patchlight.heads.prototypes import Prototypes
-from patchlight.heads.summary import ClassAttentionBlock, ClassAttentionSummary, class_attention_reference
+from patchlight.heads.summary import ClassAttentionBlock, ClassAttentionSummary
 from patchlight.objectives.interface import NeighborRule
 from patchlight.records import Tokens
-from patchlight_kernels import force
+from patchlight_kernels import class_attention, force
 
 FORWARD, GRADIENT = 1e-5, 2e-5
 NOISE = 1e-5  # for gradients that are zero on paper and rounding noise when recorded
@@ -109,11 +109,13 @@ def class_attention_block(case: Case) -> None:
 
 @torch.no_grad()
 def attention_of(block: ClassAttentionBlock, cls: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-    """The block's probabilities [M, H, 1, 1+N], read out by giving every key a one-hot value."""
+    """The block's probabilities [M, H, 1, 1+N], read out by giving every key a one-hot value, a head's width at a time."""
     state, x = block.norm1(cls), block.norm1(patches)
     q, k_self, k = (block._split(project) for project in (block.q(state), block.k(state), block.k(x)))
-    one_hot = torch.eye(1 + x.shape[1])[:, None].expand(-1, block.heads, -1).expand(len(x), -1, -1, -1)
-    return class_attention_reference(q, k_self, one_hot[:, :1], k, one_hot[:, 1:], None).transpose(1, 2)
+    keys, width = 1 + x.shape[1], q.shape[-1]
+    one_hot = torch.eye(keys, -(-keys // width) * width)[:, None].expand(-1, block.heads, -1).expand(len(x), -1, -1, -1)
+    columns = [class_attention(q, k_self, part[:, :1], k, part[:, 1:]) for part in one_hot.split(width, dim=-1)]
+    return torch.cat(columns, dim=-1)[..., :keys].transpose(1, 2)
 
 
 @check("selfpatch_head_loc")

@@ -8,21 +8,20 @@ from patchlight.heads.summary import (
     ClassAttentionSummary,
     ClassTokenSummary,
     MeanSummary,
-    class_attention_reference,
     mean_of_neighbors,
     select_neighbors,
 )
 from patchlight.objectives.interface import NeighborRule
 from patchlight.records import Tokens
-from patchlight_kernels import force
+from patchlight_kernels import class_attention, force
 
 M, GRID, D = 2, (3, 4), 8
 N = GRID[0] * GRID[1]
 
 
 @pytest.fixture(autouse=True)
-def _reference_selection():
-    with force(neighbor_topk="reference"):  # the op has its own tests
+def _reference_ops():
+    with force("reference"):  # the ops have their own tests
         yield
 
 
@@ -128,7 +127,7 @@ def test_missing_neighbors_get_no_gradient():
     patches = torch.randn(1, 4, 1, 3, dtype=torch.float64, requires_grad=True)
     state = torch.randn(1, 4, 1, 3, dtype=torch.float64)
     index = torch.tensor([[[2, -1], [2, 3], [-1, -1], [3, -1]]], dtype=torch.int32)
-    out = class_attention_reference(state, state, state, patches, patches, index)
+    out = class_attention(state, state, state, patches, patches, index)
     torch.testing.assert_close(out[0, 2], state[0, 2])  # nobody but itself
     out.sum().backward()
     assert (patches.grad[0, :2] == 0).all()  # patches 0 and 1 are nobody's neighbor
@@ -140,7 +139,7 @@ def test_gradcheck_of_the_attention(index):
     states = 1 if index is None else 2
     own = [torch.randn(2, states, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     others = [torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda *x: class_attention_reference(*x, index), (*own, *others))
+    assert torch.autograd.gradcheck(lambda *x: class_attention(*x, index), (*own, *others))
 
 
 def test_the_released_start():

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel of an op for GPUs that are not here, and prints what each needs as JSON lines.
 
-Run in a process without TRITON_INTERPRET: `python tests/ops/aot.py neighbor_topk`. The launchers are called on tensors
-without storage, and each launch is recorded instead of run; so the signatures are those that a GPU would see.
+Run in a process without TRITON_INTERPRET: `python tests/ops/aot.py neighbor_topk`. The op runs forward and backward as on
+a GPU, but each launch is recorded instead of run; so the signatures are those that a GPU would see.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import Autotuner, JITFunction
 
-from patchlight_kernels import hardware, registry
+from patchlight_kernels import force, hardware, registry
+from patchlight_kernels.registry import Case, OpSpec
 
 ARCHS = (80, 90, 100)
 POINTERS = {
@@ -49,6 +50,13 @@ def recorded_launches():
 
     with mock.patch.object(Autotuner, "run", record), mock.patch.object(JITFunction, "run", record):
         yield launches
+
+
+def specialization(jit: JITFunction, bound: dict) -> list:
+    """What of the arguments reaches the machine code: constants, and of other integers what Triton looks at."""
+    constants = {p.name for p in jit.params if p.is_constexpr}
+    seen = lambda value: (value == 1, value % 16 == 0, abs(value) < 2**31) if isinstance(value, int) else type(value)
+    return [value if name in constants else seen(value) for name, value in bound.items()]
 
 
 def compile_launch(jit: JITFunction, bound: dict, config: triton.Config, arch: int) -> dict:
@@ -94,15 +102,28 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def launches_of(spec: OpSpec, case: Case, dtype: torch.dtype) -> list[tuple]:
+    """What the op launches, forward and backward; nothing is computed."""
+    arguments = spec.inputs(case, dtype, "cpu")
+    leaves = {key: arguments[key].requires_grad_() for key in spec.differentiable}
+    with recorded_launches() as launches, force("triton"):
+        output = spec.public(**arguments)
+        if leaves:
+            parts = [p for p in (output if isinstance(output, tuple) else (output,)) if p.requires_grad]
+            torch.autograd.grad(parts, list(leaves.values()), [torch.ones_like(p) for p in parts])
+    return launches
+
+
 def main(name: str) -> None:
     spec = registry.spec(name)
     seen = set()
-    with mock.patch.object(hardware, "triton_interpreted", lambda: False):
+    with (
+        mock.patch.object(hardware, "triton_interpreted", lambda: False),
+        mock.patch.object(hardware, "no_triton", lambda tensor: None),
+    ):
         for case in spec.benches:
             for dtype in (torch.float32, torch.bfloat16):
-                arguments = spec.inputs(case, dtype, "meta")
-                with recorded_launches() as launches:
-                    spec.op.impls[[i.name for i in spec.op.impls].index("triton")].fwd(*spec.op.bind(**arguments))
+                launches = launches_of(spec, case, dtype)
                 assert launches, f"{case}: the launcher launched nothing"
                 for jit, bound, configs in launches:
                     first = (
@@ -115,7 +136,7 @@ def main(name: str) -> None:
                             jit.__name__,
                             dtype,
                             str(config),
-                            *(v for v in bound.values() if not isinstance(v, torch.Tensor)),
+                            *specialization(jit, bound),
                         )
                         if key in seen:
                             continue

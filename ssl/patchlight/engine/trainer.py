@@ -32,7 +32,7 @@ from .metrics import build_metrics
 from .optim import StepState, Update
 from .parallel import Mesh, parallelize, processes, set_gradient_sync
 from .precision import autocast, build_scaler
-from .run_folder import RUN_FILE, write_whole
+from .run_folder import REPORT_FILE, RUN_FILE, write_whole
 from .schedules import cosine
 from .sentinels import Diagnosis, Sentinels, TrainingError, spread
 
@@ -78,6 +78,9 @@ def train(run: Run) -> None:
         if run.output.look_every != 0:
             trainer.probe = build_probe(run, trainer)
         trainer.fit()
+        trainer.say(
+            f"Report: {trainer.folder / REPORT_FILE}; teacher: {trainer.checkpoints.latest()}/teacher.safetensors"
+        )
 
 
 class Probe(Protocol):

@@ -1,15 +1,14 @@
-"""Prototypes: the weight-normalised last layer, and the cross-entropy over it that never needs a pair loop."""
+"""Prototypes: the weight-normalised last layer, and the cross-entropy over it that never holds the logits."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from patchlight_kernels import prototype_ce
 
 from ..records import SoftTarget
-
-CHUNK_LOGITS = 1 << 26  # logits held at once, 256 MiB in fp32; DINO's [CLS] rows fit, dense patch rows go in chunks
 
 
 class Prototypes(nn.Module):
@@ -50,67 +49,29 @@ class Prototypes(nn.Module):
         """The scalar sum over teacher views t, student views s and rows r of pair_weight[t, s] * row_weight[r] * CE.
 
         CE is the cross-entropy of softmax(z W^T / temperature) against the target's distribution of view t, row r;
-        row_weight defaults to 1/R. Gradients reach z and these prototypes, never the target.
+        row_weight defaults to 1/R. Gradients reach z and these prototypes, never the target. In fp32, also under autocast.
         """
         _check_shapes(self, z_SRD, target, pair_weight_TS, row_weight_R)
-        if row_weight_R is None:
-            rows = z_SRD.shape[1]
-            row_weight_R = z_SRD.new_full((rows,), 1 / max(rows, 1), dtype=_exact_dtype(z_SRD))
-        with torch.autocast(z_SRD.device.type, enabled=False):
-            return prototype_cross_entropy_reference(
-                z_SRD, self.directions(), target, temperature, pair_weight_TS, row_weight_R
-            )
+        z = _exact(z_SRD)
+        teacher_z, bias, teacher_temperature = target.z, target.bias, target.temperature
+        # A temperature on the device is read by no host: what is divided by it has the temperature 1.
+        if isinstance(temperature, Tensor):
+            z, temperature = z / temperature, 1.0
+        if isinstance(teacher_temperature, Tensor):
+            teacher_z = _exact(teacher_z) / teacher_temperature
+            bias = None if bias is None else bias / teacher_temperature
+            teacher_temperature = 1.0
+        others = (self.directions(), teacher_z, target.prototypes, pair_weight_TS, row_weight_R, bias)
+        w, teacher_z, teacher_w, pairs, rows, bias = (None if x is None else x.to(z.dtype) for x in others)
+        return prototype_ce(z, w, teacher_z, teacher_w, temperature, teacher_temperature, pairs, rows, bias)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, count={self.count}, train_norm={self.weight_g.requires_grad}"
 
 
-def prototype_cross_entropy_reference(
-    z_SRD: Tensor,
-    prototypes_KD: Tensor,
-    target: SoftTarget,
-    temperature: float | Tensor,
-    pair_weight_TS: Tensor,
-    row_weight_R: Tensor,
-    chunk_logits: int = CHUNK_LOGITS,
-) -> Tensor:
-    """The loss of `Prototypes.forward` in at least fp32, with at most about chunk_logits logits in memory at a time.
-
-    Rows beyond that are computed in chunks whose logits the backward computes again.
-    """
-    z, w = _exact(z_SRD), _exact(prototypes_KD)
-    teacher_z, teacher_w = _exact(target.z.detach()), _exact(target.prototypes.detach())
-    bias = None if target.bias is None else _exact(target.bias.detach())
-    pair_weight, row_weight = pair_weight_TS.to(z.dtype), row_weight_R.to(z.dtype)
-
-    def loss_of(z: Tensor, w: Tensor, teacher_z: Tensor, row_weight: Tensor) -> Tensor:
-        p_TRK = (F.linear(teacher_z, teacher_w, bias) / target.temperature).softmax(dim=-1)
-        # Cross-entropy is linear in the target: -sum_k p_k log softmax(l)_k = logsumexp(l) - z . (p W) / temperature.
-        # So a teacher row costs one vector in prototype space, however many student views it is paired with.
-        pull_SRD = torch.einsum("ts,trd->srd", pair_weight, p_TRK @ w)
-        log_partition_SR = (F.linear(z, w) / temperature).logsumexp(dim=-1)
-        loss_SR = pair_weight.sum(dim=0)[:, None] * log_partition_SR - (z * pull_SRD).sum(dim=-1) / temperature
-        return (loss_SR * row_weight).sum()
-
-    rows = z.shape[1]
-    chunk = max(1, chunk_logits // ((len(z) + len(teacher_z)) * len(w)))
-    if rows <= chunk:
-        return loss_of(z, w, teacher_z, row_weight)
-    pieces = zip(z.split(chunk, 1), teacher_z.split(chunk, 1), row_weight.split(chunk), strict=True)
-    losses = [
-        checkpoint(loss_of, z_part, w, teacher_part, weight_part, use_reentrant=False, preserve_rng_state=False)
-        for z_part, teacher_part, weight_part in pieces
-    ]
-    return torch.stack(losses).sum()
-
-
-def _exact_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _exact(x: Tensor) -> Tensor:
     """In fp32, or in fp64 if it is already."""
-    return x.to(_exact_dtype(x))
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_shapes(

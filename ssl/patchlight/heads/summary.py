@@ -8,7 +8,7 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from patchlight_kernels import neighbor_topk
+from patchlight_kernels import class_attention, neighbor_topk
 
 from ..records import NeighborRule, Tokens
 from .projection import start_linear
@@ -133,36 +133,13 @@ class ClassAttentionBlock(nn.Module):
     def _update(self, state: Tensor, k: Tensor, v: Tensor, index: Tensor | None) -> Tensor:
         x = self.norm1(state)
         q, k_self, v_self = (self._split(project(x)) for project in (self.q, self.k, self.v))
-        attended = class_attention_reference(q, k_self, v_self, k, v, index)
+        attended = class_attention(q, k_self, v_self, k, v, index)
         state = state + self.proj(attended.flatten(2))
         return state + self.mlp(self.norm2(state))
 
     def _split(self, x: Tensor) -> Tensor:
         """[..., D] to [..., heads, D / heads]."""
         return x.unflatten(-1, (self.heads, -1))
-
-
-def class_attention_reference(
-    q: Tensor, k_self: Tensor, v_self: Tensor, k_patches: Tensor, v_patches: Tensor, index: Tensor | None
-) -> Tensor:
-    """Q states attend, each to itself and to patches: those of index [M, Q, k] (-1: none there), or all if it is None.
-
-    q, k_self, v_self [M or 1, Q or 1, H, E]; k_patches, v_patches [M, N, H, E]; returns [M, Q, H, E].
-    """
-    images, states = (len(k_patches), q.shape[1]) if index is None else index.shape[:2]
-    q, k_self, v_self = (x.expand(images, states, -1, -1) for x in (q, k_self, v_self))
-    read = "mnhe"
-    if index is not None:
-        read = "mqnhe"
-        k_patches, v_patches = gather_patches(k_patches, index), gather_patches(v_patches, index)
-    score_self = (q * k_self).sum(dim=-1, keepdim=True)
-    scores = torch.einsum(f"mqhe,{read}->mqhn", q, k_patches)
-    if index is not None:
-        scores = scores.masked_fill((index < 0)[:, :, None], float("-inf"))
-    scores = torch.cat([score_self.to(scores.dtype), scores], dim=-1) * q.shape[-1] ** -0.5
-    weights = scores.softmax(dim=-1).to(v_patches.dtype)
-    others = torch.einsum(f"mqhn,{read}->mqhe", weights[..., 1:], v_patches)
-    return weights[..., :1] * v_self + others
 
 
 def gather_patches(x: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+"""Cases, inputs and costs of prototype_ce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ...registry import Case, OpSpec
+from .op import OP, prototype_ce
+
+
+def _case(students: int, teachers: int, rows: int, width: int, prototypes: int, bias: bool = True, **more: Any) -> Case:
+    name = f"S{students}-T{teachers}-R{rows}-D{width}-K{prototypes}" + ("" if bias else "-unbiased")
+    sizes = {"students": students, "teachers": teachers, "rows": rows, "width": width, "prototypes": prototypes}
+    return Case(name, sizes | {"bias": bias}, **more)
+
+
+TESTS = (
+    _case(2, 2, 3, 3, 5),
+    _case(3, 2, 5, 37, 67),  # primes, rows that are not 16-byte aligned, a second tile of three prototypes
+    _case(1, 1, 17, 24, 130, bias=False),
+    _case(1, 1, 2, 72, 300),  # several tiles and chunks for a block: its stages are filled a second time
+    _case(1, 1, 1, 1, 1),  # one of everything: the loss is 0
+    _case(1, 3, 2, 8, 64),  # more teachers than students, one full tile
+    _case(5, 1, 18, 16, 40),
+    _case(0, 1, 3, 8, 5),  # no views, no rows, no channels
+    _case(2, 0, 3, 8, 5),
+    _case(2, 1, 0, 8, 5),
+    _case(2, 1, 3, 0, 5),  # every logit is 0
+)
+
+BENCHES = (
+    _case(1, 1, 2048, 256, 4096, small=True),
+    _case(10, 2, 16, 256, 8192, small=True),
+    _case(10, 2, 64, 256, 65536),
+    _case(10, 2, 128, 256, 65536),
+    _case(1, 1, 43520, 256, 4096),
+)
+
+
+def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Unit vectors, as from a head; students view the teacher's images, so the two look alike."""
+    s = case.sizes
+    generator = torch.Generator().manual_seed(s["rows"] * 1000 + s["prototypes"])
+    random = lambda *shape: torch.randn(*shape, generator=generator)
+    rows = random(s["rows"], s["width"])
+    views = lambda count: normalize(rows + random(count, s["rows"], s["width"]), dim=-1).to(device, dtype)
+    prototypes = random(s["prototypes"], s["width"])
+    directions = lambda: normalize(prototypes + 0.3 * random(s["prototypes"], s["width"]), dim=-1).to(device, dtype)
+    pair_weight = random(s["teachers"], s["students"]).abs() / max(1, s["teachers"] * s["students"])
+    if min(s["teachers"], s["students"]) > 1:
+        pair_weight.fill_diagonal_(0)  # a view does not teach itself
+    return {
+        "z": views(s["students"]),
+        "prototypes": directions(),
+        "teacher_z": views(s["teachers"]),
+        "teacher_prototypes": directions(),
+        "temperature": 0.1,
+        "teacher_temperature": 0.05,
+        "pair_weight": pair_weight.to(device),
+        "row_weight": (random(s["rows"]).abs() / max(1, s["rows"])).to(device),
+        "bias": (0.05 * random(s["prototypes"])).to(device) if s["bias"] else None,
+    }
+
+
+def _observe(arguments: dict[str, Any], output: Tensor) -> dict[str, Tensor]:
+    return {"loss": output.double()}
+
+
+def _min_bytes(case: Case, dtype: torch.dtype) -> int:
+    """Every row and prototype read once."""
+    s = case.sizes
+    views = s["students"] + s["teachers"]
+    return (views * s["rows"] + 2 * s["prototypes"]) * s["width"] * dtype.itemsize
+
+
+def _flops(case: Case) -> int:
+    """Both branches' logits. A backward adds two products of the student's rows: 3 S + T in all."""
+    s = case.sizes
+    return 2 * (s["students"] + s["teachers"]) * s["rows"] * s["prototypes"] * s["width"]
+
+
+SPEC = OpSpec(
+    op=OP,
+    public=prototype_ce,
+    tests=TESTS,
+    benches=BENCHES,
+    inputs=_inputs,
+    observe=_observe,
+    min_bytes=_min_bytes,
+    flops=_flops,
+    differentiable=("z", "prototypes"),
+)

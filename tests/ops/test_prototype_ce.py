@@ -1,0 +1,378 @@
+"""What is particular to prototype_ce: its algebra, pieces and chunks, the backward of a GPU, ranges, errors."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from parity import ROOT, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
+from torch.nn.functional import normalize
+
+from patchlight_kernels import force, prototype_ce, registry
+from patchlight_kernels.ops.prototype_ce import pieces, reference
+from patchlight_kernels.registry import Case
+
+SPEC = registry.spec("prototype_ce")
+LEAVES = SPEC.differentiable
+
+
+def some_arguments(
+    students=3, teachers=2, rows=5, width=7, prototypes=11, dtype=torch.float32, device="cpu", **changes
+):
+    sizes = {"students": students, "teachers": teachers, "rows": rows, "width": width, "prototypes": prototypes}
+    arguments = SPEC.inputs(Case("test", sizes | {"bias": True}), dtype, device)
+    return arguments | changes
+
+
+def with_gradients(arguments):
+    """The loss and the gradients of z and of the prototypes."""
+    leaves = {key: arguments[key].detach().requires_grad_() for key in LEAVES}
+    loss = prototype_ce(**{**arguments, **leaves})
+    return loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))
+
+
+def by_the_formula(
+    z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, pair_weight, row_weight, bias
+):
+    """Every pair, every row, every probability written out."""
+    loss = 0.0
+    for t in range(len(teacher_z)):
+        p = ((teacher_z[t] @ teacher_prototypes.T + bias) / teacher_temperature).softmax(-1)
+        for s in range(len(z)):
+            cross_entropy = -(p * (z[s] @ prototypes.T / temperature).log_softmax(-1)).sum(-1)
+            loss = loss + pair_weight[t, s] * (row_weight * cross_entropy).sum()
+    return loss
+
+
+def double(arguments):
+    return {
+        key: value.detach().double().requires_grad_(key in LEAVES) if isinstance(value, torch.Tensor) else value
+        for key, value in arguments.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the algebra
+
+
+def test_the_reference_is_the_formula():
+    arguments = double(some_arguments())
+    loss = by_the_formula(**arguments)
+    expected = loss.detach(), *torch.autograd.grad(loss, [arguments[key] for key in LEAVES])
+    torch.testing.assert_close(with_gradients(arguments), expected)
+
+
+def test_cross_entropy_is_linear_in_the_target():
+    """CE = logsumexp - z . m / temperature with m the mean prototype under the teacher: attention with two tables."""
+    a = double(some_arguments())
+    p = ((a["teacher_z"] @ a["teacher_prototypes"].T + a["bias"]) / a["teacher_temperature"]).softmax(-1)
+    m = p @ a["prototypes"]
+    logits = a["z"] @ a["prototypes"].T / a["temperature"]
+    pairs, rows = a["pair_weight"], a["row_weight"]
+    pull = torch.einsum("ts,trd->srd", pairs, m)
+    loss = ((pairs.sum(0)[:, None] * logits.logsumexp(-1) - (a["z"] * pull).sum(-1) / a["temperature"]) * rows).sum()
+    torch.testing.assert_close(prototype_ce(**a), loss)
+    own = logits.softmax(-1) @ a["prototypes"]
+    dz = (pairs.sum(0)[:, None, None] * own - pull) * rows[:, None] / a["temperature"]
+    torch.testing.assert_close(with_gradients(a)[1], dz)
+
+
+def test_a_shift_of_all_biases_changes_nothing():
+    a = double(some_arguments())
+    torch.testing.assert_close(with_gradients(a | {"bias": a["bias"] + 3}), with_gradients(a))
+
+
+def test_a_teacher_that_agrees_pulls_nowhere():
+    """The loss is then the entropy, at its least: no gradient for the rows, and none for the prototypes."""
+    a = some_arguments(students=1, teachers=1, bias=None)
+    a |= {"teacher_z": a["z"], "teacher_prototypes": a["prototypes"], "teacher_temperature": a["temperature"]}
+    loss, dz, dprototypes = with_gradients(a)
+    p = (a["z"] @ a["prototypes"].T / a["temperature"]).softmax(-1)
+    entropy = -(p * p.log()).sum(-1)[0] @ a["row_weight"] * a["pair_weight"][0, 0]
+    torch.testing.assert_close(loss, entropy)
+    assert dz.abs().max() < 1e-6
+    assert dprototypes.abs().max() < 1e-6
+
+
+# --------------------------------------------------------------------------------- sizes beyond one of everything
+
+
+def test_chunks_of_the_reference_change_nothing(monkeypatch):
+    a = double(some_arguments())
+    whole = with_gradients(a)
+    for rows_at_once in (1, 2, 4):
+        monkeypatch.setattr(reference, "CHUNK_LOGITS", rows_at_once * 5 * 11)
+        torch.testing.assert_close(with_gradients(a), whole)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 700, 40, 300), (3, 2, 130, 33, 200), (2, 1, 16, 300, 65)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_chunks_of_positions_and_blocks_of_prototypes_on_the_cpu(sizes, threads):
+    arguments = some_arguments(*sizes)
+    torch.set_num_threads(threads)
+    with running("cpu", "cpp"):
+        mine = outcome(SPEC, arguments)
+    assert_as_exact_as_pytorch(SPEC, arguments, mine, f"{sizes}, {threads} threads")
+
+
+@every_runner
+@pytest.mark.parametrize(("rows", "prototypes"), [(5, 300), (300, 20)])
+def test_pieces_change_nothing(device, name, rows, prototypes, monkeypatch):
+    """Cut along the prototypes or along the rows, whichever are more: three pieces where there was one."""
+    arguments = some_arguments(2, 1, rows, 8, prototypes, device=device)
+    with running(device, name):
+        whole = with_gradients(arguments)
+        monkeypatch.setattr(pieces, "PIECE", 2 * min(rows, prototypes) * 128)
+        parts = with_gradients(arguments)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-7)
+
+
+def test_pieces_are_even_and_whole_tiles():
+    assert pieces.steps(1, 2048, 4096) == (2048, 4096)
+    assert pieces.steps(10, 64, 65536) == (64, 21888)
+    rows, prototypes = pieces.steps(1, 43520, 4096)
+    assert prototypes == 4096
+    assert rows % pieces.ALIGNED == 0
+    assert rows * 4096 <= pieces.PIECE
+
+
+@every_runner
+def test_nothing_of_size_rows_by_prototypes_waits_for_the_backward(device, name):
+    arguments = some_arguments(1, 1, 64, 4, 500, device=device)
+    sizes = []
+    with (
+        running(device, name),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x),
+    ):
+        prototype_ce(**arguments | {"z": arguments["z"].requires_grad_()})
+    assert max(sizes) <= 500 * 4
+
+
+# --------------------------------------------------------------------------------------------- the GPU's backward
+
+
+@every_runner
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_backward_that_computes_logits_again(device, name, dtype):
+    """As on a GPU: the forward keeps two vectors of sums, and the backward starts from those."""
+    arguments = some_arguments(dtype=dtype, device=device)
+    leaves = [arguments[key].requires_grad_() for key in LEAVES]
+    with running(device, name):
+        raw = SPEC.op.bind(**arguments)
+        loss, _, _, *unmade = torch.ops.patchlight.prototype_ce_fwd(*raw[:-1], False)
+        assert all(x.numel() == 0 for x in unmade)
+        later = torch.autograd.grad(3 * loss, leaves)
+        at_once = torch.autograd.grad(3 * prototype_ce(**arguments), leaves)
+    tolerance = 4 * torch.finfo(dtype).eps
+    for a, b in zip(later, at_once, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+@every_runner
+def test_small_weights_survive_half_precision(device, name):
+    """A million rows weigh 1e-6 each, and 65536 prototypes have 1.5e-5 of a row: alone, each is at fp16's end."""
+    arguments = some_arguments(1, 1, 3, 8, 70, torch.float16, device)
+    small = torch.full_like(arguments["row_weight"], 1e-6)
+    with running(device, name):
+        loss, *gradients = with_gradients(arguments | {"row_weight": torch.ones_like(small)})
+        raw = SPEC.op.bind(**arguments | {"row_weight": small, "z": arguments["z"].requires_grad_()})
+        outputs = torch.ops.patchlight.prototype_ce_fwd(*raw)
+    torch.testing.assert_close(outputs[0], loss * 1e-6)
+    if device == "cpu":  # gradients made by the forward are fp32: the loss may still be scaled
+        for made, expected in zip(outputs[3:], gradients, strict=True):
+            torch.testing.assert_close(made.float() * 1e6, expected.float(), rtol=2e-3, atol=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------ who counts
+
+
+@every_runner
+def test_pairs_and_rows_that_weigh_nothing(device, name):
+    arguments = some_arguments(device=device)
+    pair_weight = torch.zeros_like(arguments["pair_weight"])
+    pair_weight[1, 2] = 0.5
+    row_weight = arguments["row_weight"].clone()
+    row_weight[3] = 0
+    with running(device, name):
+        loss, dz, _ = with_gradients(arguments | {"pair_weight": pair_weight, "row_weight": row_weight})
+        only = arguments | {"pair_weight": pair_weight[1:, 2:], "row_weight": row_weight}
+        alone = with_gradients(only | {"z": arguments["z"][2:], "teacher_z": arguments["teacher_z"][1:]})
+    torch.testing.assert_close(loss, alone[0])
+    torch.testing.assert_close(dz[2:], alone[1], rtol=1e-5, atol=1e-7)
+    assert (dz[:2] == 0).all()
+    assert (dz[2, 3] == 0).all()
+
+
+def test_rows_weigh_the_same_by_default():
+    arguments = some_arguments()
+    equal = prototype_ce(**arguments | {"row_weight": torch.full((5,), 0.2)})
+    assert torch.equal(prototype_ce(**arguments | {"row_weight": None}), equal)
+
+
+@every_runner
+def test_a_prototype_may_be_closed_to_the_teacher(device, name):
+    """Bias -inf, even for whole tiles: no probability there, and everything stays finite."""
+    arguments = some_arguments(2, 1, 3, 8, 150, device=device)
+    arguments["bias"][:70] = -torch.inf
+    with running(device, name):
+        mine = outcome(SPEC, arguments)
+    assert all(value.isfinite().all() for value in mine.values())
+    assert_as_exact_as_pytorch(SPEC, arguments, mine, name)
+
+
+@every_runner
+def test_extreme_logits_stay_finite(device, name):
+    arguments = some_arguments(device=device)
+    with running(device, name):
+        mine = outcome(SPEC, arguments | {"z": 1e4 * arguments["z"], "teacher_z": 1e4 * arguments["teacher_z"]})
+    assert all(value.isfinite().all() for value in mine.values())
+
+
+@every_runner
+@pytest.mark.parametrize("which", ["z", "teacher_z", "prototypes", "teacher_prototypes"])
+def test_nan_reaches_the_loss(device, name, which):
+    arguments = some_arguments(prototypes=70, device=device)
+    arguments[which].view(-1)[-1] = torch.nan
+    with running(device, name):
+        assert prototype_ce(**arguments).isnan()
+
+
+def test_nothing_flows_into_the_teacher_or_the_weights():
+    arguments = some_arguments()
+    for value in arguments.values():
+        if isinstance(value, torch.Tensor):
+            value.requires_grad_()
+    prototype_ce(**arguments).backward()
+    reached = {key for key, value in arguments.items() if isinstance(value, torch.Tensor) and value.grad is not None}
+    assert reached == set(LEAVES)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_one_of_the_gradients_is_enough(leaf):
+    arguments = some_arguments()
+    alone = torch.autograd.grad(prototype_ce(**arguments | {leaf: arguments[leaf].requires_grad_()}), arguments[leaf])
+    torch.testing.assert_close(alone[0], with_gradients(some_arguments())[1 + LEAVES.index(leaf)])
+
+
+def test_a_second_backward_gives_the_same():
+    arguments = some_arguments()
+    loss = prototype_ce(**arguments | {"z": arguments["z"].requires_grad_()})
+    first = torch.autograd.grad(7 * loss, arguments["z"], retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(7 * loss, arguments["z"])[0])
+
+
+# --------------------------------------------------------------------------------------------------- the rest
+
+WRONG = {
+    "z without views": ({"z": torch.zeros(5, 7)}, ValueError, r"\[student views, rows, width\], got shape \(5, 7\)"),
+    "integers": ({"z": torch.zeros(3, 5, 7, dtype=torch.long)}, TypeError, "got torch.int64; cast it"),
+    "teacher's rows": ({"teacher_z": torch.zeros(2, 6, 7)}, ValueError, r"\[teacher views, 5, 7\] like z, got shape \(2, 6, 7\)"),
+    "prototypes' width": ({"prototypes": torch.zeros(11, 8)}, ValueError, r"\[count, 7\] .*, got shape \(11, 8\)"),
+    "no prototypes": ({"prototypes": torch.zeros(0, 7)}, ValueError, "a count of at least 1"),
+    "teacher's prototypes": ({"teacher_prototypes": torch.zeros(12, 7)}, ValueError, r"\(11, 7\), got \(12, 7\)"),
+    "mixed dtypes": ({"prototypes": torch.zeros(11, 7).half()}, TypeError, "prototypes must be torch.float32 like z"),
+    "pairs turned": ({"pair_weight": torch.zeros(3, 2)}, ValueError, r"pair_weight must be \(2, 3\), got \(3, 2\)"),
+    "row weights": ({"row_weight": torch.zeros(6)}, ValueError, r"row_weight must be \(5,\), got \(6,\)"),
+    "bias": ({"bias": torch.zeros(7)}, ValueError, r"bias must be \(11,\), got \(7,\)"),
+    "half weights": ({"row_weight": torch.zeros(5).half()}, TypeError, "row_weight must be torch.float32 beside a z"),
+    "temperature 0": ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
+    "temperature nan": ({"teacher_temperature": math.nan}, ValueError, "teacher_temperature must be positive, got nan"),
+    "temperature tensor": ({"temperature": torch.tensor(0.1)}, TypeError, "must be a Python float, got a tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_errors_say_rule_got_and_remedy(wrong):
+    change, kind, words = WRONG[wrong]
+    with pytest.raises(kind, match=words) as caught:
+        prototype_ce(**some_arguments() | change)
+    assert str(caught.value).startswith("prototype_ce: ")
+    assert ";" in str(caught.value), "no remedy"
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 3, 8, 5), (2, 0, 3, 8, 5), (2, 1, 0, 8, 5)])
+def test_nobody_to_compare_costs_nothing(sizes):
+    loss, *gradients = with_gradients(some_arguments(*sizes))
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_no_channels_make_all_prototypes_alike():
+    arguments = some_arguments(1, 1, 2, 0, 5, bias=None, row_weight=None, pair_weight=torch.ones(1, 1))
+    torch.testing.assert_close(prototype_ce(**arguments), torch.tensor(5.0).log())
+
+
+PANELS = """
+#include <cstdio>
+#include <vector>
+#include "product.h"
+using namespace patchlight;
+template <class F> int check(F product, bool adjacent_rows, int rows, int inner, int outer, bool accumulate) {
+  std::vector<float> a(rows * inner * outer), b(inner * outer * kPanel), c(rows * kPanel, 0.5f);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = float(int(i * 7 % 11) - 5);
+  for (size_t i = 0; i < b.size(); ++i) b[i] = float(int(i * 5 % 13) - 6);
+  PanelProduct p{a.data(), adjacent_rows ? 1 : inner * outer, adjacent_rows ? rows : 1, adjacent_rows ? rows * inner : inner,
+                 b.data(), kPanel, inner * kPanel, c.data(), kPanel, rows, inner, outer, accumulate};
+  product(p);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < kPanel; ++j) {
+      float sum = accumulate ? 0.5f : 0.0f;
+      for (int k = 0; k < inner * outer; ++k) sum += a[adjacent_rows ? k * rows + i : i * inner * outer + k] * b[k * kPanel + j];
+      if (sum != c[i * kPanel + j]) return 1;
+    }
+  return 0;
+}
+template <class F> int check_all(F product) {
+  int wrong = 0;
+  for (bool adjacent : {false, true})
+    for (bool accumulate : {false, true})
+      wrong += check(product, adjacent, 1, 3, 1, accumulate) + check(product, adjacent, 8, 5, 2, accumulate) +
+               check(product, adjacent, 19, 32, 3, accumulate) + check(product, adjacent, 4, 0, 1, accumulate);
+  return wrong;
+}
+int main() {
+  int wrong = check_all(product_plain);
+  if (__builtin_cpu_supports("x86-64-v3")) wrong += check_all(product_avx2);
+  if (__builtin_cpu_supports("x86-64-v4")) wrong += check_all(product_avx512);
+  float worst = 0;
+  for (float x = 0; x > -126; x -= 0.0371f) worst = std::max(worst, std::abs(exp2_inline(x) / std::exp2(x) - 1));
+  const float nothing = exp2_inline(-INFINITY) + exp2_inline(-127.0f), nan = exp2_inline(NAN);
+  return wrong || worst > 2.4e-7f || nothing != 0 || nan == nan || exp2_inline(0) != 1;
+}
+"""
+
+
+def test_panel_products_of_every_instruction_set(tmp_path):
+    """The library runs the widest that a machine has; here all that it has give the same, exactly, in small integers."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if not compiler or os.uname().machine != "x86_64":
+        pytest.skip("no g++ on x86-64")
+    from torch.utils.cpp_extension import include_paths
+
+    source, program = tmp_path / "panels.cpp", tmp_path / "panels"
+    source.write_text("#include <algorithm>\n#include <cmath>\n" + PANELS)
+    includes = [f"-I{path}" for path in [ROOT / "csrc", *include_paths()]]
+    flags = ["-std=c++20", "-O2", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    build = subprocess.run([compiler, *flags, *includes, source, "-o", program], capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    assert subprocess.run([program]).returncode == 0
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_gpu) for name in ("triton", "cuda")])
+def test_offsets_beyond_32_bits(name):
+    row = normalize(torch.randn(256), dim=0).to("cuda", torch.bfloat16)
+    z = row.expand(1, 8_500_000, -1).contiguous()  # 2.2e9 values
+    prototypes = normalize(torch.randn(64, 256), dim=-1).to("cuda", torch.bfloat16)
+    pairs = torch.ones(1, 1, device="cuda")
+    with running("cuda", name):
+        loss, dz, _ = with_gradients(
+            dict(zip(("z", "prototypes", "teacher_z", "teacher_prototypes"), (z, prototypes) * 2, strict=True))
+            | {"temperature": 0.1, "teacher_temperature": 0.04, "pair_weight": pairs}
+        )
+    with force("reference"):
+        expected = prototype_ce(z[:, :1], prototypes, z[:, :1], prototypes, 0.1, 0.04, pairs)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    assert torch.equal(dz[0, 0], dz[0, -1])
