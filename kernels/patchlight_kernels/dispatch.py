@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-IMPLEMENTATIONS = ("cuda", "triton", "cpp", "reference")
+IMPLEMENTATIONS = ("cuda", "cpp", "triton", "reference")
 
 _library = torch.library.Library("patchlight", "FRAGMENT")
 _ops: dict[str, Op] = {}

@@ -94,8 +94,8 @@ OP = Op(
     bind=_bind,
     impls=(
         Impl("cuda", _native_fwd, _cuda_unsupported),
+        Impl("cpp", _native_fwd, _cpp_unsupported),  # before Triton, which has CPU tensors only in its interpreter
         Impl("triton", _triton_fwd, _triton_unsupported),
-        Impl("cpp", _native_fwd, _cpp_unsupported),
         Impl("reference", reference.neighbor_topk_fwd, lambda *raw: None),
     ),
 )

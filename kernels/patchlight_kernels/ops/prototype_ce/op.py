@@ -178,9 +178,10 @@ OP = Op(
     bind=_bind,
     impls=(
         _on_gpu("cuda", _cuda_statistics, _cuda_grad_logits, _cuda_unsupported),
-        _on_gpu("triton", _triton_statistics, _triton_grad_logits, _triton_unsupported),
         # A C++ forward that was asked for gradients has made them; if it was not and somebody asks later, the reference does.
+        # It comes before Triton, which has CPU tensors only in its interpreter.
         Impl("cpp", _cpp_fwd, _cpp_unsupported, reference.prototype_ce_bwd),
+        _on_gpu("triton", _triton_statistics, _triton_grad_logits, _triton_unsupported),
         Impl("reference", reference.prototype_ce_fwd, lambda *raw: None, reference.prototype_ce_bwd),
     ),
 )
