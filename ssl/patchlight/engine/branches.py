@@ -85,14 +85,18 @@ class Teacher(Branch):
     def follow(self, student: Student, momentum: float, refused: Tensor | None = None) -> None:
         """Moves each parameter by 1 - momentum towards the student's, unless refused is 1; buffers stay its own.
 
-        A lerp in three multi-tensor kernels: its weight lives on the device, where the refusal is known.
+        On a CPU a lerp. Elsewhere one in three multi-tensor kernels, whose weight stays on the device, where the refusal is.
         """
-        theirs = dict(student.named_parameters())
+        by_name = dict(student.named_parameters())
         named = dict(self.named_parameters())
-        mine = [local(parameter) for parameter in named.values()]
-        gap = torch._foreach_sub([local(theirs[name]) for name in named], mine)
+        mine, theirs = [local(parameter) for parameter in named.values()], [local(by_name[name]) for name in named]
         weight = torch.full((), 1 - momentum, dtype=mine[0].dtype, device=mine[0].device)
-        torch._foreach_mul_(gap, weight if refused is None else weight * (1 - refused))
+        weight = weight if refused is None else weight * (1 - refused)
+        if weight.device.type == "cpu":
+            torch._foreach_lerp_(mine, theirs, weight.item())
+            return
+        gap = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(gap, weight)
         torch._foreach_add_(mine, gap)
 
 
