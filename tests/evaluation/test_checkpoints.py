@@ -125,13 +125,20 @@ def test_what_is_no_backbone_is_named(tmp_path):
 
 def encoded_on_a_rank(path: str) -> np.ndarray:
     with ranks("cpu") as mine:
-        return encode(open_checkpoint(path, heads=2), ProceduralSource(11, 32), mine, Reading(4, workers=0)).numpy()
+        return encode(
+            open_checkpoint(path, heads=2), ProceduralSource(11, 32), mine, Reading(4, workers=0), 24, 24
+        ).numpy()
 
 
 def test_ranks_share_the_images_without_a_duplicate(tmp_path):
     torch.save(timm_vit().state_dict(), tmp_path / "vit.pth")
     alone = encode(
-        open_checkpoint(str(tmp_path / "vit.pth"), heads=2), ProceduralSource(11, 32), CPU, Reading(3, workers=0)
+        open_checkpoint(str(tmp_path / "vit.pth"), heads=2),
+        ProceduralSource(11, 32),
+        CPU,
+        Reading(3, workers=0),
+        24,
+        24,
     )
     assert len(np.unique(alone.numpy().round(4), axis=0)) == 11, "every image has its own features"
     for shared in on_processes(2, encoded_on_a_rank, str(tmp_path / "vit.pth")):

@@ -51,16 +51,17 @@ class CenterCrops(Dataset):
         return tv.center_crop(tv.resize(image, [self.resize_to], InterpolationMode.BICUBIC), [self.size]), number
 
 
+def shown(size: int, whole: bool) -> int:
+    """What the shorter side is resized to before the center is cut out; the papers' 256 / 224, or nothing cut off."""
+    return size if whole else round(size * 256 / 224)
+
+
 @torch.no_grad()
 def encode_batches(
-    encoder: Encoder, source: Source, ranks: Ranks, reading: Reading, size: int | None = None, title: str = "features"
+    encoder: Encoder, source: Source, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """(summaries [B, D] fp32 on the device, numbers [B] in the source) of this rank's share of the images.
-
-    The shorter side becomes size * 256 / 224, as the papers' k-NN and linear protocols have it.
-    """
-    size = size or encoder.eyes.image_size
-    crops = CenterCrops(source, ranks.share(len(source)), size, round(size * 256 / 224))
+    """(summaries [B, D] fp32 on the device, numbers [B] in the source) of this rank's share of the images."""
+    crops = CenterCrops(source, ranks.share(len(source)), size, resize_to)
     loader = DataLoader(crops, reading.batch, num_workers=reading.workers, pin_memory=ranks.device.type == "cuda")
     for images, numbers in progress(loader, title) if ranks.rank == 0 else loader:
         pixels = encoder.normalize(images.to(ranks.device, non_blocking=True))
@@ -70,12 +71,11 @@ def encode_batches(
 
 
 def encode(
-    encoder: Encoder, source: Source, ranks: Ranks, reading: Reading, size: int | None = None, title: str = "features"
+    encoder: Encoder, source: Source, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
 ) -> Tensor:
-    """Summaries [n, D] fp32 of all images in their order, on every rank."""
-    mine = [
-        (summary.cpu(), numbers) for summary, numbers in encode_batches(encoder, source, ranks, reading, size, title)
-    ]
+    """Summaries [n, D] fp32 of all images in their order, on the CPU of every rank."""
+    batches = encode_batches(encoder, source, ranks, reading, resize_to, size, title)
+    mine = [(summary.cpu(), numbers) for summary, numbers in batches]
     out = torch.empty(len(source), encoder.width)
     for part in ranks.gather(mine):
         for summary, numbers in part:

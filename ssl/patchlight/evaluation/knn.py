@@ -13,6 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .encoder import Encoder
+from .features import Reading, encode, encode_batches, shown
+from .labelled import Labelled
+from .ranks import Ranks
+
+
+@dataclass(frozen=True)
+class KnnProtocol:
+    """DINO's weighted k-NN."""
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """How many neighbors vote."""
+    temperature: float = 0.07
+    """A vote weighs exp(cosine / temperature)."""
+    size: int | None = None
+    """Side of the images that the backbone sees; null: what its position table is made for (224 for the papers' models)."""
+
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1 or self.temperature <= 0:
+            raise ValueError(f"KnnProtocol: k and temperature must be positive, got {self.k} and {self.temperature}.")
+
+
 QUERIES, BANK, GROUP = 1024, 8192, 16  # rows of a block of similarities, its columns, columns that share a maximum
 
 
@@ -81,6 +103,35 @@ class NearestNeighbors:
     def result(self) -> Neighbors:
         similarity, order = self.similarity.sort(dim=1, descending=True)
         return Neighbors(similarity, self.label.gather(1, order))
+
+
+def evaluate_knn(
+    encoder: Encoder, data: Labelled, protocol: KnnProtocol, ranks: Ranks, reading: Reading
+) -> dict[str, float]:
+    """Accuracies by "k<number>". The training images' features are never kept: each batch is compared and forgotten.
+
+    Every rank compares all queries with its share of the training images; then the ranks merge what they found.
+    """
+    ks = [k for k in protocol.k if k <= len(data.train)]
+    if not ks:
+        raise ValueError(f"k must not exceed the number of training images, got {protocol.k} for {len(data.train)}.")
+    size = protocol.size or encoder.eyes.image_size
+    sizes = shown(size, data.whole), size
+    queries = encode(encoder, data.test, ranks, reading, *sizes, title="test images").to(ranks.device)
+    nearest, labels = NearestNeighbors(queries, max(ks)), torch.from_numpy(data.train.labels)
+    pieces, waiting = [], 0
+    for summary, numbers in encode_batches(encoder, data.train, ranks, reading, *sizes, title="training images"):
+        pieces.append((summary, labels[numbers]))
+        waiting += len(numbers)
+        if waiting >= BANK:
+            nearest.add(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+            pieces, waiting = [], 0
+    if pieces:
+        nearest.add(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    mine = Neighbors(nearest.similarity.cpu(), nearest.label.cpu())
+    nearest.merge(other for rank, other in enumerate(ranks.gather(mine)) if rank != ranks.rank)
+    found = accuracies(nearest.result(), torch.from_numpy(data.test.labels), ks, protocol.temperature, data.classes)
+    return {f"k{k}": accuracy for k, accuracy in found.items()}
 
 
 def vote(neighbors: Neighbors, k: int, temperature: float, classes: int) -> Tensor:

@@ -1,0 +1,152 @@
+"""`python -m patchlight.evaluation COMMAND --checkpoint ...`: what a checkpoint is worth."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from ..data.procedural_video import write_davis
+from ..engine.environment import describe_environment
+from ..engine.report import write_report
+from .checkpoints import home, open_checkpoint
+from .davis import DavisFolder, DavisProtocol, evaluate_davis
+from .encoder import Encoder
+from .features import Reading
+from .knn import KnnProtocol, evaluate_knn
+from .labelled import PROCEDURAL, open_labelled
+from .ranks import Ranks, ranks
+from .results import Result, judged, results_folder, save_result, show_result
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Which checkpoint is judged, and where."""
+
+    checkpoint: str
+    """A run's folder, a .safetensors or .pth file, or the name of a timm model."""
+    key: str = "teacher"
+    """Which backbone, where a file holds several: part of its name."""
+    heads: int | None = None
+    """Attention heads, where weights do not tell: by default 64 channels each."""
+    device: str | None = None
+    """cuda, cuda:1, cpu, ...; by default a GPU where there is one."""
+    out: Path | None = None
+    """Folder for results; by default in the run's folder or beside the file."""
+
+    def open(self, here: Ranks) -> Encoder:
+        encoder = open_checkpoint(self.checkpoint, self.key, self.heads).to(here.device)
+        if here.rank == 0:
+            for note in encoder.notes:
+                Console().print(f"note: {note}", soft_wrap=True, markup=False)
+        return encoder
+
+    @property
+    def folder(self) -> Path:
+        return self.out or results_folder(self.checkpoint)
+
+    def finish(self, result: Result, here: Ranks) -> None:
+        """On the first rank: the table, the JSON file, and the run's report anew."""
+        if here.rank == 0:
+            show_result(result)
+            print(f"result: {save_result(result, self.folder, describe_environment())}")
+            run = home(self.checkpoint) if Path(self.checkpoint).exists() else None
+            if run is not None:
+                print(f"report: {write_report(run)}")
+        if result.failed:
+            raise ValueError(
+                f"All parts should be done, got {len(result.failed)} that failed (named above); results of the others are"
+                " kept."
+            )
+
+
+def knn(
+    subject: Annotated[Subject, tyro.conf.arg(name="")],
+    data: str = PROCEDURAL,
+    protocol: KnnProtocol = KnnProtocol(),  # noqa: B008 frozen
+    reading: Reading = Reading(),  # noqa: B008
+) -> None:
+    """Classify by nearest neighbors: no training, no labels but the neighbors'.
+
+    Args:
+        subject: what is judged.
+        data: a folder with train/ and val/, or `procedural`.
+        protocol: the published one by default.
+        reading: how images are read.
+    """
+    with ranks(subject.device) as here:
+        encoder, labelled = subject.open(here), open_labelled(data)
+        metrics = evaluate_knn(encoder, labelled, protocol, here, reading)
+        subject.finish(judged(encoder, "knn", labelled.name, protocol, metrics), here)
+
+
+def davis(
+    subject: Annotated[Subject, tyro.conf.arg(name="")],
+    data: str,
+    split: str = "val",
+    resolution: str = "480p",
+    protocol: DavisProtocol = DavisProtocol(),  # noqa: B008
+    precision: str = "fp32",
+    previews: int = 4,
+) -> None:
+    """Carry the first frame's objects through videos by patch features alone (DAVIS 2017), and score J&F.
+
+    Args:
+        subject: what is judged.
+        data: a folder in DAVIS layout.
+        split: a list of sequences in ImageSets.
+        resolution: the folder of frames and masks.
+        protocol: the published one by default.
+        precision: of the backbone, fp32 or bf16.
+        previews: sequences that get an animation and a sheet.
+    """
+    with ranks(subject.device) as here:
+        encoder, folder = subject.open(here), DavisFolder(data, split, resolution)
+        out = subject.folder / f"davis-{Path(data).name}"
+        found = evaluate_davis(encoder, folder, protocol, here, out, precision, previews)
+        name = "davis2017" if split == "val" and len(folder.names) == 30 and "bike-packing" in folder.names else data
+        notes = (f"{len(found.unscored)} sequences have a first mask only and no score",) if found.unscored else ()
+        result = judged(
+            encoder,
+            "davis",
+            name,
+            protocol,
+            found.metrics(),
+            notes=notes,
+            failed=found.failed,
+            details={"objects": found.per_object(), "pictures": str(out)},
+        )
+        subject.finish(result, here)
+
+
+def render(out: Path, videos: int = 8, frames: int = 24, size: int = 192, seed: int = 0) -> None:
+    """Draw videos of the procedural objects with true masks, as a folder in DAVIS layout.
+
+    Args:
+        out: a new folder.
+        videos: how many.
+        frames: of each.
+        size: side of a frame.
+        seed: other videos.
+    """
+    print(f"{videos} videos: {write_davis(out, videos, frames, size, seed)}")
+
+
+COMMANDS = {"knn": knn, "davis": davis, "render": render}
+
+
+def main() -> None:
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m patchlight.evaluation")
+    except (ValueError, OSError) as error:
+        if os.environ.get("PATCHLIGHT_TRACEBACK") == "1":
+            raise
+        raise SystemExit(f"patchlight: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
