@@ -17,8 +17,10 @@ from .checkpoints import home, open_checkpoint
 from .davis import DavisFolder, DavisProtocol, evaluate_davis
 from .encoder import Encoder
 from .features import Reading
+from .finetune import FinetuneProtocol, SemiProtocol, evaluate_finetune
 from .knn import KnnProtocol, evaluate_knn
-from .labelled import PROCEDURAL, open_labelled
+from .labelled import PROCEDURAL, choose_labels, open_labelled
+from .linear import LinearProtocol, evaluate_linear
 from .ranks import Ranks, ranks
 from .results import Result, judged, results_folder, save_result, show_result
 
@@ -84,6 +86,75 @@ def knn(
         subject.finish(judged(encoder, "knn", labelled.name, protocol, metrics), here)
 
 
+def linear(
+    subject: Annotated[Subject, tyro.conf.arg(name="")],
+    data: str = PROCEDURAL,
+    protocol: LinearProtocol = LinearProtocol(),  # noqa: B008
+    reading: Reading = Reading(),  # noqa: B008
+) -> None:
+    """Train linear classifiers on frozen features, one per learning rate, in one pass.
+
+    Args:
+        subject: what is judged.
+        data: a folder with train/ and val/, or `procedural`.
+        protocol: the published one by default.
+        reading: how images are read.
+    """
+    with ranks(subject.device) as here:
+        encoder, labelled = subject.open(here), open_labelled(data)
+        metrics = evaluate_linear(encoder, labelled, protocol, here, reading)
+        subject.finish(judged(encoder, "linear", labelled.name, protocol, metrics), here)
+
+
+def finetune(
+    subject: Annotated[Subject, tyro.conf.arg(name="")],
+    data: str = PROCEDURAL,
+    protocol: FinetuneProtocol = FinetuneProtocol(),  # noqa: B008
+    reading: Reading = Reading(),  # noqa: B008
+) -> None:
+    """Train the whole network on all labels of any image folder.
+
+    Args:
+        subject: what is judged.
+        data: a folder with train/ and val/, or `procedural`.
+        protocol: the published one by default.
+        reading: how images are read.
+    """
+    _tune(subject, "finetune", data, 1.0, "", protocol, reading)
+
+
+def semi(
+    subject: Annotated[Subject, tyro.conf.arg(name="")],
+    data: str = PROCEDURAL,
+    share: float = 0.01,
+    names: str = "",
+    protocol: SemiProtocol = SemiProtocol(),  # noqa: B008
+    reading: Reading = Reading(),  # noqa: B008
+) -> None:
+    """Train the whole network on few labels: 1 % or 10 %.
+
+    Args:
+        subject: what is judged.
+        data: a folder with train/ and val/, or `procedural`.
+        share: of the labels of each class, drawn once for all.
+        names: instead, a list of file names, such as SimCLR's 1percent.txt, which published numbers use.
+        protocol: the published one by default.
+        reading: how images are read.
+    """
+    _tune(subject, f"finetune-{100 * share:g}%", data, share, names, protocol, reading)
+
+
+def _tune(
+    subject: Subject, task: str, data: str, share: float, names: str, protocol: FinetuneProtocol, reading: Reading
+) -> None:
+    with ranks(subject.device) as here:
+        encoder, labelled = subject.open(here), open_labelled(data)
+        train = choose_labels(labelled.train, share, names, protocol.seed)
+        metrics = evaluate_finetune(encoder, train, labelled, protocol, here, reading)
+        notes = (f"{len(train)} of {len(labelled.train)} labels, {'listed in ' + names if names else 'drawn'}",)
+        subject.finish(judged(encoder, task, labelled.name, protocol, metrics, notes=notes), here)
+
+
 def davis(
     subject: Annotated[Subject, tyro.conf.arg(name="")],
     data: str,
@@ -136,7 +207,7 @@ def render(out: Path, videos: int = 8, frames: int = 24, size: int = 192, seed: 
     print(f"{videos} videos: {write_davis(out, videos, frames, size, seed)}")
 
 
-COMMANDS = {"knn": knn, "davis": davis, "render": render}
+COMMANDS = {"knn": knn, "linear": linear, "finetune": finetune, "semi": semi, "davis": davis, "render": render}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..backbones.vit import DropPath
 from ..data.policy import IMAGENET_MEAN, IMAGENET_STD
 from ..heads.summary import Summary
 
@@ -77,3 +78,13 @@ class Encoder(nn.Module):
             torch.tensor(c, device=images.device)[:, None, None] * 255 for c in (self.eyes.mean, self.eyes.std)
         )
         return (images - mean) / std
+
+
+def set_drop_path(backbone: nn.Module, rate: float) -> None:
+    """Gives the blocks of a ViT rates that rise evenly from 0 to this; other backbones have none."""
+    depth = len(backbone.blocks)
+    for number, block in enumerate(backbone.blocks):
+        for name in ("drop_path1", "drop_path2"):
+            if hasattr(block, name):
+                own = rate * number / max(depth - 1, 1)
+                setattr(block, name, DropPath(own) if own else nn.Identity())
