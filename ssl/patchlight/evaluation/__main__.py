@@ -23,6 +23,8 @@ from .labelled import PROCEDURAL, choose_labels, open_labelled
 from .linear import LinearProtocol, evaluate_linear
 from .ranks import Ranks, ranks
 from .results import Result, judged, results_folder, save_result, show_result
+from .scenes import open_scenes
+from .segment import TASKS, ConvSegment, FpnSegment, LinearSegment, UperNetSegment, draw_segments, evaluate_segment
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,46 @@ def davis(
         subject.finish(result, here)
 
 
+Head = (
+    Annotated[LinearSegment, tyro.conf.subcommand("linear", prefix_name=False)]
+    | Annotated[ConvSegment, tyro.conf.subcommand("conv", prefix_name=False)]
+    | Annotated[FpnSegment, tyro.conf.subcommand("fpn", prefix_name=False)]
+    | Annotated[UperNetSegment, tyro.conf.subcommand("upernet", prefix_name=False)]
+)
+
+
+def segment(
+    subject: Annotated[Subject, tyro.conf.arg(name="")],
+    protocol: Annotated[Head, tyro.conf.arg(name="")],
+    layout: str = PROCEDURAL,
+    data: str = "",
+    train_list: str = "train",
+    reading: Reading = Reading(),  # noqa: B008
+) -> None:
+    """Name the class of every pixel: `segment --checkpoint ... linear|conv|fpn|upernet`; options of the head come after it.
+
+    Args:
+        subject: what is judged.
+        protocol: a head and its published setting.
+        layout: ade20k, voc2012, imagenet-s or procedural.
+        data: the folder of the data set.
+        train_list: VOC's list to learn from, e.g. trainaug.
+        reading: how images are read.
+    """
+    with ranks(subject.device) as here:
+        encoder, scenes = subject.open(here), open_scenes(layout, data, train_list)
+        found = evaluate_segment(encoder, scenes, protocol, here, reading)
+        task = TASKS[type(protocol)]
+        notes = (
+            (f"{len(found.absent)} classes are in no test scene: {list(found.absent)[:20]}",) if found.absent else ()
+        )
+        if here.rank == 0:
+            folder = subject.folder / f"{task}-{scenes.name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            draw_segments(found.pictures).save(folder / "scenes.png")
+        subject.finish(judged(encoder, task, scenes.name, protocol, found.metrics, notes=notes), here)
+
+
 def render(out: Path, videos: int = 8, frames: int = 24, size: int = 192, seed: int = 0) -> None:
     """Draw videos of the procedural objects with true masks, as a folder in DAVIS layout.
 
@@ -207,7 +249,15 @@ def render(out: Path, videos: int = 8, frames: int = 24, size: int = 192, seed: 
     print(f"{videos} videos: {write_davis(out, videos, frames, size, seed)}")
 
 
-COMMANDS = {"knn": knn, "linear": linear, "finetune": finetune, "semi": semi, "davis": davis, "render": render}
+COMMANDS = {
+    "knn": knn,
+    "linear": linear,
+    "finetune": finetune,
+    "semi": semi,
+    "davis": davis,
+    "segment": segment,
+    "render": render,
+}
 
 
 def main() -> None:
