@@ -1,4 +1,4 @@
-"""The CPU loader: decode, crop and change images in this process or in workers, from numbers drawn beforehand."""
+"""The CPU loader: decode and crop images in this process or in workers, from numbers drawn beforehand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as tv
 from ..records import Crops, Views
 from .counter import SUBSTITUTE, counter_bits
 from .interface import Loader, Position
-from .photometric import photometric
+from .photometric import change, look_table
 from .policy import IMAGENET_MEAN, IMAGENET_STD, CropPolicy, CropTable, sample_crops
 from .sources import Source
 
@@ -33,7 +33,7 @@ class Replacement:
 
 
 class TorchvisionLoader(Loader):
-    """Reads with Pillow and crops with torchvision on the CPU; normalizes on the device.
+    """Reads with Pillow and crops with torchvision on the CPU; colors, blurs and normalizes whole batches on the device.
 
     workers=0 works in the calling process, otherwise that many processes read ahead, a batch each.
     """
@@ -55,8 +55,6 @@ class TorchvisionLoader(Loader):
         self.workers, self.device = workers, torch.device(device)
         self._dataset = _Batches(source, policy, seed)
         self._ahead: Iterator | None = None
-        mean, std = (torch.tensor(c, device=self.device)[:, None, None] for c in (policy.mean, policy.std))
-        self._scale, self._shift = 1 / (255 * std), -mean / std
 
     def _fetch(self, start: Position) -> Views:
         if self.workers:
@@ -97,7 +95,7 @@ class TorchvisionLoader(Loader):
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         crops = {
             kind: Crops(
-                pixels=batch[f"{kind}.pixels"] * self._scale + self._shift,
+                pixels=change(batch[f"{kind}.pixels"], batch[f"{kind}.looks"], self.policy),
                 box=batch[f"{kind}.box"],
                 flip=batch[f"{kind}.flip"],
             )
@@ -132,7 +130,8 @@ class _Batches(Dataset):
         sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
         batch = {"ids": torch.from_numpy(shown)}
         for kind, table in sample_crops(self.policy, self.seed, epoch, ids, sizes).items():
-            batch[f"{kind}.pixels"] = photometric(cut(images, table), table)
+            batch[f"{kind}.pixels"] = cut(images, table)
+            batch[f"{kind}.looks"] = look_table(table)
             batch[f"{kind}.box"] = torch.from_numpy(table.box).float()
             batch[f"{kind}.flip"] = torch.from_numpy(table.flip)
         return batch, replacements
@@ -163,15 +162,15 @@ class _Batches(Dataset):
 
 
 def cut(images: list[np.ndarray], table: CropTable) -> Tensor:
-    """Cuts and resizes the table's boxes out of images [H, W, 3] uint8, and mirrors them: [V, B, 3, S, S] uint8."""
+    """Cuts and resizes the table's boxes out of images [H, W, 3] uint8, and mirrors them: [V, B, S, S, 3] uint8."""
     views, batch = table.flip.shape
-    out = torch.empty(views, batch, 3, table.size, table.size, dtype=torch.uint8)
+    out = torch.empty(views, batch, table.size, table.size, 3, dtype=torch.uint8)
     for b, image in enumerate(images):
         tensor = torch.from_numpy(image).permute(2, 0, 1)  # channels last in memory: resizing is fastest there
         for v in range(views):
             x, y, w, h = table.box[v, b].tolist()
             crop = resize(tensor[:, y : y + h, x : x + w], (table.size, table.size))
-            out[v, b] = crop.flip(-1) if table.flip[v, b] else crop
+            out[v, b] = (crop.flip(-1) if table.flip[v, b] else crop).permute(1, 2, 0)
     return out
 
 
