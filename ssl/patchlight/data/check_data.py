@@ -13,10 +13,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .reading import REPORT_FILE, why_unreadable
 from .shards import INDEX_SUFFIX, TarShards
 from .sources import Source, Stored, open_source
-
-REPORT_FILE = "bad_files.tsv"
 
 _PER_TASK = 64  # images that a thread is handed at a time
 
@@ -64,21 +63,19 @@ def find_bad(source: Source, workers: int) -> Iterator[tuple[int, list[Bad]]]:
     """Goes through a source in order; after every few images, how many they were and which of them are bad."""
 
     def look(indices: range) -> tuple[int, list[Bad]]:
-        reasons = ((index, unreadable(source, index)) for index in indices)
-        return len(indices), [Bad(index, reason) for index, reason in reasons if reason]
+        return len(indices), [bad for bad in (_try(source, index) for index in indices) if bad]
 
     parts = [range(first, min(first + _PER_TASK, len(source))) for first in range(0, len(source), _PER_TASK)]
     with ThreadPoolExecutor(workers) as pool:  # decoders let other threads run
         yield from pool.map(look, parts)
 
 
-def unreadable(source: Source, index: int) -> str:
-    """Why an image cannot be read; nothing if it can."""
+def _try(source: Source, index: int) -> Bad | None:
     try:
         source.read(index)
     except Exception as error:  # decoders raise whatever they like on a damaged file
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return Bad(index, why_unreadable(error))
+    return None
 
 
 def _write(path: Path, lines: list[str]) -> None:

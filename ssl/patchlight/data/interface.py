@@ -105,6 +105,9 @@ class Loader(ABC):
     def _fetch(self, start: Position) -> Views:
         """This rank's part of the batch that starts there."""
 
+    def close(self) -> None:  # noqa: B027 likewise
+        """Ends whatever reads ahead."""
+
     def _restart(self) -> None:  # noqa: B027 a loader that reads nothing ahead has nothing to do
         """Forgets whatever was read ahead: the position has moved."""
 

@@ -13,6 +13,8 @@ from .sources import Source
 
 MOST_SUBSTITUTES = 16  # so many unreadable samples in a row are no accident
 
+REPORT_FILE = "bad_files.tsv"  # unreadable images, a line each: name, tab, why
+
 T = TypeVar("T")
 
 
@@ -44,7 +46,7 @@ def read_samples(source: Source, seed: int, ids: np.ndarray, read: Callable[[int
                 contents.append(read(candidate))
                 break
             except Exception as error:  # decoders raise whatever they like on a damaged file
-                reason = reason or f"{type(error).__name__}: {error}"
+                reason = reason or why_unreadable(error)
             candidate = int(counter_bits(seed, SUBSTITUTE, sample, attempt)[0] % np.uint64(len(source)))
         else:
             raise OSError(
@@ -55,3 +57,8 @@ def read_samples(source: Source, seed: int, ids: np.ndarray, read: Callable[[int
         if reason:
             replacements.append(Replacement(sample, candidate, reason))
     return Samples(contents, np.array(shown, dtype=np.int64), replacements)
+
+
+def why_unreadable(error: Exception) -> str:
+    """What a report says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -20,7 +20,7 @@ LAMBDA = {"selfpatch/patch": 0.1}  # Eq. (8)
 
 
 def _imagenet(policy: CropPolicy, batch_per_rank: int) -> Data:
-    return Data(path=YOUR_IMAGES, loader="torchvision", crops=policy, batch_per_rank=batch_per_rank)
+    return Data(path=YOUR_IMAGES, crops=policy, batch_per_rank=batch_per_rank)
 
 
 def dino_vits16_in1k() -> Run:
