@@ -1,4 +1,4 @@
-"""The contract of every loader: one stream for any number of ranks, workers and restarts; crops that their boxes explain; bad files."""
+"""The contract of every loader: one stream for any number of ranks, workers and restarts; honest boxes; bad files."""
 
 import warnings
 from dataclasses import replace
@@ -11,8 +11,8 @@ from PIL import Image
 
 from patchlight.data.crop_sheet import draw_crops
 from patchlight.data.interface import Loader, epoch_order
-from patchlight.data.policy import UNCHANGED, CropPolicy, dino_policy
 from patchlight.data.loaders import build_loader, dali_is_there
+from patchlight.data.policy import UNCHANGED, CropPolicy, dino_policy
 from patchlight.data.procedural import ProceduralSource
 from patchlight.data.sources import ImageFolder
 from patchlight.data.torchvision_loader import TorchvisionLoader, plain_batches
