@@ -98,7 +98,8 @@ PATCHLIGHT_ANYWHERE float blur_weight(int distance, float sigma) {
 }
 
 // Where a position outside of 0..size-1 is mirrored to, not repeating the edge; it may lie size - 1 outside.
-PATCHLIGHT_ANYWHERE int64_t mirrored(int64_t at, int64_t size) {
+template <class Int>
+PATCHLIGHT_ANYWHERE Int mirrored(Int at, Int size) {
   at = at < 0 ? -at : at;
   return at < size ? at : 2 * (size - 1) - at;
 }

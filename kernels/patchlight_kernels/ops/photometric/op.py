@@ -53,7 +53,11 @@ def _unfit(pixels: Tensor, table: Tensor, dtype: torch.dtype) -> str | None:
 
 
 def _cuda_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.dtype) -> str | None:
-    return first_reason(_unfit(pixels, table, dtype), hardware.no_cuda_library(pixels, "photometric_fwd"))
+    return first_reason(
+        _unfit(pixels, table, dtype),
+        "a picture of 2^29 pixels or more overflows its offsets" if pixels[:1].numel() >= 3 << 29 else None,
+        hardware.no_cuda_library(pixels, "photometric_fwd"),
+    )
 
 
 def _cpp_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.dtype) -> str | None:
@@ -68,6 +72,7 @@ OP = Op(
     "photometric",
     bind=_bind,
     impls=(
+        Impl("cuda", _native_fwd, _cuda_unsupported),
         Impl("cpp", _native_fwd, _cpp_unsupported),  # before Triton, which has CPU tensors only in its interpreter
         Impl("reference", reference.photometric_fwd, lambda *raw: None),
     ),
