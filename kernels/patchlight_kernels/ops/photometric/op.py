@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...dispatch import Impl, Op
+from ... import extension, hardware
+from ...dispatch import Impl, Op, first_reason
 from . import reference
 from .table import PHOTOMETRIC_COLUMNS
 
@@ -43,7 +44,39 @@ def _bind(
     return pixels.contiguous(), table.detach().contiguous(), [float(m) for m in mean], [float(s) for s in std], dtype
 
 
-OP = Op("photometric", bind=_bind, impls=(Impl("reference", reference.photometric_fwd, lambda *raw: None),))
+def _unfit(pixels: Tensor, table: Tensor, dtype: torch.dtype) -> str | None:
+    """What no fast implementation takes."""
+    return first_reason(
+        "float64 runs the reference only" if torch.float64 in (dtype, table.dtype) else None,
+        "there is nothing to compute" if pixels.numel() == 0 else None,
+    )
+
+
+def _cuda_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.dtype) -> str | None:
+    return first_reason(
+        _unfit(pixels, table, dtype),
+        "a picture of 2^29 pixels or more overflows its offsets" if pixels[:1].numel() >= 3 << 29 else None,
+        hardware.no_cuda_library(pixels, "photometric_fwd"),
+    )
+
+
+def _cpp_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.dtype) -> str | None:
+    return first_reason(_unfit(pixels, table, dtype), hardware.no_cpu_library(pixels, "photometric_fwd"))
+
+
+def _native_fwd(*raw) -> Tensor:
+    return extension.native("photometric_fwd")(*raw)
+
+
+OP = Op(
+    "photometric",
+    bind=_bind,
+    impls=(
+        Impl("cuda", _native_fwd, _cuda_unsupported),
+        Impl("cpp", _native_fwd, _cpp_unsupported),  # before Triton, which has CPU tensors only in its interpreter
+        Impl("reference", reference.photometric_fwd, lambda *raw: None),
+    ),
+)
 
 
 def _run(*raw) -> Tensor:
