@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.pictures import Pictures, picture, write_awkward_files, write_pictures, write_shards
+from data.pictures import Pictures, write_awkward_files, write_pictures, write_shards
 from PIL import Image
 
 from patchlight.data.loaders import build_loader, dali_is_there
@@ -52,7 +52,7 @@ def test_one_table_for_both_loaders_and_any_kinds_of_crops():
 
 
 def test_crops_differ_from_the_twins_at_their_rims_only(tmp_path):
-    """Of a photo's size. Inside, libraries round apart; at the rim DALI sees what lies beyond the box."""
+    """Of a photo's size. The twin rounds between columns and rows; at the rim DALI sees what lies beyond the box."""
     rng = np.random.default_rng(0)
     for number in range(4):
         noise = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
@@ -64,7 +64,9 @@ def test_crops_differ_from_the_twins_at_their_rims_only(tmp_path):
     for one, two in zip(kinds(ours), kinds(twin), strict=True):
         difference = (one.pixels - two.pixels).abs()
         assert difference.mean() < 0.25
-        assert difference[..., 4:-4, 4:-4].max() <= 1.01
+        inner = difference[..., 4:-4, 4:-4]
+        assert inner.max() <= 2
+        assert (inner > 1).float().mean() < 1e-3
         assert difference.max() < 32
 
 
@@ -98,7 +100,10 @@ def test_awkward_files_are_the_same_picture_in_both_loaders(awkward):
     for name, (pixels, box) in ours.items():
         assert torch.equal(box, twin[name][1]), name
         difference = (pixels - twin[name][0]).abs()
-        assert difference[..., 4:-4, 4:-4].max() <= 1.01, name
+        assert difference.mean() < 0.4, name
+        assert difference[..., 4:-4, 4:-4].max() <= 4, (
+            f"{name}: a sharp picture is clipped between the twin's two passes"
+        )
 
 
 def test_a_file_that_only_a_decoder_can_refuse_costs_nothing_but_itself(tmp_path):
@@ -111,7 +116,7 @@ def test_a_file_that_only_a_decoder_can_refuse_costs_nothing_but_itself(tmp_path
     source = ImageFolder(tmp_path)
     with pytest.warns(UserWarning, match=r"DALI failed on a batch .*; Pillow decodes \d batches"):
         ours = batches("dali", source, policy, 4, 12, workers=2, most_bad=0.5)
-    with pytest.warns(UserWarning, match=r"07.png cannot be read \(OSError: broken data stream"):
+    with pytest.warns(UserWarning, match=r"07.png cannot be read \(OSError: "):
         twin = batches("torchvision", source, policy, 4, 12, most_bad=0.5)
     for one, two in zip(ours, twin, strict=True):
         assert torch.equal(one.ids, two.ids)
@@ -138,7 +143,9 @@ def test_too_many_bad_files_end_the_run_with_a_report(tmp_path, name):
         (tmp_path / "images" / f"{number:02}.png").write_bytes(b"")
     policy, report = dino_policy(0, 16), tmp_path / "run" / "bad_files.tsv"
     given = {"source": ImageFolder(tmp_path / "images"), "policy": policy, "batch": 20}
-    with pytest.raises(RuntimeError, match=r"at most 5.00% of 20 images .* got 2 on rank 0 alone, listed in .*bad_files.tsv"):
+    with pytest.raises(
+        RuntimeError, match=r"at most 5.00% of 20 images .* got 2 on rank 0 alone, listed in .*bad_files.tsv"
+    ):
         batches(name, **given, report=report)
     lines = sorted(line.split("\t")[0].rsplit("/", 1)[1] for line in report.read_text().splitlines())
     assert lines == ["03.png", "11.png"]
@@ -147,33 +154,44 @@ def test_too_many_bad_files_end_the_run_with_a_report(tmp_path, name):
     assert len(report.read_text().splitlines()) == 2, "each file once"
 
 
-OPERATORS = {  # alone, on crops of [0, 255]: the largest and the mean difference between our op and DALI's operators
-    "brightness": (Photometric(1.0, 0.4, 0, 0, 0, 0, 0), 1, 0.5),
-    "contrast": (Photometric(1.0, 0, 0.4, 0, 0, 0, 0), 1, 0.5),
-    "saturation": (Photometric(1.0, 0, 0, 0.4, 0, 0, 0), 1, 0.5),
-    "gray": (Photometric(0.0, gray=1.0, blur=0.0), 1, 0.5),
-    "blur": (Photometric(0.0, gray=0.0, blur=1.0), 1, 0.5),
-    "solarize": (Photometric(0.0, gray=0.0, blur=0.0, solarize=1.0), 0, 0),
-    "nothing": (NOTHING, 0, 0),
-    "hue": (Photometric(1.0, 0, 0, 0, 0.1, 0, 0), 255, 100),
-    "jitter": (Photometric(1.0, gray=0.0, blur=0.0), 255, 100),
+OPERATORS = {  # alone, in steps of 0..255: the largest and the mean difference between our op and DALI's operators
+    "brightness": (Photometric(1.0, 0.4, 0, 0, 0, 0, 0), 0.51, 0.26),
+    "contrast": (Photometric(1.0, 0, 0.4, 0, 0, 0, 0), 0.52, 0.26),
+    "saturation": (Photometric(1.0, 0, 0, 0.4, 0, 0, 0), 0.8, 0.26),
+    "gray": (Photometric(0.0, gray=1.0, blur=0.0), 1.25, 0.35),
+    "blur": (Photometric(0.0, gray=0.0, blur=1.0), 0.51, 0.26),
+    "solarize": (Photometric(0.0, gray=0.0, blur=0.0, solarize=1.0), 0.0, 0.0),
+    "nothing": (NOTHING, 0.0, 0.0),
+}
+OTHERS = {  # the same, where they are another augmentation: at least this much on average
+    "hue": (Photometric(1.0, 0, 0, 0, 0.1, 0, 0), 5.0),
+    "jitter": (Photometric(1.0, gray=0.0, blur=0.0), 5.0),
 }
 
 
-def difference(look: Photometric) -> torch.Tensor:
+def operator_difference(name: str, look: Photometric) -> torch.Tensor:
     policy = CropPolicy((CropSpec(2, 48, (0.4, 1.0), photometric=look),), **PLAIN)
     ours, theirs = (batches("dali", Pictures(16), policy, 16, photometric=p)[0] for p in ("op", "dali"))
     assert torch.equal(ours.global_crops.box, theirs.global_crops.box)
-    return (ours.global_crops.pixels - theirs.global_crops.pixels).abs()
+    difference = (ours.global_crops.pixels - theirs.global_crops.pixels).abs()
+    print(
+        f"{name}: largest {difference.max():.2f}, mean {difference.mean():.2f}"
+    )  # pytest -s shows what docs/data.md says
+    return difference
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_dalis_operators_beside_our_op(name):
     look, most, mean = OPERATORS[name]
-    found = difference(look)
-    print(f"{name}: max {found.max():.2f} mean {found.mean():.3f}")
-    assert found.max() <= most + 1e-3
-    assert found.mean() <= mean + 1e-3
+    difference = operator_difference(name, look)
+    assert difference.max() <= most + 1e-3
+    assert difference.mean() <= mean + 1e-3
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_dali_does_differently(name):
+    look, mean = OTHERS[name]
+    assert operator_difference(name, look).mean() > mean
 
 
 ENDINGS = {
@@ -194,7 +212,9 @@ loader = build_loader("dali", Pictures(12), dino_policy(2, 24, 12), 3, workers=2
 views = [next(loader) for _ in range(3)]
 {ENDINGS[ending]}
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "terminate" not in done.stderr
 
@@ -209,4 +229,3 @@ def test_pixels_do_not_change_after_they_are_handed_over():
     loader.close()
     for then, now in zip(kept, [crops.pixels for v in views for crops in kinds(v)], strict=True):
         assert torch.equal(then, now)
-    assert picture(0).std() > 10
