@@ -192,10 +192,10 @@ def wide(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def write(rows: list[dict], out: Path) -> None:
+def write(rows: list[dict], out: Path, columns: tuple[str, ...] = COLUMNS) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(
             {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
