@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.pictures import Pictures, write_awkward_files, write_pictures, write_shards
+from data.pictures import Pictures, picture, write_awkward_files, write_pictures, write_shards
 from PIL import Image
 
 from patchlight.data.loaders import build_loader, dali_is_there
@@ -229,3 +229,21 @@ def test_pixels_do_not_change_after_they_are_handed_over():
     loader.close()
     for then, now in zip(kept, [crops.pixels for v in views for crops in kinds(v)], strict=True):
         assert torch.equal(then, now)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_stays_flat(tmp_path):
+    """Pictures of many sizes: buffers have met the largest one after the first epochs."""
+    for number in range(24):
+        side = 60 + 17 * number
+        Image.fromarray(picture(number)).resize((side, side * 3 // 4)).save(tmp_path / f"{number}.jpg")
+    loader = build_loader("dali", ImageFolder(tmp_path), dino_policy(2, 48, 24), 6, workers=2)
+
+    def megabytes_after(epochs: int) -> float:
+        for _ in range(4 * epochs):
+            next(loader)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+    settled = megabytes_after(6)
+    assert megabytes_after(12) < settled + 12
+    loader.close()
