@@ -63,11 +63,12 @@ def test_crops_differ_from_the_twins_at_their_rims_only(tmp_path):
     ours, twin = (batches(name, ImageFolder(tmp_path), policy, 4)[0] for name in ("dali", "torchvision"))
     for one, two in zip(kinds(ours), kinds(twin), strict=True):
         difference = (one.pixels - two.pixels).abs()
+        print(f"resize: mean {difference.mean():.2f}, at the rim up to {difference.max():.0f}")
         assert difference.mean() < 0.25
         inner = difference[..., 4:-4, 4:-4]
         assert inner.max() <= 4
         assert (inner > 1).float().mean() < 1e-3
-        assert difference.max() < 32
+        assert difference.max() < 24
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +81,11 @@ def whole_pictures(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], in
     """Each readable file shown whole, without flips and colors, by name; and how many were replaced."""
     policy = CropPolicy((CropSpec(1, 64, (1.0, 1.0), (0.1, 10.0), flip=0.0, photometric=NOTHING),), **PLAIN)
     source = ImageFolder(folder)
-    loader = build_loader(name, source, policy, 5, most_bad=0.5)
+    loader = build_loader(name, source, policy, 1, most_bad=0.5)
     shown = {}
-    for _ in range(len(source) // 5):
+    for _ in range(len(source)):
         views = next(loader)
-        for image, sample in enumerate(views.ids.tolist()):
-            shown[source.names[sample]] = views.global_crops.pixels[0, image], views.global_crops.box[0, image]
+        shown[source.names[views.ids.item()]] = views.global_crops.pixels[0, 0], views.global_crops.box[0, 0]
     loader.close()
     return shown, loader.replaced
 
@@ -93,7 +93,6 @@ def whole_pictures(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], in
 @pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_awkward_files_are_the_same_picture_in_both_loaders(awkward):
     folder, files = awkward
-    assert len(files) % 5 == 0
     (ours, replaced), (twin, also_replaced) = (whole_pictures(name, folder) for name in ("dali", "torchvision"))
     assert replaced == also_replaced == sum(not good for good in files.values())
     assert ours.keys() == twin.keys() == {name for name, good in files.items() if good}
@@ -123,6 +122,33 @@ def test_a_file_that_only_a_decoder_can_refuse_costs_nothing_but_itself(tmp_path
         assert torch.equal(one.global_crops.box, two.global_crops.box)
         assert (one.global_crops.pixels - two.global_crops.pixels).abs().mean() < 1
     assert sum((views.ids == 7).sum() for views in ours) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_a_missing_file_is_replaced_by_the_same_sample_in_both(tmp_path):
+    write_pictures(tmp_path, [f"{number}.jpg" for number in range(6)])
+    (tmp_path / "list.txt").write_text("".join(f"{number}.jpg\n" for number in range(7)))  # one more than there are
+    policy, source = dino_policy(0, 16), open_source(tmp_path / "list.txt")
+    ours, twin = (batches(name, source, policy, 7, most_bad=0.5)[0] for name in ("dali", "torchvision"))
+    assert torch.equal(ours.ids, twin.ids)
+    assert set(ours.ids.tolist()) == set(range(6))
+    assert len(ours.ids) == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_graph_runs_on_a_gpu(tmp_path):
+    """Another JPEG decoder: pictures are alike, not equal."""
+    write_pictures(tmp_path, [f"{number:02}.jpg" for number in range(16)])
+    policy = replace(dino_policy(3, 48, 24), **PLAIN)
+    source = ImageFolder(tmp_path)
+    ours, twin = (batches(n, source, policy, 8, 4, workers=2, device="cuda") for n in ("dali", "torchvision"))
+    for one, two in zip(ours, twin, strict=True):
+        assert torch.equal(one.ids, two.ids)
+        for mine, other in zip(kinds(one), kinds(two), strict=True):
+            assert mine.pixels.is_cuda
+            assert torch.equal(mine.box, other.box)
+            assert (mine.pixels - other.pixels).abs().mean() < 3
 
 
 def test_shards_are_read_too(tmp_path):
