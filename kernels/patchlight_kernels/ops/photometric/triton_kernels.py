@@ -228,7 +228,7 @@ def _blur_kernel(
         place = offs // STRIDE % SIZE
         line = offs - place * STRIDE
         value = tl.load(own_ptr + offs, mask=mask, other=0.0)
-        total = sigma * 0 + 1
+        total = tl.where(sigma > 0, 1.0, 0.0)  # a scalar of the device, as the loop carries it
         distance = 1
         while distance <= tl.minimum(tl.ceil(3.0 * sigma), ROOM):
             z = distance / sigma
