@@ -64,8 +64,22 @@ def _cpp_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.dtyp
     return first_reason(_unfit(pixels, table, dtype), hardware.no_cpu_library(pixels, "photometric_fwd"))
 
 
+def _triton_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.dtype) -> str | None:
+    return first_reason(
+        _unfit(pixels, table, dtype),
+        "a picture of 2^29 pixels or more overflows its offsets" if pixels[:1].numel() >= 3 << 29 else None,
+        hardware.no_triton(pixels),
+    )
+
+
 def _native_fwd(*raw) -> Tensor:
     return extension.native("photometric_fwd")(*raw)
+
+
+def _triton_fwd(*raw) -> Tensor:
+    from .triton_kernels import photometric_fwd  # here, so that a machine without Triton can import the package
+
+    return photometric_fwd(*raw)
 
 
 OP = Op(
@@ -74,6 +88,7 @@ OP = Op(
     impls=(
         Impl("cuda", _native_fwd, _cuda_unsupported),
         Impl("cpp", _native_fwd, _cpp_unsupported),  # before Triton, which has CPU tensors only in its interpreter
+        Impl("triton", _triton_fwd, _triton_unsupported),
         Impl("reference", reference.photometric_fwd, lambda *raw: None),
     ),
 )
