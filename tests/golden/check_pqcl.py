@@ -33,10 +33,12 @@ def boxes(rect: Tensor, flip: Tensor | None = None, pixels: Tensor | None = None
 
 @check("pqcl_official_sincos")
 def position_tables(case: Case) -> None:
-    for width, side in ((16, 14), (24, 4)):
-        vit = VisionTransformer(width, depth=1, heads=2, patch_size=2, image_size=2 * side, positions="sincos")
-        case.close(f"global_d{width}_n{side}", vit.pos_embed[0], rel=0, floor=1e-5)
-    assert len(case.under("global_d")) == 2
+    tables = case.under("global_d")
+    assert tables
+    for name in tables:
+        width, side = (int(number) for number in name.split("_n"))
+        vit = VisionTransformer(width, depth=1, heads=1, patch_size=2, image_size=2 * side, positions="sincos")
+        case.close(f"global_d{name}", vit.pos_embed[0], rel=0, floor=1e-5)
     for number, row in enumerate(case["local_params_d_n_wbias_wscale_hbias_hscale"]):
         width, side, x, x_scale, y, y_scale = row.tolist()
         positions = grid_positions((int(side),) * 2) * row.new_tensor([x_scale, y_scale]) + row.new_tensor([x, y])
@@ -77,7 +79,7 @@ def positions_under_flips(case: Case) -> None:
 def block_with_two_streams(case: Case) -> None:
     width, hidden = case["weight.mlp.fc2.weight"].shape
     norm = partial(LayerNorm, eps=1e-5)
-    block = Block(width, int(case.meta["num_heads"]), hidden / width, qkv_bias=True, norm_layer=norm)
+    block = Block(width, int(case.meta["num_heads"]), (hidden + 0.5) / width, qkv_bias=True, norm_layer=norm)
     block.load_state_dict(case.under("weight."), strict=True)
     streams = [case[name].clone().requires_grad_() for name in "xy"]
     raw = streams[0].shape[1]
@@ -207,11 +209,10 @@ def whole_step(case: Case) -> None:
     ibot, pqcl = objectives.parts
     ibot.masks = cases.GivenMasks(torch.stack([case["mask_0"], case["mask_1"]]).flatten(2) > 0)
     pixels = torch.stack([case["image_global_0"], case["image_global_1"]])
-    query_pixels = torch.stack(list(case.under("image_query_").values()))
+    query_pixels = torch.stack([case[f"image_query_{crop}"] for crop in range(len(case["rect_query"]))])
     flip = torch.randint(2, pixels.shape[:2])  # ignored, as in the release
-    views = Views(
-        boxes(case["rect_global"], flip, pixels), None, boxes(case["rect_query"], pixels=query_pixels), torch.arange(2)
-    )
+    crops, queries = boxes(case["rect_global"], flip, pixels), boxes(case["rect_query"], pixels=query_pixels)
+    views = Views(crops, None, queries, torch.arange(pixels.shape[1]))
     clock = cases.clock_of(0)
     with torch.no_grad():
         taught = teacher(views, None, objectives.teacher_sees_local, objectives.neighbors, objectives.needs_queries)
