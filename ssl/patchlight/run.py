@@ -8,9 +8,10 @@ from .data.masking import MaskRule
 from .data.policy import CropPolicy, dino_policy
 from .objectives.dino import DinoOptions
 from .objectives.ibot import IbotOptions
+from .objectives.pqcl import PqclOptions
 from .objectives.selfpatch import SelfPatchOptions
 
-Options = DinoOptions | IbotOptions | SelfPatchOptions
+Options = DinoOptions | IbotOptions | SelfPatchOptions | PqclOptions
 
 
 def _choose(where: str, value: str, *choices: str) -> None:
@@ -39,11 +40,14 @@ class Model:
     """What speaks for an image: the class token (cls), class attention over the patches (class_attention), or their mean."""
     position_resize: str = "released"
     """How the position table meets local crops: as the released code resizes it, or by size."""
+    positions: str = "learned"
+    """learned: a trained table; sincos or sincos_printed: a fixed one, which PQCL needs."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Other sizes than the architecture's own, e.g. {"depth": 2, "width": 32, "heads": 2} for a test."""
 
     def __post_init__(self) -> None:
         _choose("Model.summary", self.summary, "cls", "class_attention", "mean")
+        _choose("Model.positions", self.positions, "learned", "sincos", "sincos_printed")
         _demand(
             self.image_size % self.patch_size == 0,
             "Model.image_size must be a multiple of patch_size",

@@ -10,7 +10,7 @@ from torch import nn
 from patchlight.data.policy import dino_policy
 from patchlight.engine.branches import WeightedObjectives, build_branches, build_objectives, check_teacher_student
 from patchlight.objectives.interface import Needs, NeighborRule, Objective
-from patchlight.records import Clock
+from patchlight.records import Clock, Cues
 from patchlight_kernels import force
 
 CLOCK = Clock(0, 10, 0, 5)
@@ -24,7 +24,7 @@ def built(run):
 def test_a_branch_sees_each_crop_as_if_alone():
     student, _, _, views = built(tiny_run("", options=(IBOT,)))
     mask = torch.rand(2, 8, 16) < 0.4
-    global_crops, local_crops = student(views, mask)
+    global_crops, local_crops, _ = student(views, Cues(mask))
     assert (global_crops.grid, local_crops.grid) == ((4, 4), (3, 3))
     for view in range(2):
         seen = student.summary(student.backbone(views.global_crops.pixels[view], mask[view]))

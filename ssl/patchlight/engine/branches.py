@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +15,29 @@ from ..heads.summary import ClassAttentionSummary, ClassTokenSummary, MeanSummar
 from ..objectives.dino import Dino, DinoOptions
 from ..objectives.ibot import Ibot, IbotOptions
 from ..objectives.interface import NeighborRule, Objective
+from ..objectives.pqcl import Pqcl, PqclOptions, choose_host
 from ..objectives.selfpatch import SelfPatch, SelfPatchOptions
-from ..records import Clock, Crops, Features, Side, Views
+from ..records import Clock, Crops, Cues, Features, Side, Views
 from ..run import Model, Run
 from .parallel import local
 
 # FSDP2 looks for tensors in what a module returns; torch 2.11 looks into registered classes only.
 torch.export.register_dataclass(Features)
 
-BranchFeatures = tuple[Features, Features | None]  # of global crops, of local crops
+
+class BranchFeatures(NamedTuple):
+    """What a branch says of a batch."""
+
+    global_crops: Features
+    local_crops: Features | None = None
+    query_crops: Features | None = None
 
 
 class Branch(nn.Module):
-    """A backbone, a summary head, and the heads of the objectives by their names."""
+    """A backbone, a summary head, and the heads of the objectives by their names.
+
+    hosts: for an objective without a head, the name of the one whose head serves it.
+    """
 
     def __init__(
         self,
@@ -33,39 +45,58 @@ class Branch(nn.Module):
         summary: nn.Module,
         heads: dict[str, nn.Module],
         predictors: dict[str, nn.Module] | None = None,
+        hosts: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.summary = backbone, summary
         self.heads = nn.ModuleDict(heads)
         self.predictors = nn.ModuleDict(predictors or {})
+        self.hosts = dict(hosts or {})
 
     def forward(
-        self, views: Views, mask: Tensor | None = None, local: bool = True, neighbors: NeighborRule | None = None
+        self,
+        views: Views,
+        cues: Cues | None = None,
+        local: bool = True,
+        neighbors: NeighborRule | None = None,
+        query_crops: bool = False,
     ) -> BranchFeatures:
-        """Features of global crops (mask [V, B, N] hides patches) and of local crops if wanted and there."""
-        global_crops = self._look(views.global_crops, mask, neighbors)
-        if not local or views.local_crops is None:
-            return global_crops, None
-        return global_crops, self._look(views.local_crops, None, neighbors)
-
-    def _look(self, crops: Crops, mask: Tensor | None, neighbors: NeighborRule | None) -> Features:
-        """One pass over all crops of a size, V x B images at once."""
-        tokens = self.backbone(crops.pixels.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
-        seen = self.summary(tokens, neighbors)
-        summary, patches, aggregated = (
-            None if x is None else x.unflatten(0, crops.pixels.shape[:2])
-            for x in (seen.summary, seen.patches, seen.aggregated)
+        """Features of global crops (with cues for them), of local crops if wanted and there, of query crops if wanted."""
+        return BranchFeatures(
+            self._look(views.global_crops, neighbors, cues),
+            self._look(views.local_crops, neighbors) if local and views.local_crops is not None else None,
+            self._look(views.query_crops) if query_crops else None,
         )
-        return Features(summary, patches, tokens.grid, aggregated)
+
+    def _look(self, crops: Crops, neighbors: NeighborRule | None = None, cues: Cues | None = None) -> Features:
+        """One pass over all crops of a size, V x B images at once."""
+        cues = cues or Cues()
+        mask = None if cues.mask is None else cues.mask.flatten(0, 1)
+        asked = {}  # of backbones that can carry them only
+        if cues.queries is not None:
+            asked["queries"] = replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
+        tokens = self.backbone(crops.pixels.flatten(0, 1), mask, **asked)
+        seen = self.summary(tokens, neighbors)
+        guesses = None if tokens.queries is None else self.summary.norm(tokens.queries)
+        summary, patches, aggregated, guesses = (
+            None if x is None else x.unflatten(0, crops.pixels.shape[:2])
+            for x in (seen.summary, seen.patches, seen.aggregated, guesses)
+        )
+        return Features(summary, patches, tokens.grid, aggregated, queries=guesses)
+
+    def head_of(self, name: str) -> nn.Module | None:
+        """The head that an objective sees: its own, or its host's."""
+        return dict(self.heads).get(self.hosts.get(name, name))
 
     def side(self, name: str, features: BranchFeatures, local: bool = True) -> Side:
         """What the objective of this name sees of the branch."""
-        own = {
-            kind: modules[name]
-            for kind, modules in (("head", self.heads), ("predictor", self.predictors))
-            if name in modules
-        }
-        return Side(features[0], features[1] if local else None, **own)
+        return Side(
+            features.global_crops,
+            features.local_crops if local else None,
+            features.query_crops,
+            self.head_of(name),
+            dict(self.predictors).get(name),
+        )
 
 
 class Student(Branch):
@@ -108,7 +139,7 @@ def build_branches(model: Model, objectives: Sequence[Objective]) -> tuple[Stude
 
 
 def _parts(model: Model, objectives: Sequence[Objective], teacher: bool = False) -> tuple:
-    """Backbone, summary, heads and predictors."""
+    """Backbone, summary, heads, predictors and whose head serves whom."""
     backbone = build_backbone(
         model.arch,
         patch_size=model.patch_size,
@@ -116,11 +147,13 @@ def _parts(model: Model, objectives: Sequence[Objective], teacher: bool = False)
         drop_path=0.0 if teacher else model.drop_path,
         class_token=model.summary == "cls",
         position_resize=model.position_resize,
+        positions=model.positions,
         **model.sizes,
     )
     heads = {one.name: head for one in objectives if (head := one.head(backbone.width)) is not None}
     predictors = {one.name: part for one in objectives if (part := one.predictor(backbone.width)) is not None}
-    return backbone, _summary(model.summary, backbone), heads, {} if teacher else predictors
+    hosts = {one.name: host for one in objectives if (host := one.needs().host) and one.name not in heads}
+    return backbone, _summary(model.summary, backbone), heads, {} if teacher else predictors, hosts
 
 
 def _summary(kind: str, backbone: nn.Module) -> nn.Module:
@@ -165,6 +198,8 @@ class WeightedObjectives(nn.Module):
         self.neighbors = self._only("neighbors", [need.neighbors for need in needs])
         self.summary = self._only("summary", [need.summary for need in needs])
         self.masking = self._only("masks", [one if one.needs().masks else None for one in parts])
+        self.querying = self._only("queries", [one if one.needs().queries else None for one in parts])
+        self.needs_queries = self.querying is not None
 
     def _only(self, what: str, wishes: list):
         """The wish of those objectives that have one; they share the branches, so they must agree."""
@@ -173,9 +208,11 @@ class WeightedObjectives(nn.Module):
             raise ValueError(f"Objectives must agree on {what}, got {wishes}; change the options of one of them.")
         return wishes[0] if wishes else None
 
-    def mask(self, views: Views, grid: tuple[int, int], clock: Clock) -> Tensor | None:
-        """[V, B, N] what the student does not get to see of its global crops."""
-        return None if self.masking is None else self.masking.cue(views, grid, clock).mask
+    def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+        """What the student does not get to see of its global crops, and what it is asked beside them."""
+        mask = None if self.masking is None else self.masking.cue(views, grid, clock).mask
+        queries = None if self.querying is None else self.querying.cue(views, grid, clock).queries
+        return Cues(mask, queries)
 
     def forward(
         self,
@@ -209,6 +246,7 @@ def build_objectives(run: Run) -> WeightedObjectives:
         DinoOptions: Dino,
         IbotOptions: lambda options: Ibot(masks(run.objectives.masks, run.parallel.seed), options),
         SelfPatchOptions: SelfPatch,
+        PqclOptions: lambda options: Pqcl(choose_host(run.objectives.options), options),
     }
     parts = [build[type(options)](options) for options in run.objectives.options]
     objectives = WeightedObjectives(parts, run.objectives.weights)
@@ -221,4 +259,28 @@ def build_objectives(run: Run) -> WeightedObjectives:
         raise ValueError(
             "The objectives need local crops, got a crop policy without; add some, or let the teacher see global crops only."
         )
+    check_queries(run, objectives.needs_queries)
     return objectives
+
+
+def check_queries(run: Run, needed: bool) -> None:
+    """Query crops where they are needed and nowhere else, no larger than what they are asked of, on fixed positions."""
+    crops = run.data.crops
+    if not needed:
+        if crops.query_crops:
+            raise ValueError(
+                "Query crops are for an objective that asks for them, got some and none that does; add PqclOptions(), or "
+                "take a crop policy without."
+            )
+        return
+    if not crops.query_crops:
+        raise ValueError("The objectives need query crops, got a crop policy without; take pqcl_policy().")
+    if run.model.positions == "learned":
+        raise ValueError(
+            "Queries lie between the patches and need fixed positions, got Model.positions='learned'; set it to 'sincos'."
+        )
+    size, largest = crops.query_crops[0].size, crops.global_crops[0].size
+    if size > largest:
+        raise ValueError(
+            f"Query crops must not be larger than the global crops, got {size} and {largest} pixels; shrink them."
+        )

@@ -25,5 +25,10 @@ RECIPES: dict[str, Callable[[], Run]] = {
         papers.pass_vitti16_coco,
         papers.dino_vitti8_coco,
         papers.selfpatch_vitti8_coco,
+        papers.pqcl_vits16_in1k,
+        papers.pqcl_vitb16_in1k,
+        papers.pqcl_dino_vits16_in1k,
+        papers.pqcl_vits16_in1k_ablation,
+        papers.pqcl_vits16_in1k_released,
     )
 }
