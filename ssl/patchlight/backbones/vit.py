@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -19,6 +20,9 @@ ARCHITECTURES = {
     "vit_large": {"width": 1024, "depth": 24, "heads": 16},
 }
 POSITION_RESIZES = ("released", "size")
+POSITIONS = ("learned", "sincos_rows_first")
+STARTS = ("dino", "moco_v3")
+NORM_EPS = 1e-6
 
 
 class VisionTransformer(nn.Module):
@@ -31,7 +35,14 @@ class VisionTransformer(nn.Module):
         (target + 0.1) / table per axis, as the code of DINO, iBOT and SelfPatch does; "size" with exactly
         target / table, as the papers' plain "bicubic". The default is "released": every local crop goes through
         it, and published weights have learned with it.
+    positions: "learned", or fixed waves: "sincos_rows_first" as MoCo v3 has them, the first half of the channels for
+        the row, the second for the column, zeros for the class token (MAE's have the column first).
+    start: "dino", truncated normals, or "moco_v3", uniform as wide as each matrix asks for, queries, keys and values
+        being a matrix each.
     """
+
+    offers = frozenset({"class_token", "masks"})
+    norm_eps = NORM_EPS
 
     def __init__(
         self,
@@ -44,6 +55,8 @@ class VisionTransformer(nn.Module):
         class_token: bool = True,
         drop_path: float = 0.0,
         position_resize: str = "released",
+        positions: str = "learned",
+        start: str = "dino",
     ) -> None:
         super().__init__()
         if width % heads:
@@ -54,10 +67,10 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"VisionTransformer: drop_path must lie in [0, 1), got {drop_path}; 0.1 is the usual rate."
             )
-        if position_resize not in POSITION_RESIZES:
-            raise ValueError(
-                f"VisionTransformer: position_resize must be one of {POSITION_RESIZES}, got {position_resize!r}."
-            )
+        chosen = {"position_resize": position_resize, "positions": positions, "start": start}
+        for (name, value), choices in zip(chosen.items(), (POSITION_RESIZES, POSITIONS, STARTS), strict=True):
+            if value not in choices:
+                raise ValueError(f"VisionTransformer: {name} must be one of {choices}, got {value!r}.")
         self.width, self.heads, self.patch_size = width, heads, patch_size
         self.has_class_token, self.position_resize = class_token, position_resize
         self.table_grid = self.grid(image_size, image_size)
@@ -71,7 +84,7 @@ class VisionTransformer(nn.Module):
             num_heads=heads,
             mlp_ratio=mlp_ratio,
             class_token=class_token,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
             embed_layer=partial(PatchEmbed, strict_img_size=False),
             weight_init="skip",
         )
@@ -85,11 +98,19 @@ class VisionTransformer(nn.Module):
             rate = drop_path * number / max(depth - 1, 1)
             if rate > 0:
                 block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-        self._initialize()
+        if start == "dino":
+            self._start_as_dino()
+        else:
+            self._start_as_moco_v3()
+        if positions == "sincos_rows_first":
+            table = rows_first_waves(self.table_grid, width)
+            classes = self.pos_embed.shape[1] - len(table)
+            self.pos_embed.data = F.pad(table, (0, 0, classes, 0)).unsqueeze(0).to(self.pos_embed)
+            self.pos_embed.requires_grad_(False)
 
     @torch.no_grad()
-    def _initialize(self) -> None:
-        """The released start: truncated normal 0.02, biases 0; the patch convolution keeps the library's default."""
+    def _start_as_dino(self) -> None:
+        """Truncated normal 0.02, biases 0; the patch convolution keeps the library's default."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -98,6 +119,19 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.mask_token)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    @torch.no_grad()
+    def _start_as_moco_v3(self) -> None:
+        """Uniform by fan-in + fan-out, biases 0; a positions table that is learned keeps the truncated normal."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                fan_in, fan_out = module.weight[0].numel(), len(module.weight) // (3 if name.endswith("qkv") else 1)
+                nn.init.uniform_(module.weight, -math.sqrt(6 / (fan_in + fan_out)), math.sqrt(6 / (fan_in + fan_out)))
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.zeros_(self.mask_token)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of this many pixels."""
@@ -210,3 +244,13 @@ def resize_table(table: Tensor, source: tuple[int, int], target: tuple[int, int]
     else:
         image = F.interpolate(image, size=target, mode="bicubic")
     return image.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def rows_first_waves(grid: tuple[int, int], width: int) -> Tensor:
+    """[N, D] sin and cos of the row at D/4 frequencies 10000^(-k / (D/4)), then of the column."""
+    if width % 4:
+        raise ValueError(f"VisionTransformer: waves need a width that is a multiple of 4, got {width}; change it.")
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))  # [N, 2] row, column
+    angles = places[:, :, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
