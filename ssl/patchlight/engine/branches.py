@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones.interface import build_backbone
+from ..backbones.interface import build_backbone, offers_of
 from ..data.masking import FixedMasks, ReleasedMasks
 from ..heads.summary import ClassAttentionSummary, ClassTokenSummary, MeanSummary
 from ..objectives.dino import Dino, DinoOptions
 from ..objectives.ibot import Ibot, IbotOptions
 from ..objectives.interface import NeighborRule, Objective
+from ..objectives.moby import Moby, MobyOptions
+from ..objectives.moco_v3 import MocoV3, MocoV3Options
 from ..objectives.selfpatch import SelfPatch, SelfPatchOptions
 from ..records import Clock, Crops, Features, Side, Views
-from ..run import Model, Run
+from ..run import Model, Options, Run
+from .pairing import check_pairing
 from .parallel import local
 
 # FSDP2 looks for tensors in what a module returns; torch 2.11 looks into registered classes only.
@@ -33,9 +38,11 @@ class Branch(nn.Module):
         summary: nn.Module,
         heads: dict[str, nn.Module],
         predictors: dict[str, nn.Module] | None = None,
+        views_apart: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.summary = backbone, summary
+        self.views_apart = views_apart  # each view is a batch of its own to the backbone
         self.heads = nn.ModuleDict(heads)
         self.predictors = nn.ModuleDict(predictors or {})
 
@@ -49,8 +56,12 @@ class Branch(nn.Module):
         return global_crops, self._look(views.local_crops, None, neighbors)
 
     def _look(self, crops: Crops, mask: Tensor | None, neighbors: NeighborRule | None) -> Features:
-        """One pass over all crops of a size, V x B images at once."""
-        tokens = self.backbone(crops.pixels.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
+        """One pass over all crops of a size, V x B images at once, or a pass per view where BatchNorm must tell them apart."""
+        if self.views_apart:
+            by_view = [self.backbone(pixels) for pixels in crops.pixels]  # a backbone with BatchNorm takes no masks
+            tokens = replace(by_view[0], patches=torch.cat([view.patches for view in by_view]))
+        else:
+            tokens = self.backbone(crops.pixels.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
         seen = self.summary(tokens, neighbors)
         summary, patches, aggregated = (
             None if x is None else x.unflatten(0, crops.pixels.shape[:2])
@@ -108,27 +119,48 @@ def build_branches(model: Model, objectives: Sequence[Objective]) -> tuple[Stude
 
 
 def _parts(model: Model, objectives: Sequence[Objective], teacher: bool = False) -> tuple:
-    """Backbone, summary, heads and predictors."""
+    """Backbone, summary, heads and predictors, and whether views go through the backbone one by one."""
     backbone = build_backbone(
         model.arch,
         patch_size=model.patch_size,
         image_size=model.image_size,
         drop_path=0.0 if teacher else model.drop_path,
-        class_token=model.summary == "cls",
-        position_resize=model.position_resize,
+        **_transformer_options(model),
         **model.sizes,
     )
+    if model.freeze_patch_embed:
+        _freeze_patch_embed(model.arch, backbone)
     heads = {one.name: head for one in objectives if (head := one.head(backbone.width)) is not None}
     predictors = {one.name: part for one in objectives if (part := one.predictor(backbone.width)) is not None}
-    return backbone, _summary(model.summary, backbone), heads, {} if teacher else predictors
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in backbone.modules())
+    views_apart = has_batch_norm and any(one.needs().views_apart for one in objectives)
+    return backbone, _summary(model.summary, backbone), heads, {} if teacher else predictors, views_apart
+
+
+def _transformer_options(model: Model) -> dict:
+    """What only a vision transformer can be told; another backbone is told what differs from usual, to refuse it."""
+    options = {name: getattr(model, name) for name in ("position_resize", "positions", "start")}
+    if "class_token" in offers_of(model.arch):
+        return options | {"class_token": model.summary == "cls"}
+    return {name: value for name, value in options.items() if value != getattr(Model, name)}
+
+
+def _freeze_patch_embed(arch: str, backbone: nn.Module) -> None:
+    if not hasattr(backbone, "patch_embed"):
+        raise ValueError(
+            f"Model.freeze_patch_embed needs a patch projection, got {arch}, which has none; leave it out."
+        )
+    backbone.patch_embed.requires_grad_(False)
 
 
 def _summary(kind: str, backbone: nn.Module) -> nn.Module:
+    if kind == "cls":
+        return ClassTokenSummary()
+    eps = {} if backbone.norm_eps is None else {"norm_eps": backbone.norm_eps}
     if kind == "class_attention":
-        return ClassAttentionSummary(backbone.width, backbone.heads)
-    if kind == "mean":
-        return MeanSummary(backbone.width)  # the backbone has no final norm without a class token
-    return ClassTokenSummary()
+        return ClassAttentionSummary(backbone.width, backbone.heads, **eps)
+    # A transformer without a class token leaves its final norm to the summary; a backbone that never had one needs none.
+    return MeanSummary(backbone.width, **eps) if eps else MeanSummary()
 
 
 def check_teacher_student(teacher: Teacher, student: Student) -> None:
@@ -161,9 +193,8 @@ class WeightedObjectives(nn.Module):
         self.weights = dict(weights or {})
         needs = [one.needs() for one in parts]
         self.teacher_sees_local = any(need.teacher_sees_local for need in needs)
-        self.needs_local = any(need.local_crops for need in needs)
         self.neighbors = self._only("neighbors", [need.neighbors for need in needs])
-        self.summary = self._only("summary", [need.summary for need in needs])
+        self._only("summary", [need.summary for need in needs])
         self.masking = self._only("masks", [one if one.needs().masks else None for one in parts])
 
     def _only(self, what: str, wishes: list):
@@ -202,23 +233,22 @@ class WeightedObjectives(nn.Module):
             one.after_step(clock)
 
 
-def build_objectives(run: Run) -> WeightedObjectives:
-    """The objectives of a run, checked against its model and data."""
+def build_objectives(run: Run, world: int = 1) -> WeightedObjectives:
+    """The objectives of a run on so many processes, checked against its model and data."""
+    parts = [build_objective(options, run) for options in run.objectives.options]
+    objectives = WeightedObjectives(parts, run.objectives.weights)
+    check_pairing(run, parts, world)
+    return objectives
+
+
+def build_objective(options: Options, run: Run) -> Objective:
+    """The objective that these options describe."""
     masks = {"fixed": FixedMasks, "released": ReleasedMasks}[run.objectives.mask_counts]
     build = {
         DinoOptions: Dino,
         IbotOptions: lambda options: Ibot(masks(run.objectives.masks, run.parallel.seed), options),
+        MocoV3Options: MocoV3,
+        MobyOptions: Moby,
         SelfPatchOptions: SelfPatch,
     }
-    parts = [build[type(options)](options) for options in run.objectives.options]
-    objectives = WeightedObjectives(parts, run.objectives.weights)
-    if objectives.summary not in (None, run.model.summary):
-        raise ValueError(
-            f"The objectives need Model.summary={objectives.summary!r}, got {run.model.summary!r}; "
-            "set it, or pool neighbors by mean."
-        )
-    if objectives.needs_local and not run.data.crops.local_crops:
-        raise ValueError(
-            "The objectives need local crops, got a crop policy without; add some, or let the teacher see global crops only."
-        )
-    return objectives
+    return build[type(options)](options)
