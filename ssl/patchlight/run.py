@@ -11,8 +11,9 @@ from .objectives.ibot import IbotOptions
 from .objectives.moby import MobyOptions
 from .objectives.moco_v3 import MocoV3Options
 from .objectives.selfpatch import SelfPatchOptions
+from .objectives.selfpatch_contrast import SelfPatchContrastOptions
 
-Options = DinoOptions | IbotOptions | MocoV3Options | MobyOptions | SelfPatchOptions
+Options = DinoOptions | IbotOptions | MocoV3Options | MobyOptions | SelfPatchOptions | SelfPatchContrastOptions
 
 
 def _choose(where: str, value: str, *choices: str) -> None:

@@ -10,7 +10,8 @@ from torch.nn.functional import normalize
 from patchlight.objectives.contrast import ordered_pairs
 from patchlight.objectives.moby import Moby, MobyOptions
 from patchlight.objectives.moco_v3 import MocoV3, MocoV3Options
-from patchlight.records import Side
+from patchlight.objectives.selfpatch_contrast import SelfPatchContrast, SelfPatchContrastOptions
+from patchlight.records import Features, Side
 
 WIDTH, BATCH = 6, 4
 MOCO = MocoV3Options(hidden=10, out=5)
@@ -147,3 +148,41 @@ def test_what_is_missing_is_named():
 def test_nonsense_is_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         options()
+
+
+def patch_sides(heads, neighbors=True):
+    summaries, patches = torch.randn(2, 2, BATCH, WIDTH).double(), torch.randn(3, 2, BATCH, 6, WIDTH).double()
+    student = Side(Features(summaries[0], patches[0], (2, 3)), head=heads[0], predictor=heads[1])
+    taught = Features(summaries[1], patches[1], (2, 3), patches[2] if neighbors else None)
+    return student, Side(taught, head=heads[2])
+
+
+def test_patches_find_their_neighbors_among_the_summaries_of_other_images():
+    objective, heads = build(SelfPatchContrast, SelfPatchContrastOptions(hidden=10, out=5))
+    student, teacher = patch_sides(heads)
+    crops, total, count = teacher.global_crops, 0, 0
+    summaries, keys = [], []
+    for view in range(2):
+        rows = torch.cat([crops.neighbors[view].flatten(0, 1), crops.summary[view]])
+        rows = normalize(heads[2].mlp(rows), dim=1)
+        keys.append(rows[:-BATCH].unflatten(0, (BATCH, 6)))
+        summaries.append(rows[-BATCH:])
+    for view in range(2):
+        queries = heads[1].mlp(heads[0].mlp(student.global_crops.patches[view].flatten(0, 1)))
+        queries = normalize(queries, dim=1).unflatten(0, (BATCH, 6))
+        for image in range(BATCH):
+            others = [summaries[v][i] for v in range(2) for i in range(BATCH) if i != image]
+            for patch in range(6):
+                total = total + nll(queries[image, patch], keys[view][image, patch], others, 0.2)
+                count += 1
+    ours, theirs = run(objective, student, teacher), total / count
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    learned = [*heads[0].parameters(), *heads[1].parameters()]
+    for a, b in zip(torch.autograd.grad(ours, learned), torch.autograd.grad(theirs, learned), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-11)
+
+
+def test_patches_need_aggregated_neighbors():
+    objective, heads = build(SelfPatchContrast, SelfPatchContrastOptions(hidden=10, out=5))
+    with pytest.raises(ValueError, match="must aggregate each patch's neighbors; got features without"):
+        run(objective, *patch_sides(heads, neighbors=False))

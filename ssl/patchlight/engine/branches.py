@@ -18,6 +18,7 @@ from ..objectives.interface import NeighborRule, Objective
 from ..objectives.moby import Moby, MobyOptions
 from ..objectives.moco_v3 import MocoV3, MocoV3Options
 from ..objectives.selfpatch import SelfPatch, SelfPatchOptions
+from ..objectives.selfpatch_contrast import SelfPatchContrast, SelfPatchContrastOptions
 from ..records import Clock, Crops, Features, Side, Views
 from ..run import Model, Options, Run
 from .pairing import check_pairing
@@ -250,5 +251,6 @@ def build_objective(options: Options, run: Run) -> Objective:
         MocoV3Options: MocoV3,
         MobyOptions: Moby,
         SelfPatchOptions: SelfPatch,
+        SelfPatchContrastOptions: SelfPatchContrast,
     }
     return build[type(options)](options)

@@ -32,11 +32,16 @@ def gather_rows(x_VBD: Tensor) -> tuple[Tensor, int]:
 def queries_and_keys(name: str, student: Side, teacher: Side) -> tuple[Tensor, Tensor]:
     """[V, B, D] each, normalised: what the student predicts of each view, and what the teacher makes of it."""
     check_heads(name, student, teacher)
-    if student.predictor is None:
-        raise ValueError(f"{name}: the student needs a predictor; got none; build it with predictor(width).")
+    check_predictor(name, student)
     with torch.no_grad():
         keys = unit_rows(teacher.head(teacher.global_crops.summary))
     return unit_rows(student.predictor(student.head(student.global_crops.summary))), keys
+
+
+def check_predictor(name: str, student: Side) -> None:
+    """Only the student has one."""
+    if student.predictor is None:
+        raise ValueError(f"{name}: the student needs a predictor; got none; build it with predictor(width).")
 
 
 def ordered_pairs(views: int) -> list[tuple[int, int]]:
