@@ -58,6 +58,15 @@ class NeighborRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a branch is to look at and to say, besides its features of the global crops."""
+
+    local_crops: bool = True  # features of the local crops, if there are any
+    query_crops: bool = False
+    neighbors: NeighborRule | None = None  # aggregate each patch's neighbors
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """What a backbone says of M images."""
 

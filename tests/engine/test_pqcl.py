@@ -23,7 +23,7 @@ from patchlight.engine.branches import build_branches, build_objectives, check_t
 from patchlight.engine.trainer import train
 from patchlight.recipes import RECIPES
 from patchlight.recipes.papers import pqcl_vits16_in1k, pqcl_vits16_in1k_ablation
-from patchlight.records import Clock, Cues
+from patchlight.records import Clock, Cues, Wanted
 from patchlight_kernels import force
 
 CLOCK = Clock(0, 10, 0, 5)
@@ -94,7 +94,7 @@ def test_whose_head_serves_the_queries(host):
 def test_a_branch_looks_at_queries_and_query_crops_as_if_alone():
     student, teacher, objectives, views = built(IBOT, PQCL)
     cues = objectives.cue(views, (4, 4), CLOCK)
-    seen, taught = student(views, cues), teacher(views, query_crops=True)
+    seen, taught = student(views, cues), teacher(views, wanted=Wanted(query_crops=True))
     for view in range(2):
         queries = replace(cues.queries, positions=cues.queries.positions[view])
         alone = student.backbone(views.global_crops.pixels[view], cues.mask[view], queries=queries)
@@ -115,7 +115,7 @@ def test_queries_pass_the_norm_of_a_class_attention_summary():
     seen = student(views, cues)
     torch.testing.assert_close(seen.global_crops.queries.flatten(0, 1), alone)
     with force(neighbor_topk="reference"):
-        taught = teacher(views, None, True, objectives.neighbors, True)
+        taught = teacher(views, wanted=objectives.of_teacher)
     _, terms = objectives((student, seen), (teacher, taught), views, CLOCK)
     assert terms.keys() == {"dino/cls", "selfpatch/patch", "pqcl/query"}
 
@@ -169,7 +169,7 @@ def test_any_query_size_up_to_the_view_with_the_real_loader(size, tmp_path):
 @pytest.mark.parametrize("name", sorted(name for name in RECIPES if name.startswith("pqcl")))
 def test_recipes_build(name):
     run = RECIPES[name]()
-    assert build_objectives(run).needs_queries
+    assert build_objectives(run).of_teacher.query_crops
     assert run.data.crops.local_crops == ()
     (query,) = run.data.crops.query_crops
     assert (query.count, query.size, query.scale, query.flip) == (1, 96, (0.05, 0.25), 0.0)

@@ -215,7 +215,7 @@ def whole_step(case: Case) -> None:
     views = Views(crops, None, queries, torch.arange(pixels.shape[1]))
     clock = cases.clock_of(0)
     with torch.no_grad():
-        taught = teacher(views, None, objectives.teacher_sees_local, objectives.neighbors, objectives.needs_queries)
+        taught = teacher(views, wanted=objectives.of_teacher)
     cues = objectives.cue(views, taught.global_crops.grid, clock)
     check_cues(case, student, cues, taught.query_crops.grid)
     seen = student(views, cues)

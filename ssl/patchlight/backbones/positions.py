@@ -21,6 +21,11 @@ def sincos(positions: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
+def sincos_rows_first(positions: Tensor, width: int) -> Tensor:
+    """The same with y before x, as MoCo v3 has it."""
+    return sincos(positions.flip(-1), width)
+
+
 def sincos_printed(positions: Tensor, width: int) -> Tensor:
     """Eq. (4) of the PQCL paper to the letter: for x, then y, sin and cos by turns, the i-th of x / 10000^(2i/D).
 
@@ -33,7 +38,7 @@ def sincos_printed(positions: Tensor, width: int) -> Tensor:
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-3)
 
 
-EMBEDDINGS = {"sincos": sincos, "sincos_printed": sincos_printed}
+EMBEDDINGS = {"sincos": sincos, "sincos_rows_first": sincos_rows_first, "sincos_printed": sincos_printed}
 
 
 def grid_positions(grid: tuple[int, int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -23,6 +24,8 @@ ARCHITECTURES = {
 }
 POSITIONS = ("learned", *EMBEDDINGS)
 POSITION_RESIZES = ("released", "size")
+STARTS = ("dino", "moco_v3")
+NORM_EPS = 1e-6
 
 
 class VisionTransformer(nn.Module):
@@ -36,9 +39,15 @@ class VisionTransformer(nn.Module):
         target / table, as the papers' plain "bicubic". The default is "released": every local crop goes through
         it, and published weights have learned with it.
     positions: "learned", or a fixed table: "sincos" with x in the first half of the channels, as MAE and PQCL's code
-        have it, or "sincos_printed", Eq. (4) of the PQCL paper to the letter. The class token's row is zero then.
-        Queries (PQCL) lie between and beside the patches, so they need a fixed one.
+        have it, "sincos_rows_first" with y there, as MoCo v3 has it, or "sincos_printed", Eq. (4) of the PQCL paper to
+        the letter. The class token's row is zero then. Queries (PQCL) lie between and beside the patches, so they need
+        a fixed one.
+    start: "dino", truncated normals, or "moco_v3", uniform as wide as each matrix asks for, queries, keys and values
+        being a matrix each.
     """
+
+    offers = frozenset({"class_token", "masks", "queries"})
+    norm_eps = NORM_EPS
 
     def __init__(
         self,
@@ -52,6 +61,7 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
         position_resize: str = "released",
         positions: str = "learned",
+        start: str = "dino",
     ) -> None:
         super().__init__()
         if width % heads:
@@ -62,12 +72,10 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"VisionTransformer: drop_path must lie in [0, 1), got {drop_path}; 0.1 is the usual rate."
             )
-        if position_resize not in POSITION_RESIZES:
-            raise ValueError(
-                f"VisionTransformer: position_resize must be one of {POSITION_RESIZES}, got {position_resize!r}."
-            )
-        if positions not in POSITIONS:
-            raise ValueError(f"VisionTransformer: positions must be one of {POSITIONS}, got {positions!r}.")
+        chosen = {"position_resize": position_resize, "positions": positions, "start": start}
+        for (name, value), choices in zip(chosen.items(), (POSITION_RESIZES, POSITIONS, STARTS), strict=True):
+            if value not in choices:
+                raise ValueError(f"VisionTransformer: {name} must be one of {choices}, got {value!r}.")
         self.width, self.heads, self.patch_size = width, heads, patch_size
         self.has_class_token, self.position_resize = class_token, position_resize
         self.table_grid = self.grid(image_size, image_size)
@@ -81,7 +89,7 @@ class VisionTransformer(nn.Module):
             num_heads=heads,
             mlp_ratio=mlp_ratio,
             class_token=class_token,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
             embed_layer=partial(PatchEmbed, strict_img_size=False),
             block_fn=Block,
             weight_init="skip",
@@ -97,11 +105,14 @@ class VisionTransformer(nn.Module):
             rate = drop_path * number / max(depth - 1, 1)
             if rate > 0:
                 block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-        self._initialize()
+        if start == "dino":
+            self._start_as_dino()
+        else:
+            self._start_as_moco_v3()
 
     @torch.no_grad()
-    def _initialize(self) -> None:
-        """The released start: truncated normal 0.02, biases 0; the patch convolution keeps the library's default."""
+    def _start_as_dino(self) -> None:
+        """Truncated normal 0.02, biases 0; the patch convolution keeps the library's default."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -119,6 +130,19 @@ class VisionTransformer(nn.Module):
         del self.pos_embed  # the parameter
         classes = table.new_zeros(int(self.has_class_token), self.width)
         self.register_buffer("pos_embed", torch.cat([classes, table])[None])
+
+    @torch.no_grad()
+    def _start_as_moco_v3(self) -> None:
+        """Uniform by fan-in + fan-out, biases 0; a positions table that is learned keeps the truncated normal."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                fan_in, fan_out = module.weight[0].numel(), len(module.weight) // (3 if name.endswith("qkv") else 1)
+                nn.init.uniform_(module.weight, -math.sqrt(6 / (fan_in + fan_out)), math.sqrt(6 / (fan_in + fan_out)))
+                nn.init.zeros_(module.bias)
+        self._initialize_positions()
+        nn.init.zeros_(self.mask_token)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of this many pixels."""

@@ -8,17 +8,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones.interface import build_backbone
+from ..backbones.interface import build_backbone, offers_of
 from ..data.masking import FixedMasks, ReleasedMasks
 from ..heads.summary import ClassAttentionSummary, ClassTokenSummary, MeanSummary
 from ..objectives.dino import Dino, DinoOptions
 from ..objectives.ibot import Ibot, IbotOptions
-from ..objectives.interface import NeighborRule, Objective
+from ..objectives.interface import Objective
+from ..objectives.moby import Moby, MobyOptions
+from ..objectives.moco_v3 import MocoV3, MocoV3Options
 from ..objectives.pqcl import Pqcl, PqclOptions, choose_host
 from ..objectives.selfpatch import SelfPatch, SelfPatchOptions
-from ..records import Clock, Crops, Cues, Features, Side, Views
-from ..run import Model, Run
+from ..objectives.selfpatch_contrast import SelfPatchContrast, SelfPatchContrastOptions
+from ..records import Clock, Crops, Cues, Features, Side, Tokens, Views, Wanted
+from ..run import Model, Options, Run
+from .pairing import check_pairing
 from .parallel import local
 
 # FSDP2 looks for tensors in what a module returns; torch 2.11 looks into registered classes only.
@@ -46,43 +51,47 @@ class Branch(nn.Module):
         heads: dict[str, nn.Module],
         predictors: dict[str, nn.Module] | None = None,
         hosts: dict[str, str] | None = None,
+        views_apart: bool = False,
     ) -> None:
         super().__init__()
         self.backbone, self.summary = backbone, summary
+        self.views_apart = views_apart  # each view is a batch of its own to the backbone
         self.heads = nn.ModuleDict(heads)
         self.predictors = nn.ModuleDict(predictors or {})
         self.hosts = dict(hosts or {})
 
-    def forward(
-        self,
-        views: Views,
-        cues: Cues | None = None,
-        local: bool = True,
-        neighbors: NeighborRule | None = None,
-        query_crops: bool = False,
-    ) -> BranchFeatures:
-        """Features of global crops (with cues for them), of local crops if wanted and there, of query crops if wanted."""
+    def forward(self, views: Views, cues: Cues | None = None, wanted: Wanted = Wanted()) -> BranchFeatures:  # noqa: B008 frozen
+        """Features of global crops (with cues for them), and of what else is wanted and there."""
+        local = wanted.local_crops and views.local_crops is not None
         return BranchFeatures(
-            self._look(views.global_crops, neighbors, cues),
-            self._look(views.local_crops, neighbors) if local and views.local_crops is not None else None,
-            self._look(views.query_crops) if query_crops else None,
+            self._look(views.global_crops, wanted, cues),
+            self._look(views.local_crops, wanted) if local else None,
+            self._look(views.query_crops, Wanted()) if wanted.query_crops else None,
         )
 
-    def _look(self, crops: Crops, neighbors: NeighborRule | None = None, cues: Cues | None = None) -> Features:
-        """One pass over all crops of a size, V x B images at once."""
-        cues = cues or Cues()
-        mask = None if cues.mask is None else cues.mask.flatten(0, 1)
-        asked = {}  # of backbones that can carry them only
-        if cues.queries is not None:
-            asked["queries"] = replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
-        tokens = self.backbone(crops.pixels.flatten(0, 1), mask, **asked)
-        seen = self.summary(tokens, neighbors)
+    def _look(self, crops: Crops, wanted: Wanted, cues: Cues | None = None) -> Features:
+        """One pass over all crops of a size, V x B images at once, or a pass per view where BatchNorm must tell them apart."""
+        if self.views_apart:
+            by_view = [self.backbone(pixels) for pixels in crops.pixels]  # a backbone with BatchNorm takes no cues
+            tokens = replace(by_view[0], patches=torch.cat([view.patches for view in by_view]))
+        else:
+            tokens = self._read(crops.pixels.flatten(0, 1), cues or Cues())
+        seen = self.summary(tokens, wanted.neighbors)
         guesses = None if tokens.queries is None else self.summary.norm(tokens.queries)
         summary, patches, aggregated, guesses = (
             None if x is None else x.unflatten(0, crops.pixels.shape[:2])
             for x in (seen.summary, seen.patches, seen.aggregated, guesses)
         )
         return Features(summary, patches, tokens.grid, aggregated, queries=guesses)
+
+    def _read(self, pixels: Tensor, cues: Cues) -> Tokens:
+        """The backbone is told of queries only where there are some, as few can carry them."""
+        mask = None if cues.mask is None else cues.mask.flatten(0, 1)
+        if cues.queries is None:
+            return self.backbone(pixels, mask)
+        return self.backbone(
+            pixels, mask, queries=replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
+        )
 
     def head_of(self, name: str) -> nn.Module | None:
         """The head that an objective sees: its own, or its host's."""
@@ -116,7 +125,7 @@ class Teacher(Branch):
     def follow(self, student: Student, momentum: float, refused: Tensor | None = None) -> None:
         """Moves each parameter by 1 - momentum towards the student's, unless refused is 1; buffers stay its own.
 
-        On a CPU a lerp. Elsewhere one in three multi-tensor kernels, whose weight stays on the device, where the refusal is.
+        On a CPU a lerp each. Elsewhere one in three multi-tensor kernels, whose weight stays on the device, where the refusal is.
         """
         by_name = dict(student.named_parameters())
         named = dict(self.named_parameters())
@@ -124,7 +133,8 @@ class Teacher(Branch):
         weight = torch.full((), 1 - momentum, dtype=mine[0].dtype, device=mine[0].device)
         weight = weight if refused is None else weight * (1 - refused)
         if weight.device.type == "cpu":
-            torch._foreach_lerp_(mine, theirs, weight.item())
+            for ours, followed in zip(mine, theirs, strict=True):
+                ours.lerp_(followed, weight)
             return
         gap = torch._foreach_sub(theirs, mine)
         torch._foreach_mul_(gap, weight)
@@ -133,35 +143,62 @@ class Teacher(Branch):
 
 def build_branches(model: Model, objectives: Sequence[Objective]) -> tuple[Student, Teacher]:
     """Both branches with a head per objective; the teacher starts as a copy of the student."""
-    student, teacher = Student(*_parts(model, objectives)), Teacher(*_parts(model, objectives, teacher=True))
+    student, teacher = Student(**_parts(model, objectives)), Teacher(**_parts(model, objectives, teacher=True))
     teacher.start_from(student)
     return student, teacher
 
 
 def _parts(model: Model, objectives: Sequence[Objective], teacher: bool = False) -> tuple:
-    """Backbone, summary, heads, predictors and whose head serves whom."""
+    """The arguments of a Branch."""
     backbone = build_backbone(
         model.arch,
         patch_size=model.patch_size,
         image_size=model.image_size,
         drop_path=0.0 if teacher else model.drop_path,
-        class_token=model.summary == "cls",
-        position_resize=model.position_resize,
-        positions=model.positions,
+        **_transformer_options(model),
         **model.sizes,
     )
+    if model.freeze_patch_embed:
+        _freeze_patch_embed(model.arch, backbone)
     heads = {one.name: head for one in objectives if (head := one.head(backbone.width)) is not None}
     predictors = {one.name: part for one in objectives if (part := one.predictor(backbone.width)) is not None}
     hosts = {one.name: host for one in objectives if (host := one.needs().host) and one.name not in heads}
-    return backbone, _summary(model.summary, backbone), heads, {} if teacher else predictors, hosts
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in backbone.modules())
+    views_apart = has_batch_norm and any(one.needs().views_apart for one in objectives)
+    return {
+        "backbone": backbone,
+        "summary": _summary(model.summary, backbone),
+        "heads": heads,
+        "predictors": {} if teacher else predictors,
+        "hosts": hosts,
+        "views_apart": views_apart,
+    }
+
+
+def _transformer_options(model: Model) -> dict:
+    """What only a vision transformer can be told; another backbone is told what differs from usual, to refuse it."""
+    options = {name: getattr(model, name) for name in ("position_resize", "positions", "start")}
+    if "class_token" in offers_of(model.arch):
+        return options | {"class_token": model.summary == "cls"}
+    return {name: value for name, value in options.items() if value != getattr(Model, name)}
+
+
+def _freeze_patch_embed(arch: str, backbone: nn.Module) -> None:
+    if not hasattr(backbone, "patch_embed"):
+        raise ValueError(
+            f"Model.freeze_patch_embed needs a patch projection, got {arch}, which has none; leave it out."
+        )
+    backbone.patch_embed.requires_grad_(False)
 
 
 def _summary(kind: str, backbone: nn.Module) -> nn.Module:
+    if kind == "cls":
+        return ClassTokenSummary()
+    eps = {} if backbone.norm_eps is None else {"norm_eps": backbone.norm_eps}
     if kind == "class_attention":
-        return ClassAttentionSummary(backbone.width, backbone.heads)
-    if kind == "mean":
-        return MeanSummary(backbone.width)  # the backbone has no final norm without a class token
-    return ClassTokenSummary()
+        return ClassAttentionSummary(backbone.width, backbone.heads, **eps)
+    # A transformer without a class token leaves its final norm to the summary; a backbone that never had one needs none.
+    return MeanSummary(backbone.width, **eps) if eps else MeanSummary()
 
 
 def check_teacher_student(teacher: Teacher, student: Student) -> None:
@@ -193,13 +230,14 @@ class WeightedObjectives(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.weights = dict(weights or {})
         needs = [one.needs() for one in parts]
-        self.teacher_sees_local = any(need.teacher_sees_local for need in needs)
-        self.needs_local = any(need.local_crops for need in needs)
-        self.neighbors = self._only("neighbors", [need.neighbors for need in needs])
-        self.summary = self._only("summary", [need.summary for need in needs])
+        self._only("summary", [need.summary for need in needs])
         self.masking = self._only("masks", [one if one.needs().masks else None for one in parts])
         self.querying = self._only("queries", [one if one.needs().queries else None for one in parts])
-        self.needs_queries = self.querying is not None
+        self.of_teacher = Wanted(
+            local_crops=any(need.teacher_sees_local for need in needs),
+            query_crops=self.querying is not None,
+            neighbors=self._only("neighbors", [need.neighbors for need in needs]),
+        )
 
     def _only(self, what: str, wishes: list):
         """The wish of those objectives that have one; they share the branches, so they must agree."""
@@ -239,48 +277,24 @@ class WeightedObjectives(nn.Module):
             one.after_step(clock)
 
 
-def build_objectives(run: Run) -> WeightedObjectives:
-    """The objectives of a run, checked against its model and data."""
+def build_objectives(run: Run, world: int = 1) -> WeightedObjectives:
+    """The objectives of a run on so many processes, checked against its model and data."""
+    parts = [build_objective(options, run) for options in run.objectives.options]
+    objectives = WeightedObjectives(parts, run.objectives.weights)
+    check_pairing(run, parts, world)
+    return objectives
+
+
+def build_objective(options: Options, run: Run) -> Objective:
+    """The objective that these options describe."""
     masks = {"fixed": FixedMasks, "released": ReleasedMasks}[run.objectives.mask_counts]
     build = {
         DinoOptions: Dino,
         IbotOptions: lambda options: Ibot(masks(run.objectives.masks, run.parallel.seed), options),
+        MocoV3Options: MocoV3,
+        MobyOptions: Moby,
         SelfPatchOptions: SelfPatch,
+        SelfPatchContrastOptions: SelfPatchContrast,
         PqclOptions: lambda options: Pqcl(choose_host(run.objectives.options), options),
     }
-    parts = [build[type(options)](options) for options in run.objectives.options]
-    objectives = WeightedObjectives(parts, run.objectives.weights)
-    if objectives.summary not in (None, run.model.summary):
-        raise ValueError(
-            f"The objectives need Model.summary={objectives.summary!r}, got {run.model.summary!r}; "
-            "set it, or pool neighbors by mean."
-        )
-    if objectives.needs_local and not run.data.crops.local_crops:
-        raise ValueError(
-            "The objectives need local crops, got a crop policy without; add some, or let the teacher see global crops only."
-        )
-    check_queries(run, objectives.needs_queries)
-    return objectives
-
-
-def check_queries(run: Run, needed: bool) -> None:
-    """Query crops where they are needed and nowhere else, no larger than what they are asked of, on fixed positions."""
-    crops = run.data.crops
-    if not needed:
-        if crops.query_crops:
-            raise ValueError(
-                "Query crops are for an objective that asks for them, got some and none that does; add PqclOptions(), or "
-                "take a crop policy without."
-            )
-        return
-    if not crops.query_crops:
-        raise ValueError("The objectives need query crops, got a crop policy without; take pqcl_policy().")
-    if run.model.positions == "learned":
-        raise ValueError(
-            "Queries lie between the patches and need fixed positions, got Model.positions='learned'; set it to 'sincos'."
-        )
-    size, largest = crops.query_crops[0].size, crops.global_crops[0].size
-    if size > largest:
-        raise ValueError(
-            f"Query crops must not be larger than the global crops, got {size} and {largest} pixels; shrink them."
-        )
+    return build[type(options)](options)

@@ -13,6 +13,7 @@ from ..records import Clock, Cues, NeighborRule, Side, Views
 class Needs:
     """What an objective asks of data and branches; checked once, when a run is built."""
 
+    global_crops: int = 1  # at least so many
     local_crops: bool = False  # at least one local crop
     teacher_sees_local: bool = False  # the teacher runs on local crops too
     masks: bool = False  # the student's global crops are masked (Cues.mask)
@@ -20,6 +21,9 @@ class Needs:
     summary: str | None = None  # the summary head it insists on: "cls" or "class_attention"
     queries: bool = False  # the student is cued with queries (Cues.queries), the teacher sees the query crops
     host: str | None = None  # the objective whose head it sees in a branch where it has none of its own
+    views_apart: bool = False  # a backbone's BatchNorm takes each view as a batch of its own
+    batch_norm: bool = False  # its heads have BatchNorm, which cannot do with a single image
+    batch_divides: int | None = None  # the global batch must divide this number
 
 
 class Objective(nn.Module):
