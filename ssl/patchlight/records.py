@@ -55,6 +55,7 @@ class Tokens:
     patches: Tensor  # [M, N, D] after the final norm, or the raw residual stream when the backbone has no class token
     grid: tuple[int, int]  # rows, columns; rows * columns = N
     layers: tuple[Tensor, ...] = ()  # [M, N (+1), D] each, the requested intermediate layers
+    residual: Tensor | None = None  # [M, N, D] patches before the final norm, when asked for
 
 
 register_dataclass(Tokens)  # so that FSDP2 finds the tensors in a module's output
@@ -69,6 +70,7 @@ class Features:
     grid: tuple[int, int]
     neighbors: Tensor | None = None  # [V, B, N, D] each patch's aggregated neighbors, when an objective needs them
     layers: tuple[Tensor, ...] = ()  # [V, B, N (+1), D] each
+    residual: Tensor | None = None  # [V, B, N, D] patches before the final norm, when an objective needs them
 
 
 @dataclass(frozen=True, slots=True)

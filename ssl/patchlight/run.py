@@ -9,8 +9,9 @@ from .data.policy import CropPolicy, dino_policy
 from .objectives.dino import DinoOptions
 from .objectives.ibot import IbotOptions
 from .objectives.selfpatch import SelfPatchOptions
+from .objectives.sere import SereOptions
 
-Options = DinoOptions | IbotOptions | SelfPatchOptions
+Options = DinoOptions | IbotOptions | SelfPatchOptions | SereOptions
 
 
 def _choose(where: str, value: str, *choices: str) -> None:

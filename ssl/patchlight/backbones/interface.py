@@ -24,8 +24,13 @@ class Backbone(Protocol):
         """Rows and columns of patches of an image of this many pixels."""
         ...
 
-    def __call__(self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = ()) -> Tokens:
-        """pixels [M, 3, H, W], mask [M, N] bool: True patches are hidden; layers: block numbers to return as well."""
+    def __call__(
+        self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = (), residual: bool = False
+    ) -> Tokens:
+        """pixels [M, 3, H, W], mask [M, N] bool: True patches are hidden; layers: block numbers to return as well.
+
+        residual: return the patches before the final norm too (the patches themselves where there is no such norm).
+        """
         ...
 
 

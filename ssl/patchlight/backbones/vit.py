@@ -108,11 +108,13 @@ class VisionTransformer(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
-    def forward(self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = ()) -> Tokens:
+    def forward(
+        self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = (), residual: bool = False
+    ) -> Tokens:
         """pixels [M, 3, H, W] to tokens; masked patches ([M, N] bool) are replaced by the mask token.
 
         layers asks for the tokens after these blocks (0-based, negative from the end), through the final norm if there
-        is one.
+        is one. residual asks for the patches before that norm.
         """
         grid = self.grid(*pixels.shape[-2:])
         wanted = [self._block_number(layer) for layer in layers]
@@ -124,10 +126,11 @@ class VisionTransformer(nn.Module):
                 kept[number] = x
         intermediate = tuple(self.norm(kept[number]) for number in wanted)
         if not self.has_class_token:
-            return Tokens(None, x, grid, intermediate)
+            return Tokens(None, x, grid, intermediate, x if residual else None)
         cls, patches = x.split((1, x.shape[1] - 1), dim=1)
         # Normalised apart, so that neither is a view: the patches are contiguous, and FSDP2 may hook both.
-        return Tokens(self.norm(cls.squeeze(1)), self.norm(patches), grid, intermediate)
+        before = patches if residual else None
+        return Tokens(self.norm(cls.squeeze(1)), self.norm(patches), grid, intermediate, before)
 
     def embed(self, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
         """The residual stream before the first block, [M, N (+1), D]."""

@@ -14,6 +14,7 @@ from ..objectives.dino import Dino, DinoOptions
 from ..objectives.ibot import Ibot, IbotOptions
 from ..objectives.interface import NeighborRule, Objective
 from ..objectives.selfpatch import SelfPatch, SelfPatchOptions
+from ..objectives.sere import Sere, SereOptions
 from ..records import Clock, Crops, Features, Side, Views
 from ..run import Model, Run
 from .parallel import local
@@ -40,23 +41,29 @@ class Branch(nn.Module):
         self.predictors = nn.ModuleDict(predictors or {})
 
     def forward(
-        self, views: Views, mask: Tensor | None = None, local: bool = True, neighbors: NeighborRule | None = None
+        self,
+        views: Views,
+        mask: Tensor | None = None,
+        local: bool = True,
+        neighbors: NeighborRule | None = None,
+        residual: bool = False,
     ) -> BranchFeatures:
         """Features of global crops (mask [V, B, N] hides patches) and of local crops if wanted and there."""
-        global_crops = self._look(views.global_crops, mask, neighbors)
+        global_crops = self._look(views.global_crops, mask, neighbors, residual)
         if not local or views.local_crops is None:
             return global_crops, None
-        return global_crops, self._look(views.local_crops, None, neighbors)
+        return global_crops, self._look(views.local_crops, None, neighbors, residual)
 
-    def _look(self, crops: Crops, mask: Tensor | None, neighbors: NeighborRule | None) -> Features:
+    def _look(self, crops: Crops, mask: Tensor | None, neighbors: NeighborRule | None, residual: bool) -> Features:
         """One pass over all crops of a size, V x B images at once."""
-        tokens = self.backbone(crops.pixels.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
+        hidden = None if mask is None else mask.flatten(0, 1)
+        tokens = self.backbone(crops.pixels.flatten(0, 1), hidden, residual=residual)
         seen = self.summary(tokens, neighbors)
-        summary, patches, aggregated = (
+        summary, patches, aggregated, before = (
             None if x is None else x.unflatten(0, crops.pixels.shape[:2])
-            for x in (seen.summary, seen.patches, seen.aggregated)
+            for x in (seen.summary, seen.patches, seen.aggregated, tokens.residual)
         )
-        return Features(summary, patches, tokens.grid, aggregated)
+        return Features(summary, patches, tokens.grid, aggregated, residual=before)
 
     def side(self, name: str, features: BranchFeatures, local: bool = True) -> Side:
         """What the objective of this name sees of the branch."""
@@ -118,6 +125,8 @@ def _parts(model: Model, objectives: Sequence[Objective], teacher: bool = False)
         position_resize=model.position_resize,
         **model.sizes,
     )
+    for one in objectives:
+        one.adapt(backbone.width, backbone.heads)
     heads = {one.name: head for one in objectives if (head := one.head(backbone.width)) is not None}
     predictors = {one.name: part for one in objectives if (part := one.predictor(backbone.width)) is not None}
     return backbone, _summary(model.summary, backbone), heads, {} if teacher else predictors
@@ -162,6 +171,8 @@ class WeightedObjectives(nn.Module):
         needs = [one.needs() for one in parts]
         self.teacher_sees_local = any(need.teacher_sees_local for need in needs)
         self.needs_local = any(need.local_crops for need in needs)
+        self.needs_global = max((need.global_crops for need in needs), default=1)
+        self.residual = any(need.residual for need in needs)
         self.neighbors = self._only("neighbors", [need.neighbors for need in needs])
         self.summary = self._only("summary", [need.summary for need in needs])
         self.masking = self._only("masks", [one if one.needs().masks else None for one in parts])
@@ -209,6 +220,7 @@ def build_objectives(run: Run) -> WeightedObjectives:
         DinoOptions: Dino,
         IbotOptions: lambda options: Ibot(masks(run.objectives.masks, run.parallel.seed), options),
         SelfPatchOptions: SelfPatch,
+        SereOptions: lambda options: Sere(options, local=bool(run.data.crops.local_crops)),
     }
     parts = [build[type(options)](options) for options in run.objectives.options]
     objectives = WeightedObjectives(parts, run.objectives.weights)
@@ -216,6 +228,12 @@ def build_objectives(run: Run) -> WeightedObjectives:
         raise ValueError(
             f"The objectives need Model.summary={objectives.summary!r}, got {run.model.summary!r}; "
             "set it, or pool neighbors by mean."
+        )
+    global_crops = sum(spec.count for spec in run.data.crops.global_crops)
+    if global_crops < objectives.needs_global:
+        raise ValueError(
+            f"The objectives need {objectives.needs_global} global crops per image, got a crop policy with {global_crops}; "
+            "add some."
         )
     if objectives.needs_local and not run.data.crops.local_crops:
         raise ValueError(

@@ -196,9 +196,9 @@ class Trainer:
         goals = self.objectives
         with autocast(self.run.parallel.precision, self.mesh.device):
             with torch.no_grad():
-                taught = self.teacher(views, None, goals.teacher_sees_local, goals.neighbors)
+                taught = self.teacher(views, None, goals.teacher_sees_local, goals.neighbors, goals.residual)
             mask = goals.mask(views, taught[0].grid, self.clock)
-            seen = self.student(views, mask)
+            seen = self.student(views, mask, residual=goals.residual)
             loss, terms = goals((self.student, seen), (self.teacher, taught), views, self.clock)
         return loss, terms | {"loss": loss, "teacher/spread": spread(taught[0])}
 

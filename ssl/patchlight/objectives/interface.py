@@ -13,11 +13,13 @@ from ..records import Clock, Cues, NeighborRule, Side, Views
 class Needs:
     """What an objective asks of data and branches; checked once, when a run is built."""
 
+    global_crops: int = 1  # at least so many
     local_crops: bool = False  # at least one local crop
     teacher_sees_local: bool = False  # the teacher runs on local crops too
     masks: bool = False  # the student's global crops are masked (Cues.mask)
     neighbors: NeighborRule | None = None  # the teacher aggregates neighbors into Features.neighbors
     summary: str | None = None  # the summary head it insists on: "cls" or "class_attention"
+    residual: bool = False  # both branches leave the patches before the final norm in Features.residual
 
 
 class Objective(nn.Module):
@@ -27,6 +29,9 @@ class Objective(nn.Module):
 
     def needs(self) -> Needs:
         return Needs()
+
+    def adapt(self, width: int, heads: int) -> None:
+        """Hears the width and the attention heads of the backbone before any module is built; refuses what cannot fit."""
 
     def head(self, width: int) -> nn.Module | None:
         """The head that goes into the student and, as an EMA twin, into the teacher."""
