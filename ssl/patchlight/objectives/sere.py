@@ -144,6 +144,7 @@ class Sere(Objective):
         """Cross-entropy of the relations between points of the regions that a teacher's and a student's crop share."""
         o = self.options
         pairs = [self.meet_others(taught, seen)] + ([self.meet_local(taught, local)] if local else [])
+        exact = torch.promote_types(taught.spatial.dtype, torch.float32)
         counted = [torch.ones_like(some.exist) if o.no_overlap == "count" else some.exist for some in pairs]
         total = sum(some.numel() for some in counted) if o.no_overlap == "count" else mean_over_ranks(counted)
         root = sqrt(taught.spatial.shape[-1] // (self.heads if o.scale == "head" else 1))
@@ -153,7 +154,7 @@ class Sere(Objective):
                 self.by_head(some.teacher),
                 1 / (root * o.student_spatial_temperature),
                 1 / (root * o.teacher_spatial_temperature),
-                (weight / total).flatten().unsqueeze(0),
+                (weight / total).to(exact).flatten().unsqueeze(0),
             )
             for some, weight in zip(pairs, counted, strict=True)
         )
