@@ -56,8 +56,8 @@ class Branch(nn.Module):
 
     def _look(self, crops: Crops, mask: Tensor | None, neighbors: NeighborRule | None, residual: bool) -> Features:
         """One pass over all crops of a size, V x B images at once."""
-        hidden = None if mask is None else mask.flatten(0, 1)
-        tokens = self.backbone(crops.pixels.flatten(0, 1), hidden, residual=residual)
+        asked = {"residual": True} if residual else {}
+        tokens = self.backbone(crops.pixels.flatten(0, 1), None if mask is None else mask.flatten(0, 1), **asked)
         seen = self.summary(tokens, neighbors)
         summary, patches, aggregated, before = (
             None if x is None else x.unflatten(0, crops.pixels.shape[:2])
