@@ -31,7 +31,7 @@ class Objective(nn.Module):
         return Needs()
 
     def adapt(self, width: int, heads: int) -> None:
-        """Hears the width and the attention heads of the backbone before any module is built; refuses what cannot fit."""
+        """Hears the width and the attention heads of the backbone, before any module is built for it."""
 
     def head(self, width: int) -> nn.Module | None:
         """The head that goes into the student and, as an EMA twin, into the teacher."""

@@ -99,12 +99,12 @@ class Sere(Objective):
 
     def adapt(self, width: int, heads: int) -> None:
         self.heads = self.options.heads or heads
-        if width % self.heads:
+
+    def head(self, width: int) -> nn.Module:
+        if self.heads is None or width % self.heads:
             raise ValueError(
                 f"sere: its heads must divide the backbone's width; got {self.heads} and {width}; set SereOptions.heads."
             )
-
-    def head(self, width: int) -> nn.Module:
         return RelationHead(width)
 
     def predictor(self, width: int) -> nn.Module | None:
@@ -145,7 +145,7 @@ class Sere(Objective):
         o = self.options
         pairs = [self.meet_others(taught, seen)] + ([self.meet_local(taught, local)] if local else [])
         exact = torch.promote_types(taught.spatial.dtype, torch.float32)
-        counted = [torch.ones_like(some.exist) if o.no_overlap == "count" else some.exist for some in pairs]
+        counted = [(some.exist | (o.no_overlap == "count")).to(exact) for some in pairs]
         total = sum(some.numel() for some in counted) if o.no_overlap == "count" else mean_over_ranks(counted)
         root = sqrt(taught.spatial.shape[-1] // (self.heads if o.scale == "head" else 1))
         return sum(
@@ -154,7 +154,7 @@ class Sere(Objective):
                 self.by_head(some.teacher),
                 1 / (root * o.student_spatial_temperature),
                 1 / (root * o.teacher_spatial_temperature),
-                (weight / total).to(exact).flatten().unsqueeze(0),
+                weight.flatten().unsqueeze(0) / total,
             )
             for some, weight in zip(pairs, counted, strict=True)
         )
@@ -253,7 +253,7 @@ def for_products(x: Tensor) -> Tensor:
 
 def mean_over_ranks(counted: list[Tensor]) -> Tensor:
     """How many pairs count, on average over the ranks, so that the mean of their losses is one over all pairs."""
-    total, ranks = sum(some.sum(dtype=torch.float32) for some in counted), 1
+    total, ranks = sum(some.sum() for some in counted), 1
     if distributed():
         dist.all_reduce(total)
         ranks = dist.get_world_size()

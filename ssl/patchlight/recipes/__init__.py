@@ -25,5 +25,11 @@ RECIPES: dict[str, Callable[[], Run]] = {
         papers.pass_vitti16_coco,
         papers.dino_vitti8_coco,
         papers.selfpatch_vitti8_coco,
+        papers.sere_vits16_in1k,
+        papers.sere_vits16_ims300,
+        papers.ibot_sere_vits16_in1k,
+        papers.ibot_sere_vitb16_in1k,
+        papers.ibot_sere_vitb16_in1k_200ep,
+        papers.ibot_sere_vits16_ims300,
     )
 }
