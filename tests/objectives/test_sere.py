@@ -227,6 +227,7 @@ def test_what_cannot_work_is_refused():
         (lambda: run(objective, dataclasses.replace(student, predictor=None), teacher, views), "predictor must be in"),
         (lambda: run(objective, student, dataclasses.replace(teacher, head=None), views), "got none in the teacher"),
         (lambda: run(objective, student, teacher, dataclasses.replace(views, global_crops=one)), "got one per image"),
+        (lambda: run(Sere(SMALL, local=False), student, teacher, views), "got crops but no heads"),
         (lambda: Sere(SereOptions(heads=5)).head(12), "heads must divide the backbone's width; got 5 and 12"),
         (lambda: Sere().head(12), "got None and 12; set SereOptions.heads"),
         (lambda: SereOptions(heads=0), "heads must be at least 1; got 0"),

@@ -32,8 +32,9 @@ class SereOptions:
         they read; "centers", as the paper has it, in the middle of equal cells.
     scale: spatial products are divided by the root of the channels of a "head", as released, or of the "width", as in
         the paper.
-    no_overlap: two crops without a common region have the constant loss ln(points) and no gradient; "count" has them in
-        the mean, as released, "skip" leaves them out, as the paper does. The mean is then over the pairs of all ranks.
+    no_overlap: two crops without a common region have a constant loss, the log of the number of points, and no gradient;
+        "count" has them in the mean, as released, "skip" leaves them out, as the paper does. The mean is then over the
+        pairs of all ranks.
     asymmetric: the student predicts, from its own projection, what the teacher shows. False: both show projections.
     """
 
@@ -125,12 +126,16 @@ class Sere(Objective):
 
     def see(self, student: Side) -> StudentRelations:
         """The student's features of its global and local crops."""
+        if student.local_crops is not None and not self.local:
+            raise ValueError(
+                "sere: local crops need heads of their own; got crops but no heads; build it with local=True."
+            )
         projected = student.head(residual(student.global_crops))
         if not (self.options.asymmetric or self.local):
             return StudentRelations(projected, None)
         if student.predictor is None:
             raise ValueError("sere: its predictor must be in the student; got none; build it with predictor(width).")
-        local = residual(student.local_crops) if self.local and student.local_crops is not None else None
+        local = None if student.local_crops is None else residual(student.local_crops)
         return student.predictor(projected, local)
 
     def show(self, features: RelationFeatures, seen: Features, crops: Crops) -> Shown:
