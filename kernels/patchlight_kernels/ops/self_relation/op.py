@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import Impl, Op
+from ... import extension, hardware
+from ...dispatch import Impl, Op, first_reason
 from . import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,10 +79,31 @@ def _checked_weight(weight: Tensor | None, student: Tensor) -> Tensor:
     return weight.detach().contiguous()
 
 
+def _unfit(student: Tensor, teacher: Tensor) -> str | None:
+    """What no fast implementation takes."""
+    return first_reason(
+        "float64 features run the reference only" if student.dtype not in DTYPES else None,
+        "there is nothing to relate" if 0 in (student.numel(), teacher.numel()) else None,
+    )
+
+
+def _cpp_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
+    return first_reason(_unfit(student, teacher), hardware.no_cpu_library(student, "self_relation_fwd"))
+
+
+def _cpp_fwd(*raw) -> tuple[Tensor, ...]:
+    return extension.native("self_relation_fwd")(*raw)
+
+
 OP = Op(
     "self_relation",
     bind=_bind,
-    impls=(Impl("reference", reference.self_relation_fwd, lambda *raw: None, reference.self_relation_bwd),),
+    impls=(
+        # A C++ forward that was asked for a gradient has made it; if it was not and somebody asks later, the reference does.
+        # It comes before Triton, which has CPU tensors only in its interpreter.
+        Impl("cpp", _cpp_fwd, _cpp_unsupported, reference.self_relation_bwd),
+        Impl("reference", reference.self_relation_fwd, lambda *raw: None, reference.self_relation_bwd),
+    ),
 )
 
 
