@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -87,12 +89,43 @@ def _unfit(student: Tensor, teacher: Tensor) -> str | None:
     )
 
 
+def _triton_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
+    return first_reason(_unfit(student, teacher), hardware.no_triton(student))
+
+
 def _cpp_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
     return first_reason(_unfit(student, teacher), hardware.no_cpu_library(student, "self_relation_fwd"))
 
 
 def _cpp_fwd(*raw) -> tuple[Tensor, ...]:
     return extension.native("self_relation_fwd")(*raw)
+
+
+def _triton_statistics(*raw) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton_kernels import self_relation_fwd  # here, so that a machine without Triton can import the package
+
+    return self_relation_fwd(*raw)
+
+
+def _triton_gradient(*args) -> Tensor:
+    from .triton_kernels import self_relation_bwd
+
+    return self_relation_bwd(*args)
+
+
+def _on_gpu(name: str, statistics: Callable, gradient: Callable, unsupported: Callable) -> Impl:
+    """An implementation by two kernels: the loss with its statistics, and the gradient from those, in the asked dtype."""
+
+    def fwd(*raw) -> tuple[Tensor, ...]:
+        loss, *sums = statistics(*raw)
+        if not raw[-1]:
+            return loss, *sums, loss.new_empty(0)
+        return loss, *sums, gradient(loss.dtype, loss.new_ones(()), *sums, *raw)
+
+    def bwd(grad_loss: Tensor, log2_student: Tensor, log2_teacher: Tensor, *raw) -> Tensor:
+        return gradient(raw[0].dtype, grad_loss, log2_student, log2_teacher, *raw)
+
+    return Impl(name, fwd, unsupported, bwd)
 
 
 OP = Op(
@@ -102,6 +135,7 @@ OP = Op(
         # A C++ forward that was asked for a gradient has made it; if it was not and somebody asks later, the reference does.
         # It comes before Triton, which has CPU tensors only in its interpreter.
         Impl("cpp", _cpp_fwd, _cpp_unsupported, reference.self_relation_bwd),
+        _on_gpu("triton", _triton_statistics, _triton_gradient, _triton_unsupported),
         Impl("reference", reference.self_relation_fwd, lambda *raw: None, reference.self_relation_bwd),
     ),
 )
