@@ -18,5 +18,5 @@ PATCHLIGHT_LIBRARY(m) {
       "bool gradients) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "self_relation_bwd(Tensor student, Tensor teacher, float student_scale, float teacher_scale, Tensor weight, "
-      "Tensor log2_student, Tensor log2_teacher, Tensor grad_loss) -> Tensor");
+      "Tensor log2_student, Tensor log2_teacher, Tensor grad_loss, bool exact) -> Tensor");
 }

@@ -89,6 +89,21 @@ def _unfit(student: Tensor, teacher: Tensor) -> str | None:
     )
 
 
+def _cuda_shared_bytes(width: int, teacher_width: int, itemsize: int) -> int:
+    """What the smallest block of the CUDA kernels needs: 32 rows of both sides, stages and, in fp32, a factor."""
+    chunks = sum(-(-channels * itemsize // 128) for channels in (width, teacher_width))
+    return chunks * 32 * 128 + 3 * 64 * 128 + (32 * 72 * 4 if itemsize == 4 else 0)
+
+
+def _cuda_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
+    reason = first_reason(_unfit(student, teacher), hardware.no_cuda_library(student, "self_relation_bwd"))
+    if reason or student.device.type != "cuda":
+        return reason
+    needed = _cuda_shared_bytes(student.shape[-1], teacher.shape[-1], student.dtype.itemsize)
+    room = torch.cuda.get_device_properties(student.device).shared_memory_per_block_optin
+    return f"its rows need {needed} bytes of shared memory and this GPU has {room}" if needed > room else None
+
+
 def _triton_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
     return first_reason(_unfit(student, teacher), hardware.no_triton(student))
 
@@ -99,6 +114,26 @@ def _cpp_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
 
 def _cpp_fwd(*raw) -> tuple[Tensor, ...]:
     return extension.native("self_relation_fwd")(*raw)
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """The same rows, copied if their channels are not adjacent."""
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+def _cuda_statistics(student: Tensor, teacher: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+    native = extension.native("self_relation_fwd")
+    losses, *sums, _ = native(_dense(student), _dense(teacher), *others[:-1], False)
+    return losses.sum(), *sums
+
+
+def _cuda_gradient(
+    dtype: torch.dtype, grad_loss: Tensor, log2_student: Tensor, log2_teacher: Tensor, student: Tensor, teacher: Tensor,
+    *others,
+) -> Tensor:  # fmt: skip
+    sums = log2_student, log2_teacher, grad_loss.to(log2_student.dtype)
+    native = extension.native("self_relation_bwd")
+    return native(_dense(student), _dense(teacher), *others[:-1], *sums, dtype == torch.float32)
 
 
 def _triton_statistics(*raw) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,6 +167,7 @@ OP = Op(
     "self_relation",
     bind=_bind,
     impls=(
+        _on_gpu("cuda", _cuda_statistics, _cuda_gradient, _cuda_unsupported),
         # A C++ forward that was asked for a gradient has made it; if it was not and somebody asks later, the reference does.
         # It comes before Triton, which has CPU tensors only in its interpreter.
         Impl("cpp", _cpp_fwd, _cpp_unsupported, reference.self_relation_bwd),

@@ -68,6 +68,7 @@ PULL_CONFIGS = [
     triton.Config({"BLOCK": 64, "BLOCK_E": 64}, num_warps=8, num_stages=2),
     triton.Config({"BLOCK": 64, "BLOCK_E": 32}, num_warps=8, num_stages=3),
 ]
+FLOAT32_PULL_CONFIGS = [triton.Config({"BLOCK": 32, "BLOCK_E": 32}, num_warps=4, num_stages=2)]
 
 
 @triton.jit
@@ -223,7 +224,7 @@ KEY = ["N", "E", "F"]
 _score = autotune(CONFIGS, key=KEY)(_score_kernel)
 _float32_score = autotune(FLOAT32_CONFIGS, key=KEY)(_score_kernel)
 _pull = autotune(PULL_CONFIGS, key=KEY)(_pull_kernel)
-_float32_pull = autotune(FLOAT32_CONFIGS[:1], key=KEY)(_pull_kernel)
+_float32_pull = autotune(FLOAT32_PULL_CONFIGS, key=KEY)(_pull_kernel)
 
 
 def _near(x: Tensor) -> Tensor:
