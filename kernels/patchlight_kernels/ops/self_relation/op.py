@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ...dispatch import Impl, Op
+from ... import extension, hardware
+from ...dispatch import Impl, Op, first_reason
 from . import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,10 +81,99 @@ def _checked_weight(weight: Tensor | None, student: Tensor) -> Tensor:
     return weight.detach().contiguous()
 
 
+def _unfit(student: Tensor, teacher: Tensor) -> str | None:
+    """What no fast implementation takes."""
+    return first_reason(
+        "float64 features run the reference only" if student.dtype not in DTYPES else None,
+        "there is nothing to relate" if 0 in (student.numel(), teacher.numel()) else None,
+    )
+
+
+def _cuda_shared_bytes(width: int, teacher_width: int, itemsize: int) -> int:
+    """What the smallest block of the CUDA kernels needs: 32 rows of both sides, stages and, in fp32, a factor."""
+    chunks = sum(-(-channels * itemsize // 128) for channels in (width, teacher_width))
+    return chunks * 32 * 128 + 3 * 64 * 128 + (32 * 72 * 4 if itemsize == 4 else 0)
+
+
+def _cuda_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
+    reason = first_reason(_unfit(student, teacher), hardware.no_cuda_library(student, "self_relation_bwd"))
+    if reason or student.device.type != "cuda":
+        return reason
+    needed = _cuda_shared_bytes(student.shape[-1], teacher.shape[-1], student.dtype.itemsize)
+    room = torch.cuda.get_device_properties(student.device).shared_memory_per_block_optin
+    return f"its rows need {needed} bytes of shared memory and this GPU has {room}" if needed > room else None
+
+
+def _triton_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
+    return first_reason(_unfit(student, teacher), hardware.no_triton(student))
+
+
+def _cpp_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
+    return first_reason(_unfit(student, teacher), hardware.no_cpu_library(student, "self_relation_fwd"))
+
+
+def _cpp_fwd(*raw) -> tuple[Tensor, ...]:
+    return extension.native("self_relation_fwd")(*raw)
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """The same rows, copied if their channels are not adjacent."""
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+def _cuda_statistics(student: Tensor, teacher: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+    native = extension.native("self_relation_fwd")
+    losses, *sums, _ = native(_dense(student), _dense(teacher), *others[:-1], False)
+    return losses.sum(), *sums
+
+
+def _cuda_gradient(
+    dtype: torch.dtype, grad_loss: Tensor, log2_student: Tensor, log2_teacher: Tensor, student: Tensor, teacher: Tensor,
+    *others,
+) -> Tensor:  # fmt: skip
+    sums = log2_student, log2_teacher, grad_loss.to(log2_student.dtype)
+    native = extension.native("self_relation_bwd")
+    return native(_dense(student), _dense(teacher), *others[:-1], *sums, dtype == torch.float32)
+
+
+def _triton_statistics(*raw) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton_kernels import self_relation_fwd  # here, so that a machine without Triton can import the package
+
+    return self_relation_fwd(*raw)
+
+
+def _triton_gradient(*args) -> Tensor:
+    from .triton_kernels import self_relation_bwd
+
+    return self_relation_bwd(*args)
+
+
+def _on_gpu(name: str, statistics: Callable, gradient: Callable, unsupported: Callable) -> Impl:
+    """An implementation by two kernels: the loss with its statistics, and the gradient from those, in the asked dtype."""
+
+    def fwd(*raw) -> tuple[Tensor, ...]:
+        loss, *sums = statistics(*raw)
+        if not raw[-1]:
+            return loss, *sums, loss.new_empty(0)
+        return loss, *sums, gradient(loss.dtype, loss.new_ones(()), *sums, *raw)
+
+    def bwd(grad_loss: Tensor, log2_student: Tensor, log2_teacher: Tensor, *raw) -> Tensor:
+        return gradient(raw[0].dtype, grad_loss, log2_student, log2_teacher, *raw)
+
+    return Impl(name, fwd, unsupported, bwd)
+
+
 OP = Op(
     "self_relation",
     bind=_bind,
-    impls=(Impl("reference", reference.self_relation_fwd, lambda *raw: None, reference.self_relation_bwd),),
+    impls=(
+        _on_gpu("cuda", _cuda_statistics, _cuda_gradient, _cuda_unsupported),
+        # A C++ forward that was asked for a gradient has made it; if it was not and somebody asks later, the reference does.
+        # It comes before Triton, which has CPU tensors only in its interpreter.
+        Impl("cpp", _cpp_fwd, _cpp_unsupported, reference.self_relation_bwd),
+        _on_gpu("triton", _triton_statistics, _triton_gradient, _triton_unsupported),
+        Impl("reference", reference.self_relation_fwd, lambda *raw: None, reference.self_relation_bwd),
+    ),
 )
 
 

@@ -30,7 +30,7 @@ TESTS = (
     _case(1, 1, 1, 130, 72, 9),  # three blocks, a second chunk of channels
     _case(2, 1, 1, 64, 64),  # one full block of everything
     _case(1, 1, 1, 1, 1),  # one of everything: the loss is 0
-    _case(1, 1, 2, 20, 300),  # more channels than a block of a GPU kernel pulls
+    _case(1, 1, 1, 20, 270, 30),  # more channels than a block of a GPU kernel pulls
     _case(0, 2, 1, 3, 4),  # no views, no images, no heads, no rows, no channels
     _case(2, 0, 1, 3, 4),
     _case(1, 2, 0, 3, 4),
