@@ -5,7 +5,16 @@ from .ops.class_attention.op import class_attention
 from .ops.neighbor_topk.op import neighbor_topk
 from .ops.prototype_ce.op import prototype_ce
 from .ops.query_attention.op import query_attention
+from .ops.self_relation.op import self_relation
 
 force_from_environment()
 
-__all__ = ["class_attention", "explain", "force", "neighbor_topk", "prototype_ce", "query_attention"]
+__all__ = [
+    "class_attention",
+    "explain",
+    "force",
+    "neighbor_topk",
+    "prototype_ce",
+    "query_attention",
+    "self_relation",
+]

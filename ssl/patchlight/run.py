@@ -13,9 +13,17 @@ from .objectives.moco_v3 import MocoV3Options
 from .objectives.pqcl import PqclOptions
 from .objectives.selfpatch import SelfPatchOptions
 from .objectives.selfpatch_contrast import SelfPatchContrastOptions
+from .objectives.sere import SereOptions
 
 Options = (
-    DinoOptions | IbotOptions | MocoV3Options | MobyOptions | SelfPatchOptions | SelfPatchContrastOptions | PqclOptions
+    DinoOptions
+    | IbotOptions
+    | MocoV3Options
+    | MobyOptions
+    | SelfPatchOptions
+    | SelfPatchContrastOptions
+    | PqclOptions
+    | SereOptions
 )
 
 

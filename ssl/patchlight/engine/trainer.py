@@ -198,7 +198,7 @@ class Trainer:
             with torch.no_grad():
                 taught = self.teacher(views, wanted=goals.of_teacher)
             cues = goals.cue(views, taught[0].grid, self.clock)
-            seen = self.student(views, cues)
+            seen = self.student(views, cues, goals.of_student)
             loss, terms = goals((self.student, seen), (self.teacher, taught), views, self.clock)
         return loss, terms | {"loss": loss, "teacher/spread": spread(taught[0])}
 
