@@ -14,4 +14,10 @@ PATCHLIGHT_LIBRARY(m) {
       "prototype_ce_bwd(Tensor z, Tensor prototypes, Tensor teacher_z, Tensor teacher_prototypes, float temperature, "
       "float teacher_temperature, Tensor pair_weight, Tensor row_weight, Tensor? bias, Tensor log2_student, "
       "Tensor log2_teacher, Tensor unit) -> Tensor");
+  m.def(
+      "self_relation_fwd(Tensor student, Tensor teacher, float student_scale, float teacher_scale, Tensor weight, "
+      "bool gradients) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "self_relation_bwd(Tensor student, Tensor teacher, float student_scale, float teacher_scale, Tensor weight, "
+      "Tensor log2_student, Tensor log2_teacher, Tensor grad_loss, bool exact) -> Tensor");
 }

@@ -6,6 +6,8 @@ from .ops.neighbor_topk.op import neighbor_topk
 from .ops.photometric.op import photometric
 from .ops.photometric.table import JITTER_ORDERS, PHOTOMETRIC_COLUMNS
 from .ops.prototype_ce.op import prototype_ce
+from .ops.query_attention.op import query_attention
+from .ops.self_relation.op import self_relation
 
 force_from_environment()
 
@@ -18,4 +20,6 @@ __all__ = [
     "neighbor_topk",
     "photometric",
     "prototype_ce",
+    "query_attention",
+    "self_relation",
 ]

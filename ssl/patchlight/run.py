@@ -10,9 +10,23 @@ from .data.masking import MaskRule
 from .data.policy import CropPolicy, dino_policy
 from .objectives.dino import DinoOptions
 from .objectives.ibot import IbotOptions
+from .objectives.moby import MobyOptions
+from .objectives.moco_v3 import MocoV3Options
+from .objectives.pqcl import PqclOptions
 from .objectives.selfpatch import SelfPatchOptions
+from .objectives.selfpatch_contrast import SelfPatchContrastOptions
+from .objectives.sere import SereOptions
 
-Options = DinoOptions | IbotOptions | SelfPatchOptions
+Options = (
+    DinoOptions
+    | IbotOptions
+    | MocoV3Options
+    | MobyOptions
+    | SelfPatchOptions
+    | SelfPatchContrastOptions
+    | PqclOptions
+    | SereOptions
+)
 
 
 def _choose(where: str, value: str, *choices: str) -> None:
@@ -41,11 +55,19 @@ class Model:
     """What speaks for an image: the class token (cls), class attention over the patches (class_attention), or their mean."""
     position_resize: str = "released"
     """How the position table meets local crops: as the released code resizes it, or by size."""
+    positions: str = "learned"
+    """The position table of a vision transformer: learned, or fixed: sincos or sincos_printed, one of which PQCL needs,
+    or sincos_rows_first, as MoCo v3 has it."""
+    start: str = "dino"
+    """How a vision transformer's weights are drawn: as DINO and iBOT do (dino), or as MoCo v3 does (moco_v3)."""
+    freeze_patch_embed: bool = False
+    """Keep the patch projection as it was drawn, which steadies MoCo v3."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Other sizes than the architecture's own, e.g. {"depth": 2, "width": 32, "heads": 2} for a test."""
 
     def __post_init__(self) -> None:
         _choose("Model.summary", self.summary, "cls", "class_attention", "mean")
+        _choose("Model.positions", self.positions, "learned", "sincos", "sincos_rows_first", "sincos_printed")
         _demand(
             self.image_size % self.patch_size == 0,
             "Model.image_size must be a multiple of patch_size",
@@ -133,11 +155,17 @@ class Optim:
     min_lr: float = 1e-6
     """Where the cosine of the learning rate ends."""
     warmup_epochs: float = 10
-    """Epochs over which the learning rate rises from 0."""
+    """Epochs over which the learning rate rises."""
+    warmup_start_lr: float = 0.0
+    """The learning rate in effect at the first step of the warm-up."""
+    warmup_ends: str = "last"
+    """Which step has the full rate first: the warm-up's last, as DINO, or the one after it, as MoCo v3 and MoBY (next)."""
     weight_decay: float = 0.04
-    """Weight decay at the start; biases and vectors have none."""
+    """Weight decay at the start."""
     weight_decay_end: float = 0.4
     """Weight decay at the end, reached by a cosine."""
+    decayed: str = "matrices"
+    """What decays: all but biases and vectors (matrices), or all, as MoCo v3 does."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moments of adamw and lamb."""
     momentum: float = 0.9
@@ -158,7 +186,17 @@ class Optim:
     def __post_init__(self) -> None:
         _choose("Optim.name", self.name, "adamw", "lars", "lamb")
         _choose("Optim.clip_mode", self.clip_mode, "per_tensor", "global")
-        for name in ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip"):
+        _choose("Optim.warmup_ends", self.warmup_ends, "last", "next")
+        _choose("Optim.decayed", self.decayed, "matrices", "all")
+        for name in (
+            "base_lr",
+            "min_lr",
+            "warmup_start_lr",
+            "warmup_epochs",
+            "weight_decay",
+            "weight_decay_end",
+            "clip",
+        ):
             _demand(
                 getattr(self, name) >= 0, f"Optim.{name} must not be negative", getattr(self, name), "use 0 or more"
             )

@@ -96,3 +96,8 @@ def test_loaders_are_measured_each_in_a_process_of_its_own(tmp_path):
     found = {"odd": [odd], "one": [good], "two": [good]}
     assert "mean of its pixels is 0.50, the others' 0.00" in bench_loader.judged([odd], found)
     assert bench_loader.judged([good], found) == "ok"
+
+
+def test_the_readme_shows_the_committed_numbers():
+    """`python -m bench readme` was run after the last change of bench/results."""
+    assert report.headlines(report.RESULTS) in report.README.read_text()

@@ -120,7 +120,7 @@ class Trainer:
             run = replace(run, data=replace(run.data, loader=self.loader_choice.name))  # reports say what really ran
         self.run = run
         torch.manual_seed(parallel.seed)  # the same weights on every rank, each of which then keeps its shard
-        self.objectives = build_objectives(run).to(device)
+        self.objectives = build_objectives(run, self.mesh.world).to(device)
         self.student, self.teacher = build_branches(run.model, self.objectives.parts)
         parallelize(self.student, parallel, self.mesh, trained=True)
         parallelize(self.teacher, parallel, self.mesh, trained=False)
@@ -208,9 +208,9 @@ class Trainer:
         goals = self.objectives
         with autocast(self.run.parallel.precision, self.mesh.device):
             with torch.no_grad():
-                taught = self.teacher(views, None, goals.teacher_sees_local, goals.neighbors)
-            mask = goals.mask(views, taught[0].grid, self.clock)
-            seen = self.student(views, mask)
+                taught = self.teacher(views, wanted=goals.of_teacher)
+            cues = goals.cue(views, taught[0].grid, self.clock)
+            seen = self.student(views, cues, goals.of_student)
             loss, terms = goals((self.student, seen), (self.teacher, taught), views, self.clock)
         return loss, terms | {"loss": loss, "teacher/spread": spread(taught[0])}
 
@@ -219,7 +219,8 @@ class Trainer:
         """Linear rule: base_lr per 256 images."""
         optim, clock = self.run.optim, self.clock
         warmup = int(optim.warmup_epochs * clock.steps_per_epoch)
-        return cosine(clock.step, clock.total, optim.base_lr * self.global_batch / 256, optim.min_lr, warmup)
+        peak, start, ends = optim.base_lr * self.global_batch / 256, optim.warmup_start_lr, optim.warmup_ends
+        return cosine(clock.step, clock.total, peak, optim.min_lr, warmup, start, ends)
 
     @property
     def weight_decay(self) -> float:

@@ -25,5 +25,16 @@ RECIPES: dict[str, Callable[[], Run]] = {
         papers.pass_vitti16_coco,
         papers.dino_vitti8_coco,
         papers.selfpatch_vitti8_coco,
+        papers.pqcl_vits16_in1k,
+        papers.pqcl_vitb16_in1k,
+        papers.pqcl_dino_vits16_in1k,
+        papers.pqcl_vits16_in1k_ablation,
+        papers.pqcl_vits16_in1k_released,
+        papers.sere_vits16_in1k,
+        papers.sere_vits16_ims300,
+        papers.ibot_sere_vits16_in1k,
+        papers.ibot_sere_vitb16_in1k,
+        papers.ibot_sere_vitb16_in1k_200ep,
+        papers.ibot_sere_vits16_ims300,
     )
 }
