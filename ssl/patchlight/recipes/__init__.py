@@ -25,5 +25,17 @@ RECIPES: dict[str, Callable[[], Run]] = {
         papers.pass_vitti16_coco,
         papers.dino_vitti8_coco,
         papers.selfpatch_vitti8_coco,
+        papers.moco_v3_vits16_in1k,
+        papers.moco_v3_vits16_in1k_100ep,
+        papers.moco_v3_vits16_ins300,
+        papers.moco_v3_vitb16_in1k,
+        papers.moco_v3_resnet50_in1k,
+        papers.moby_vits16_in1k,
+        papers.moby_swint_in1k,
+        papers.moby_vitti16_coco,
+        papers.moby_swint_coco,
+        papers.selfpatch_moby_vitti16_coco,
+        papers.selfpatch_moby_vitti16_coco_negatives,
+        papers.selfpatch_moby_swint_coco_negatives,
     )
 }
