@@ -133,11 +133,16 @@ def train_steps_and_save(run, steps: int) -> None:
     trainer.save()
 
 
-def test_all_ranks_have_the_same_queue_with_the_keys_of_all(tmp_path):
-    run = tiny_run(tmp_path, options=(MOBY,), data={"batch_per_rank": 4})
+@pytest.mark.parametrize("shard", [1, 2])
+def test_all_ranks_have_the_same_queue_with_the_keys_of_all(shard, tmp_path):
+    parallel = {"precision": "fp32", "shard": shard, "checkpoint_activations": True}
+    run = run_on(SWIN, MOBY, MOCO, parallel=parallel)
+    run = replace(run, data=replace(run.data, batch_per_rank=4))
     first, second = on_processes(2, train_tiny, run, 3)
     assert (first["objectives"]["parts.0.queue"] == second["objectives"]["parts.0.queue"]).all()
     assert first["objectives"]["parts.0.oldest"] == 24
+    for name in first["teacher"]:
+        assert "running" in name or (first["teacher"][name] == second["teacher"][name]).all(), name
 
 
 def test_a_frozen_patch_projection_stays_as_it_was_drawn():
