@@ -116,6 +116,7 @@ def one_case(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, seconds:
             calls[name] = [functools.partial(measured(spec, mode), call, arguments) for arguments in inputs]
             extra = peak_extra_bytes(calls[name][0], device)
             found[name]["peak_extra_mb"] = "" if extra is None else extra / 1e6
+        moved, computed = spec.least(case, dtype, mode == "fwd+bwd")
         for name, timing in interleaved(calls, device, seconds).items():
             found[name] |= {
                 "median_ms": timing.median,
@@ -123,18 +124,18 @@ def one_case(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, seconds:
                 "p80_ms": timing.p80,
                 "rounds": timing.rounds,
                 "percent_of_floor": 100 * base["floor_ms"] / timing.median,
-                "gb_per_s": spec.min_bytes(case, dtype) / timing.median / 1e6,
-                "tflop_per_s": spec.flops(case) / timing.median / 1e9,
+                "gb_per_s": moved / timing.median / 1e6,
+                "tflop_per_s": computed / timing.median / 1e9,
             }
         rows += found.values()
     return rows
 
 
 def provenance_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, mode: str) -> dict:
-    """What all rows of a case share. A backward reads and computes twice what its forward does."""
+    """What all rows of a case share."""
     top = ceiling(device, dtype)
-    passes = 3 if mode == "fwd+bwd" else 1
-    floor = passes * max(spec.min_bytes(case, dtype) / top.bandwidth, spec.flops(case) / top.flops)
+    moved, computed = spec.least(case, dtype, mode == "fwd+bwd")
+    floor = max(moved / top.bandwidth, computed / top.flops)
     return {
         "op": spec.name,
         "case": str(case),

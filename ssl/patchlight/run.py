@@ -10,10 +10,13 @@ from .objectives.dino import DinoOptions
 from .objectives.ibot import IbotOptions
 from .objectives.moby import MobyOptions
 from .objectives.moco_v3 import MocoV3Options
+from .objectives.pqcl import PqclOptions
 from .objectives.selfpatch import SelfPatchOptions
 from .objectives.selfpatch_contrast import SelfPatchContrastOptions
 
-Options = DinoOptions | IbotOptions | MocoV3Options | MobyOptions | SelfPatchOptions | SelfPatchContrastOptions
+Options = (
+    DinoOptions | IbotOptions | MocoV3Options | MobyOptions | SelfPatchOptions | SelfPatchContrastOptions | PqclOptions
+)
 
 
 def _choose(where: str, value: str, *choices: str) -> None:
@@ -43,7 +46,8 @@ class Model:
     position_resize: str = "released"
     """How the position table meets local crops: as the released code resizes it, or by size."""
     positions: str = "learned"
-    """The position table of a vision transformer: learned, or fixed waves as MoCo v3 has them (sincos_rows_first)."""
+    """The position table of a vision transformer: learned, or fixed: sincos or sincos_printed, one of which PQCL needs,
+    or sincos_rows_first, as MoCo v3 has it."""
     start: str = "dino"
     """How a vision transformer's weights are drawn: as DINO and iBOT do (dino), or as MoCo v3 does (moco_v3)."""
     init_from: str = ""
@@ -55,6 +59,7 @@ class Model:
 
     def __post_init__(self) -> None:
         _choose("Model.summary", self.summary, "cls", "class_attention", "mean")
+        _choose("Model.positions", self.positions, "learned", "sincos", "sincos_rows_first", "sincos_printed")
         _demand(
             self.image_size % self.patch_size == 0,
             "Model.image_size must be a multiple of patch_size",

@@ -10,6 +10,7 @@ from patchlight.data.policy import dino_policy
 from patchlight.engine.branches import build_branches, build_objectives
 from patchlight.objectives.moby import MobyOptions
 from patchlight.objectives.moco_v3 import MocoV3Options
+from patchlight.records import Wanted
 from patchlight.run import Model
 
 MOCO = MocoV3Options(hidden=16, out=8)
@@ -103,7 +104,7 @@ def test_only_a_batch_norm_backbone_takes_views_apart():
 def test_each_view_is_a_batch_of_its_own_to_the_backbone():
     trainer = tiny_trainer(run_on(RESNET, MOCO))
     views = next(trainer.loader)
-    features, _ = trainer.teacher(views, local=False)
+    features = trainer.teacher(views, wanted=Wanted(local_crops=False)).global_crops
     for view, pixels in enumerate(views.global_crops.pixels):
         alone = trainer.teacher.backbone(pixels).patches
         torch.testing.assert_close(features.patches[view], alone)

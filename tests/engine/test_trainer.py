@@ -7,6 +7,7 @@ import torch
 from engine.tiny_run import (
     DINO,
     IBOT,
+    PQCL,
     SELFPATCH,
     NoiseLoader,
     Notebook,
@@ -54,7 +55,11 @@ def test_the_guard_sees_a_wait():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
-@pytest.mark.parametrize("options", [(DINO,), (IBOT,), (DINO, SELFPATCH)], ids=["dino", "ibot", "dino+selfpatch"])
+@pytest.mark.parametrize(
+    "options",
+    [(DINO,), (IBOT,), (DINO, SELFPATCH), (IBOT, PQCL)],
+    ids=["dino", "ibot", "dino+selfpatch", "ibot+pqcl"],
+)
 def test_a_step_does_not_wait_for_the_device(options, optimizer, tmp_path):
     parallel = {"precision": "fp16", "accumulate": 2}
     trainer = tiny_trainer(tiny_run(tmp_path, options=options, optim={"name": optimizer}, parallel=parallel))

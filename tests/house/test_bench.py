@@ -75,3 +75,8 @@ def test_timing_is_interleaved_and_memory_is_seen():
     if extra is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert 48e6 < extra < 96e6, "64 MiB were held at once"
+
+
+def test_the_readme_shows_the_committed_numbers():
+    """`python -m bench readme` was run after the last change of bench/results."""
+    assert report.headlines(report.RESULTS) in report.README.read_text()

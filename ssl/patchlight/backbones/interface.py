@@ -20,6 +20,7 @@ ARCHITECTURES = {
 FEATURES = {
     "class_token": "has a class token",
     "masks": "can look at an image with hidden patches",
+    "queries": "can carry queries beside an image",
 }
 
 
@@ -40,7 +41,10 @@ class Backbone(Protocol):
         ...
 
     def __call__(self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = ()) -> Tokens:
-        """pixels [M, 3, H, W], mask [M, N] bool: True patches are hidden; layers: block numbers to return as well."""
+        """pixels [M, 3, H, W], mask [M, N] bool: True patches are hidden; layers: block numbers to return as well.
+
+        One that can carry queries (PQCL) takes `queries: Queries` too, and answers in Tokens.queries.
+        """
         ...
 
 

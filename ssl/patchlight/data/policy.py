@@ -116,6 +116,25 @@ def ibot_policy(
     return dino_policy(local_count, global_size, local_size, global_scale, local_scale)
 
 
+def pqcl_policy(
+    query_count: int = 1,
+    query_size: int = 96,
+    query_scale: tuple[float, float] = (0.05, 0.25),
+    query_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    global_size: int = 224,
+    global_scale: tuple[float, float] = (0.25, 1.0),
+    asymmetric: bool = True,
+) -> CropPolicy:
+    """PQCL's crops: two global ones and `query_count` query crops, which are never mirrored; no local ones.
+
+    asymmetric: the second global crop is hardly blurred and sometimes solarized, as in BYOL, which the paper follows.
+        The released code treats both as the first one; False is for parity.
+    """
+    crops = dino_policy(0, global_size, global_scale=global_scale).global_crops
+    query = CropSpec(query_count, query_size, query_scale, query_ratio, flip=0.0)
+    return CropPolicy(crops if asymmetric else crops[:1] * 2, query_crops=(query,))
+
+
 @dataclass(frozen=True, slots=True)
 class CropTable:
     """Everything random about V crops of B images, as numbers."""

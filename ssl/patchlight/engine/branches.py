@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,13 @@ from ..data.masking import FixedMasks, ReleasedMasks
 from ..heads.summary import ClassAttentionSummary, ClassTokenSummary, MeanSummary
 from ..objectives.dino import Dino, DinoOptions
 from ..objectives.ibot import Ibot, IbotOptions
-from ..objectives.interface import NeighborRule, Objective
+from ..objectives.interface import Objective
 from ..objectives.moby import Moby, MobyOptions
 from ..objectives.moco_v3 import MocoV3, MocoV3Options
+from ..objectives.pqcl import Pqcl, PqclOptions, choose_host
 from ..objectives.selfpatch import SelfPatch, SelfPatchOptions
 from ..objectives.selfpatch_contrast import SelfPatchContrast, SelfPatchContrastOptions
-from ..records import Clock, Crops, Features, Side, Views
+from ..records import Clock, Crops, Cues, Features, Side, Tokens, Views, Wanted
 from ..run import Model, Options, Run
 from .pairing import check_pairing
 from .parallel import local
@@ -27,11 +29,20 @@ from .parallel import local
 # FSDP2 looks for tensors in what a module returns; torch 2.11 looks into registered classes only.
 torch.export.register_dataclass(Features)
 
-BranchFeatures = tuple[Features, Features | None]  # of global crops, of local crops
+
+class BranchFeatures(NamedTuple):
+    """What a branch says of a batch."""
+
+    global_crops: Features
+    local_crops: Features | None = None
+    query_crops: Features | None = None
 
 
 class Branch(nn.Module):
-    """A backbone, a summary head, and the heads of the objectives by their names."""
+    """A backbone, a summary head, and the heads of the objectives by their names.
+
+    hosts: for an objective without a head, the name of the one whose head serves it.
+    """
 
     def __init__(
         self,
@@ -39,6 +50,7 @@ class Branch(nn.Module):
         summary: nn.Module,
         heads: dict[str, nn.Module],
         predictors: dict[str, nn.Module] | None = None,
+        hosts: dict[str, str] | None = None,
         views_apart: bool = False,
     ) -> None:
         super().__init__()
@@ -46,38 +58,54 @@ class Branch(nn.Module):
         self.views_apart = views_apart  # each view is a batch of its own to the backbone
         self.heads = nn.ModuleDict(heads)
         self.predictors = nn.ModuleDict(predictors or {})
+        self.hosts = dict(hosts or {})
 
-    def forward(
-        self, views: Views, mask: Tensor | None = None, local: bool = True, neighbors: NeighborRule | None = None
-    ) -> BranchFeatures:
-        """Features of global crops (mask [V, B, N] hides patches) and of local crops if wanted and there."""
-        global_crops = self._look(views.global_crops, mask, neighbors)
-        if not local or views.local_crops is None:
-            return global_crops, None
-        return global_crops, self._look(views.local_crops, None, neighbors)
+    def forward(self, views: Views, cues: Cues | None = None, wanted: Wanted = Wanted()) -> BranchFeatures:  # noqa: B008 frozen
+        """Features of global crops (with cues for them), and of what else is wanted and there."""
+        local = wanted.local_crops and views.local_crops is not None
+        return BranchFeatures(
+            self._look(views.global_crops, wanted, cues),
+            self._look(views.local_crops, wanted) if local else None,
+            self._look(views.query_crops, Wanted()) if wanted.query_crops else None,
+        )
 
-    def _look(self, crops: Crops, mask: Tensor | None, neighbors: NeighborRule | None) -> Features:
+    def _look(self, crops: Crops, wanted: Wanted, cues: Cues | None = None) -> Features:
         """One pass over all crops of a size, V x B images at once, or a pass per view where BatchNorm must tell them apart."""
         if self.views_apart:
-            by_view = [self.backbone(pixels) for pixels in crops.pixels]  # a backbone with BatchNorm takes no masks
+            by_view = [self.backbone(pixels) for pixels in crops.pixels]  # a backbone with BatchNorm takes no cues
             tokens = replace(by_view[0], patches=torch.cat([view.patches for view in by_view]))
         else:
-            tokens = self.backbone(crops.pixels.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
-        seen = self.summary(tokens, neighbors)
-        summary, patches, aggregated = (
+            tokens = self._read(crops.pixels.flatten(0, 1), cues or Cues())
+        seen = self.summary(tokens, wanted.neighbors)
+        guesses = None if tokens.queries is None else self.summary.norm(tokens.queries)
+        summary, patches, aggregated, guesses = (
             None if x is None else x.unflatten(0, crops.pixels.shape[:2])
-            for x in (seen.summary, seen.patches, seen.aggregated)
+            for x in (seen.summary, seen.patches, seen.aggregated, guesses)
         )
-        return Features(summary, patches, tokens.grid, aggregated)
+        return Features(summary, patches, tokens.grid, aggregated, queries=guesses)
+
+    def _read(self, pixels: Tensor, cues: Cues) -> Tokens:
+        """The backbone is told of queries only where there are some, as few can carry them."""
+        mask = None if cues.mask is None else cues.mask.flatten(0, 1)
+        if cues.queries is None:
+            return self.backbone(pixels, mask)
+        return self.backbone(
+            pixels, mask, queries=replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
+        )
+
+    def head_of(self, name: str) -> nn.Module | None:
+        """The head that an objective sees: its own, or its host's."""
+        return dict(self.heads).get(self.hosts.get(name, name))
 
     def side(self, name: str, features: BranchFeatures, local: bool = True) -> Side:
         """What the objective of this name sees of the branch."""
-        own = {
-            kind: modules[name]
-            for kind, modules in (("head", self.heads), ("predictor", self.predictors))
-            if name in modules
-        }
-        return Side(features[0], features[1] if local else None, **own)
+        return Side(
+            features.global_crops,
+            features.local_crops if local else None,
+            features.query_crops,
+            self.head_of(name),
+            dict(self.predictors).get(name),
+        )
 
 
 class Student(Branch):
@@ -97,7 +125,7 @@ class Teacher(Branch):
     def follow(self, student: Student, momentum: float, refused: Tensor | None = None) -> None:
         """Moves each parameter by 1 - momentum towards the student's, unless refused is 1; buffers stay its own.
 
-        On a CPU a lerp. Elsewhere one in three multi-tensor kernels, whose weight stays on the device, where the refusal is.
+        On a CPU a lerp each. Elsewhere one in three multi-tensor kernels, whose weight stays on the device, where the refusal is.
         """
         by_name = dict(student.named_parameters())
         named = dict(self.named_parameters())
@@ -105,7 +133,8 @@ class Teacher(Branch):
         weight = torch.full((), 1 - momentum, dtype=mine[0].dtype, device=mine[0].device)
         weight = weight if refused is None else weight * (1 - refused)
         if weight.device.type == "cpu":
-            torch._foreach_lerp_(mine, theirs, weight.item())
+            for ours, followed in zip(mine, theirs, strict=True):
+                ours.lerp_(followed, weight)
             return
         gap = torch._foreach_sub(theirs, mine)
         torch._foreach_mul_(gap, weight)
@@ -114,13 +143,13 @@ class Teacher(Branch):
 
 def build_branches(model: Model, objectives: Sequence[Objective]) -> tuple[Student, Teacher]:
     """Both branches with a head per objective; the teacher starts as a copy of the student."""
-    student, teacher = Student(*_parts(model, objectives)), Teacher(*_parts(model, objectives, teacher=True))
+    student, teacher = Student(**_parts(model, objectives)), Teacher(**_parts(model, objectives, teacher=True))
     teacher.start_from(student)
     return student, teacher
 
 
 def _parts(model: Model, objectives: Sequence[Objective], teacher: bool = False) -> tuple:
-    """Backbone, summary, heads and predictors, and whether views go through the backbone one by one."""
+    """The arguments of a Branch."""
     backbone = build_backbone(
         model.arch,
         patch_size=model.patch_size,
@@ -133,9 +162,17 @@ def _parts(model: Model, objectives: Sequence[Objective], teacher: bool = False)
         _freeze_patch_embed(model.arch, backbone)
     heads = {one.name: head for one in objectives if (head := one.head(backbone.width)) is not None}
     predictors = {one.name: part for one in objectives if (part := one.predictor(backbone.width)) is not None}
+    hosts = {one.name: host for one in objectives if (host := one.needs().host) and one.name not in heads}
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in backbone.modules())
     views_apart = has_batch_norm and any(one.needs().views_apart for one in objectives)
-    return backbone, _summary(model.summary, backbone), heads, {} if teacher else predictors, views_apart
+    return {
+        "backbone": backbone,
+        "summary": _summary(model.summary, backbone),
+        "heads": heads,
+        "predictors": {} if teacher else predictors,
+        "hosts": hosts,
+        "views_apart": views_apart,
+    }
 
 
 def _transformer_options(model: Model) -> dict:
@@ -193,10 +230,14 @@ class WeightedObjectives(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.weights = dict(weights or {})
         needs = [one.needs() for one in parts]
-        self.teacher_sees_local = any(need.teacher_sees_local for need in needs)
-        self.neighbors = self._only("neighbors", [need.neighbors for need in needs])
         self._only("summary", [need.summary for need in needs])
         self.masking = self._only("masks", [one if one.needs().masks else None for one in parts])
+        self.querying = self._only("queries", [one if one.needs().queries else None for one in parts])
+        self.of_teacher = Wanted(
+            local_crops=any(need.teacher_sees_local for need in needs),
+            query_crops=self.querying is not None,
+            neighbors=self._only("neighbors", [need.neighbors for need in needs]),
+        )
 
     def _only(self, what: str, wishes: list):
         """The wish of those objectives that have one; they share the branches, so they must agree."""
@@ -205,9 +246,11 @@ class WeightedObjectives(nn.Module):
             raise ValueError(f"Objectives must agree on {what}, got {wishes}; change the options of one of them.")
         return wishes[0] if wishes else None
 
-    def mask(self, views: Views, grid: tuple[int, int], clock: Clock) -> Tensor | None:
-        """[V, B, N] what the student does not get to see of its global crops."""
-        return None if self.masking is None else self.masking.cue(views, grid, clock).mask
+    def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+        """What the student does not get to see of its global crops, and what it is asked beside them."""
+        mask = None if self.masking is None else self.masking.cue(views, grid, clock).mask
+        queries = None if self.querying is None else self.querying.cue(views, grid, clock).queries
+        return Cues(mask, queries)
 
     def forward(
         self,
@@ -252,5 +295,6 @@ def build_objective(options: Options, run: Run) -> Objective:
         MobyOptions: Moby,
         SelfPatchOptions: SelfPatch,
         SelfPatchContrastOptions: SelfPatchContrast,
+        PqclOptions: lambda options: Pqcl(choose_host(run.objectives.options), options),
     }
     return build[type(options)](options)

@@ -11,6 +11,12 @@ from ..run import Run
 
 def check_pairing(run: Run, objectives: Sequence[Objective], world: int) -> None:
     """Refuses what cannot work, before anything is built of it."""
+    needs = [one.needs() for one in objectives]
+    if run.data.crops.query_crops and not any(need.queries for need in needs):
+        raise ValueError(
+            "Query crops are for an objective that asks for them, got some and none that does; add PqclOptions(), or take "
+            "a crop policy without."
+        )
     for one in objectives:
         for reason in refusals(run, one.name, one.needs(), world):
             raise ValueError(reason)
@@ -50,3 +56,18 @@ def refusals(run: Run, name: str, needs: Needs, world: int) -> Iterator[str]:
             f"{name} needs a global batch that divides its queue of {needs.batch_divides}, got {global_batch} "
             f"({batch} x {world} processes x {run.parallel.accumulate} accumulated); change one of them."
         )
+    if needs.queries:
+        yield from query_refusals(run)
+
+
+def query_refusals(run: Run) -> Iterator[str]:
+    """Query crops must be there, no larger than what they are asked of, and positions fixed."""
+    crops = run.data.crops
+    if not crops.query_crops:
+        yield "The objectives need query crops, got a crop policy without; take pqcl_policy()."
+        return
+    if run.model.positions == "learned":
+        yield "Queries lie between the patches and need fixed positions, got Model.positions='learned'; set it to 'sincos'."
+    size, largest = crops.query_crops[0].size, crops.global_crops[0].size
+    if size > largest:
+        yield f"Query crops must not be larger than the global crops, got {size} and {largest} pixels; shrink them."

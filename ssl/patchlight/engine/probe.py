@@ -105,8 +105,8 @@ class TeacherProbe:
                 batch, batch.new_zeros(*batch.shape[:2], 4), batch.new_zeros(batch.shape[:2], dtype=torch.bool)
             )
             with autocast(self.run.parallel.precision, self.device):
-                features, _ = teacher(Views(crops, None, None, ids))
-            rows.append(features.summary[0].float().cpu())
+                features = teacher(Views(crops, None, None, ids))
+            rows.append(features.global_crops.summary[0].float().cpu())
         return torch.cat(rows)
 
     def _draw_attention(self, teacher: Teacher, clock: Clock) -> None:

@@ -201,9 +201,9 @@ class Trainer:
         goals = self.objectives
         with autocast(self.run.parallel.precision, self.mesh.device):
             with torch.no_grad():
-                taught = self.teacher(views, None, goals.teacher_sees_local, goals.neighbors)
-            mask = goals.mask(views, taught[0].grid, self.clock)
-            seen = self.student(views, mask)
+                taught = self.teacher(views, wanted=goals.of_teacher)
+            cues = goals.cue(views, taught[0].grid, self.clock)
+            seen = self.student(views, cues)
             loss, terms = goals((self.student, seen), (self.teacher, taught), views, self.clock)
         return loss, terms | {"loss": loss, "teacher/spread": spread(taught[0])}
 

@@ -33,6 +33,10 @@ class ClassTokenSummary(nn.Module):
 
     kind = "cls"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()  # a backbone with a class token ends with a norm of its own
+
     def forward(self, tokens: Tokens, neighbors: NeighborRule | None = None) -> Summary:
         if tokens.cls is None:
             raise ValueError(

@@ -19,6 +19,8 @@ class Needs:
     masks: bool = False  # the student's global crops are masked (Cues.mask)
     neighbors: NeighborRule | None = None  # the teacher aggregates neighbors into Features.neighbors
     summary: str | None = None  # the summary head it insists on: "cls" or "class_attention"
+    queries: bool = False  # the student is cued with queries (Cues.queries), the teacher sees the query crops
+    host: str | None = None  # the objective whose head it sees in a branch where it has none of its own
     views_apart: bool = False  # a backbone's BatchNorm takes each view as a batch of its own
     batch_norm: bool = False  # its heads have BatchNorm, which cannot do with a single image
     batch_divides: int | None = None  # the global batch must divide this number

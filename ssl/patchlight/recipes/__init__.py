@@ -37,5 +37,10 @@ RECIPES: dict[str, Callable[[], Run]] = {
         papers.selfpatch_moby_vitti16_coco,
         papers.selfpatch_moby_vitti16_coco_negatives,
         papers.selfpatch_moby_swint_coco_negatives,
+        papers.pqcl_vits16_in1k,
+        papers.pqcl_vitb16_in1k,
+        papers.pqcl_dino_vits16_in1k,
+        papers.pqcl_vits16_in1k_ablation,
+        papers.pqcl_vits16_in1k_released,
     )
 }

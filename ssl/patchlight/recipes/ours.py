@@ -39,9 +39,9 @@ def demo() -> Run:
         optim=Optim(
             base_lr=8e-3, warmup_epochs=1, weight_decay_end=0.1, teacher_momentum=0.98, freeze_prototypes_epochs=0
         ),
-        schedule=Schedule(epochs=12),
+        schedule=Schedule(epochs=8),
         parallel=Parallel(precision="fp32"),
-        output=Output(folder="runs/demo", log_every=16, save_every=256, look_every=96),
+        output=Output(folder="runs/demo", log_every=16, save_every=256, look_every=64),
     )
 
 
