@@ -4,17 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine.tiny_run import DINO, IBOT, SELFPATCH, on_processes, outcome, tiny_run, tiny_trainer, train_tiny
+from engine.tiny_run import DINO, IBOT, MOBY, MOCO, SELFPATCH, on_processes, outcome, tiny_run, tiny_trainer, train_tiny
 
 from patchlight.data.policy import dino_policy
 from patchlight.engine.branches import build_branches, build_objectives
-from patchlight.objectives.moby import MobyOptions
-from patchlight.objectives.moco_v3 import MocoV3Options
 from patchlight.records import Wanted
 from patchlight.run import Model
 
-MOCO = MocoV3Options(hidden=16, out=8)
-MOBY = MobyOptions(queue=32, hidden=16, out=8)
 SWIN = {
     "arch": "swin_tiny",
     "patch_size": 16,
