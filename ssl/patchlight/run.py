@@ -60,6 +60,8 @@ class Model:
     or sincos_rows_first, as MoCo v3 has it."""
     start: str = "dino"
     """How a vision transformer's weights are drawn: as DINO and iBOT do (dino), or as MoCo v3 does (moco_v3)."""
+    init_from: str = ""
+    """A file of published weights to start from: DINO, iBOT, DINOv2, SelfPatch, SERE, PQCL, MoCo v3, MoBY, timm or ours."""
     freeze_patch_embed: bool = False
     """Keep the patch projection as it was drawn, which steadies MoCo v3."""
     sizes: dict[str, int] = field(default_factory=dict)

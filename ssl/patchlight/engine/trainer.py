@@ -32,6 +32,7 @@ from .checkpoint import (
     stored_tensors,
     timm_weights,
 )
+from .init_from import init_from
 from .metrics import build_metrics
 from .optim import StepState, Update
 from .parallel import Mesh, parallelize, processes, set_gradient_sync
@@ -122,6 +123,10 @@ class Trainer:
         torch.manual_seed(parallel.seed)  # the same weights on every rank, each of which then keeps its shard
         self.objectives = build_objectives(run, self.mesh.world).to(device)
         self.student, self.teacher = build_branches(run.model, self.objectives.parts)
+        if run.model.init_from:
+            taken = init_from(self.student, Path(run.model.init_from))
+            self.teacher.start_from(self.student)
+            self.say(taken.table())
         parallelize(self.student, parallel, self.mesh, trained=True)
         parallelize(self.teacher, parallel, self.mesh, trained=False)
         check_teacher_student(self.teacher, self.student)
@@ -349,7 +354,7 @@ class Trainer:
             state["scaler"] = self.scaler.state_dict()
         return state
 
-    def say(self, sentence: str) -> None:
+    def say(self, sentence: str | Table) -> None:
         if self.mesh.rank == 0:
             Console().print(sentence)
 
