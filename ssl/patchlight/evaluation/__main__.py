@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from PIL import Image
 from rich.console import Console
 
 from ..data.procedural_video import write_davis
@@ -19,9 +20,11 @@ from .encoder import Encoder
 from .features import Reading
 from .finetune import FinetuneProtocol, SemiProtocol, evaluate_finetune
 from .knn import KnnProtocol, evaluate_knn
-from .labelled import PROCEDURAL, choose_labels, open_labelled
+from .labelled import PROCEDURAL, choose_labels, open_images, open_labelled
 from .linear import LinearProtocol, evaluate_linear
+from .pictures import SENTENCES, PictureProtocol, draw_pictures, write_page
 from .ranks import Ranks, ranks
+from .relations import RelationProtocol, evaluate_relations
 from .results import Result, judged, results_folder, save_result, show_result
 from .scenes import open_scenes
 from .segment import TASKS, ConvSegment, FpnSegment, LinearSegment, UperNetSegment, draw_segments, evaluate_segment
@@ -236,6 +239,61 @@ def segment(
         subject.finish(judged(encoder, task, scenes.name, protocol, found.metrics, notes=notes), here)
 
 
+def attention(
+    subject: Annotated[Subject, tyro.conf.arg(name="")],
+    data: str = PROCEDURAL,
+    protocol: PictureProtocol = PictureProtocol(),  # noqa: B008
+) -> None:
+    """Draw what class and query patches attend to, what patches resemble, and their main directions: PNGs and a page.
+
+    Args:
+        subject: what is judged.
+        data: a folder or list of images, or `procedural`.
+        protocol: what is drawn.
+    """
+    with ranks(subject.device) as here:
+        encoder, source = subject.open(here), open_images(data)
+        if here.rank == 0:
+            sheets = draw_pictures(encoder, source, protocol, here.device, whole=data == PROCEDURAL)
+            _show(subject, "attention", sheets, f"Patch features of {encoder.name}")
+
+
+def relations(
+    subject: Annotated[Subject, tyro.conf.arg(name="")],
+    data: str = PROCEDURAL,
+    protocol: RelationProtocol = RelationProtocol(),  # noqa: B008
+) -> None:
+    """Measure and draw how much spatial and channel relations change between two views of an image (SERE, Figures 5, 6).
+
+    Args:
+        subject: what is judged.
+        data: a folder or list of images, or `procedural`.
+        protocol: which views are compared, and where.
+    """
+    with ranks(subject.device) as here:
+        encoder = subject.open(here)
+        found = evaluate_relations(encoder, open_images(data), protocol, here)
+        notes = (f"{found.left_out} pairs of views have no common part and were left out",) if found.left_out else ()
+        if here.rank == 0:
+            _show(subject, "relations", {"relations": found.sheet}, f"Self-relations of {encoder.name}")
+        subject.finish(judged(encoder, "relations", data, protocol, found.metrics, notes=notes), here)
+
+
+def _show(subject: Subject, kind: str, sheets: dict[str, Image.Image], title: str) -> None:
+    """Saves sheets as PNG files and in one page, and takes them into the run's report."""
+    folder = subject.folder / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name, sheet in sheets.items():
+        path = folder / f"{name.replace(' ', '-')}.png"
+        sheet.save(path)
+        sections.append((name, SENTENCES[name], path))
+    print(f"page: {write_page(folder, title, sections)}")
+    run = home(subject.checkpoint) if Path(subject.checkpoint).exists() else None
+    if run is not None:
+        print(f"report: {write_report(run)}")
+
+
 def render(out: Path, videos: int = 8, frames: int = 24, size: int = 192, seed: int = 0) -> None:
     """Draw videos of the procedural objects with true masks, as a folder in DAVIS layout.
 
@@ -249,15 +307,7 @@ def render(out: Path, videos: int = 8, frames: int = 24, size: int = 192, seed: 
     print(f"{videos} videos: {write_davis(out, videos, frames, size, seed)}")
 
 
-COMMANDS = {
-    "knn": knn,
-    "linear": linear,
-    "finetune": finetune,
-    "semi": semi,
-    "davis": davis,
-    "segment": segment,
-    "render": render,
-}
+COMMANDS = {one.__name__: one for one in (knn, linear, finetune, semi, davis, segment, attention, relations, render)}
 
 
 def main() -> None:

@@ -159,5 +159,6 @@ def _voc2012(stored: np.ndarray) -> np.ndarray:
 
 def _imagenet_s(stored: np.ndarray) -> np.ndarray:
     """Red and green are the low and high byte; 1000 is what is unclear, 0 what is of no class."""
-    numbers = stored[..., 0].astype(np.int64) + 256 * stored[..., 1]
+    stored = stored.astype(np.int64)
+    numbers = stored[..., 0] + 256 * stored[..., 1]
     return np.where(numbers == 1000, IGNORE, numbers)
