@@ -90,7 +90,7 @@ def test_a_run_folder_gives_the_teachers_own_features(options, tmp_path):
     pixels = torch.randn(2, 3, 16, 16)
     crops = Crops(pixels[None], torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.bool))
     with torch.no_grad():
-        expected, _ = trainer.teacher(Views(crops, None, None, torch.arange(2)))
+        expected = trainer.teacher.eval()(Views(crops, None, None, torch.arange(2))).global_crops
         seen = open_checkpoint(str(tmp_path / "run"))(pixels)
         step = trainer.checkpoints.latest()
         exported = open_checkpoint(str(step / "teacher.safetensors"))
@@ -99,6 +99,7 @@ def test_a_run_folder_gives_the_teachers_own_features(options, tmp_path):
     assert torch.equal(seen.summary, expected.summary[0])
     assert torch.equal(alone.patches, expected.patches[0])
     assert bool(exported.notes) == (SELFPATCH in options), "that the summary head is not in the file is said"
+    assert exported.eyes.image_size == 16
     assert home(str(step / "teacher.safetensors")) == tmp_path / "run"
 
 
@@ -106,15 +107,15 @@ def test_what_is_no_backbone_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a folder, a file or the name"):
         open_checkpoint("vit_of_nobody")
     torch.save({"optimizer": {"state": torch.ones(3)}, "head.weight": torch.ones(2)}, tmp_path / "head.pth")
-    with pytest.raises(ValueError, match=r"must hold a ViT backbone .* got 2 tensors without one"):
+    with pytest.raises(ValueError, match=r"must hold a ViT, Swin or ResNet backbone .* got 2 tensors"):
         open_checkpoint(str(tmp_path / "head.pth"))
     weights = timm_vit().state_dict()
-    torch.save({f"{side}.{n}": t for side in ("base", "momentum") for n, t in weights.items()}, tmp_path / "two.pth")
-    with pytest.raises(ValueError, match=r"got key='teacher' for base., momentum."):
-        open_checkpoint(str(tmp_path / "two.pth"), heads=2)
-    assert open_checkpoint(str(tmp_path / "two.pth"), key="base", heads=2)
+    torch.save(weights, tmp_path / "narrow.pth")
     with pytest.raises(ValueError, match="width 32, which 64 does not divide"):
-        open_checkpoint(str(tmp_path / "two.pth"), key="base")
+        open_checkpoint(str(tmp_path / "narrow.pth"))
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match="got 0 blocks and no table"):
+        open_checkpoint(str(tmp_path / "resnet.pth"))
     del weights["blocks.1.mlp.fc2.weight"]
     torch.save(weights, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match=r"1 tensors missing.*blocks.1.mlp.fc2.weight"):

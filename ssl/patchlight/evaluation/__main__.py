@@ -36,8 +36,6 @@ class Subject:
 
     checkpoint: str
     """A run's folder, a .safetensors or .pth file, or the name of a timm model."""
-    key: str = "teacher"
-    """Which backbone, where a file holds several: part of its name."""
     heads: int | None = None
     """Attention heads, where weights do not tell: by default 64 channels each."""
     device: str | None = None
@@ -46,7 +44,7 @@ class Subject:
     """Folder for results; by default in the run's folder or beside the file."""
 
     def open(self, here: Ranks) -> Encoder:
-        encoder = open_checkpoint(self.checkpoint, self.key, self.heads).to(here.device)
+        encoder = open_checkpoint(self.checkpoint, self.heads).to(here.device)
         if here.rank == 0:
             for note in encoder.notes:
                 Console().print(f"note: {note}", soft_wrap=True, markup=False)

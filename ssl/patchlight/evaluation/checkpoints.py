@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import warnings
@@ -11,32 +10,31 @@ from pathlib import Path
 import timm
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..backbones.vit import ARCHITECTURES, VisionTransformer
-from ..data.policy import IMAGENET_MEAN, IMAGENET_STD
+from ..backbones.interface import Backbone, build_backbone, offers_of
+from ..backbones.published import read_published
+from ..backbones.vit import VisionTransformer
 from ..heads.summary import ClassAttentionSummary, ClassTokenSummary, MeanSummary
 from ..records import Tokens
 from .encoder import Encoder, Eyes
 
 _FACTS = "facts.json"  # beside a teacher.safetensors of ours: the run that made it
-_MARK = "patch_embed.proj.weight"  # every ViT has it, and nothing else does
-_NOT_BACKBONE = ("head.", "fc.", "mask_token", "masked_embed", "query_block.", "norm2.", "fc_norm.")
+_NOT_BACKBONE = ("head.", "fc.", "mask_token", "query_block.", "norm2.", "fc_norm.")  # of a ViT's file
 
 
-def open_checkpoint(checkpoint: str, key: str = "teacher", heads: int | None = None) -> Encoder:
+def open_checkpoint(checkpoint: str, heads: int | None = None) -> Encoder:
     """An encoder in eval mode on the CPU.
 
-    checkpoint: a run's folder (its latest checkpoint), one step's folder, a .safetensors or .pth file, or timm's name.
-    key: part of the names of the wanted backbone, where a file holds several. heads: attention heads, which no file of
-    weights tells; a checkpoint of ours knows them, others are taken to have 64 channels per head.
+    checkpoint: a run's folder (its latest checkpoint), one step's folder, a .safetensors or .pth file, or timm's name. Of
+    files with several networks the one that their authors evaluate is taken. heads: attention heads, which no file of
+    weights tells; a checkpoint of ours knows them, others are taken to have 64 channels per head (MoCo v3's ViT-S has 12).
     """
     path = Path(checkpoint)
     if path.is_dir():
         return _open_folder(path).eval()
     if path.is_file():
-        return _open_file(path, key, heads).eval()
+        return _open_file(path, heads).eval()
     if path.suffix or "/" in checkpoint.removeprefix("hf-hub:") or not timm.is_model(checkpoint):
         raise FileNotFoundError(
             f"A checkpoint must be a folder, a file or the name of a timm model, got {checkpoint!r}, which is none;"
@@ -60,15 +58,8 @@ def _open_folder(path: Path) -> Encoder:
             " save, or pass a file."
         )
     run = json.loads((step / _FACTS).read_text())["run"]
-    model = run["model"]
-    stored = dcp.FileSystemReader(step).read_metadata().state_dict_metadata
-    shapes = {
-        name.removeprefix("teacher.backbone."): torch.empty(entry.size)
-        for name, entry in stored.items()
-        if name.startswith("teacher.backbone.")
-    }
-    backbone = _build(shapes, str(step), _heads(model, shapes), model["position_resize"])
-    summary = _summary(model["summary"], backbone)
+    backbone = _build_as(run["model"])
+    summary = _summary(run["model"]["summary"], backbone)
     state = {
         "teacher": {f"backbone.{n}": t for n, t in backbone.state_dict().items()}
         | {f"summary.{n}": t for n, t in summary.state_dict().items()}
@@ -79,98 +70,72 @@ def _open_folder(path: Path) -> Encoder:
     return Encoder(backbone, summary, str(step), _eyes(run))
 
 
-def _open_file(path: Path, key: str, heads: int | None) -> Encoder:
-    weights = _backbone_weights(_flat(_read(path)), path, key)
-    facts = path.with_name(_FACTS)
+def _open_file(path: Path, heads: int | None) -> Encoder:
+    published, facts = read_published(path), path.with_name(_FACTS)
+    weights = published.weights
     run = json.loads(facts.read_text())["run"] if facts.exists() else None
-    notes = []
-    if run is not None:
-        heads, resize = _heads(run["model"], weights), run["model"]["position_resize"]
-    else:
-        resize = "released"
-        if heads is None:
-            heads, rest = divmod(weights[_MARK].shape[0], 64)
-            if rest:
-                raise ValueError(
-                    f"The number of attention heads cannot be told from weights, got width {weights[_MARK].shape[0]}, which"
-                    f" 64 does not divide, in {path}; pass heads."
-                )
-    backbone = _build(weights, str(path), heads, resize)
+    backbone = _build_as(run["model"]) if run else _build_by_shapes(weights, path, heads)
+    summary_weights = {name.removeprefix("summary."): t for name, t in weights.items() if name.startswith("summary.")}
+    weights = {name: t for name, t in weights.items() if not name.startswith("summary.")}
     norm = {name.removeprefix("norm."): t for name, t in weights.items() if name.startswith("norm.")}
-    summary: nn.Module = ClassTokenSummary()
-    if not backbone.has_class_token:
-        summary = MeanSummary(backbone.width if norm else None)
-        if norm:
+    notes = [] if run else [f"layout of {published.layout}"]
+    if summary_weights:
+        summary = _summary("class_attention", backbone)
+        summary.load_state_dict(summary_weights)
+    elif backbone.has_class_token:
+        summary = ClassTokenSummary()
+    else:
+        notes.append("no summary head in the file: an image is summed up by the mean of its patches")
+        summary = _summary("mean", backbone) if norm or backbone.norm_eps is None else MeanSummary()
+        if norm and not any(name.startswith("norm.") for name in backbone.state_dict()):
             summary.norm.load_state_dict(norm)
-            norm_names = {f"norm.{name}" for name in norm}
-            weights = {name: t for name, t in weights.items() if name not in norm_names}
-        else:
+            weights = {name: t for name, t in weights.items() if not name.startswith("norm.")}
+        elif not norm and backbone.norm_eps is not None:
             notes.append("no final norm in the file: patches are the raw residual stream")
-        notes.append("no class token in the file: an image is summed up by the mean of its patches")
     left = _load(backbone, weights, path)
     if left:
         notes.append(f"{len(left)} tensors are no part of the backbone and were left out, such as {left[0]}")
     return Encoder(backbone, summary, str(path), _eyes(run), tuple(notes))
 
 
-def _read(path: Path) -> dict:
-    """The tree of tensors in a file; nothing in it is executed."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _build_as(model: dict) -> Backbone:
+    """The backbone of a run of ours, from the model in its facts."""
+    options = {"patch_size": model["patch_size"], "image_size": model["image_size"], **model["sizes"]}
+    if "class_token" in offers_of(model["arch"]):
+        options |= {"class_token": model["summary"] == "cls"}
+        options |= {name: model[name] for name in ("position_resize", "positions") if name in model}
+    return build_backbone(model["arch"], **options)
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors by dotted names."""
-    found: dict[str, Tensor] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, Tensor):
-            found[f"{prefix}{name}"] = value
-    return found
-
-
-def _backbone_weights(flat: dict[str, Tensor], path: Path, key: str) -> dict[str, Tensor]:
-    """The tensors of the one backbone that is meant, under timm's names."""
-    prefixes = sorted(name.removesuffix(_MARK) for name in flat if name.endswith(_MARK) and flat[name].ndim == 4)
-    if not prefixes:
-        some = ", ".join(list(flat)[:3]) or "nothing"
-        raise ValueError(
-            f"A checkpoint must hold a ViT backbone ({_MARK}), got {len(flat)} tensors without one ({some}) in {path};"
-            " pass the file that holds the backbone, not a head or an optimizer."
-        )
-    meant = prefixes if len(prefixes) == 1 else [p for p in prefixes if key in p.split(".")]
-    if len(meant) != 1:
-        raise ValueError(
-            f"Of several backbones in a file one must be meant, got key={key!r} for {', '.join(prefixes)} in {path};"
-            " pass as key a part of the wanted name."
-        )
-    return {name.removeprefix(meant[0]): tensor for name, tensor in flat.items() if name.startswith(meant[0])}
-
-
-def _build(weights: dict[str, Tensor], path: str, heads: int, resize: str) -> VisionTransformer:
-    """A ViT of the shapes in `weights`, which hold values or only shapes."""
-    width, _, patch, _ = weights[_MARK].shape
+def _build_by_shapes(weights: dict[str, Tensor], path: Path, heads: int | None) -> VisionTransformer:
+    """A plain ViT of the weights' shapes."""
+    table = weights.get("pos_embed")
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     class_token = "cls_token" in weights
-    side = math.isqrt(weights["pos_embed"].shape[1] - class_token) if "pos_embed" in weights else 0
-    if not depth or not side or side**2 != weights["pos_embed"].shape[1] - class_token:
+    side = 0 if table is None else math.isqrt(table.shape[1] - class_token)
+    if not depth or not side or side**2 != table.shape[1] - class_token:
         raise ValueError(
-            "A ViT needs blocks and a square position table under timm's names, got"
-            f" {depth} blocks and {'no table' if 'pos_embed' not in weights else tuple(weights['pos_embed'].shape)}"
-            f" in {path}; convert the file to timm's names first."
+            "Weights of others can be judged if they are a plain ViT's with a square position table, got"
+            f" {depth} blocks and {'no table' if table is None else tuple(table.shape)} in {path}; pass timm's name of the"
+            " model, or a run of ours that began with them (Model.init_from)."
         )
-    ratio = weights["blocks.0.mlp.fc1.weight"].shape[0] / width if "blocks.0.mlp.fc1.weight" in weights else 4.0
-    return VisionTransformer(width, depth, heads, patch, side * patch, ratio, class_token, position_resize=resize)
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    if heads is None:
+        heads, rest = divmod(width, 64)
+        if rest:
+            raise ValueError(
+                f"The number of attention heads cannot be told from weights, got width {width}, which 64 does not divide,"
+                f" in {path}; pass heads."
+            )
+    first = weights.get("blocks.0.mlp.fc1.weight")
+    ratio = 4.0 if first is None else first.shape[0] / width
+    return VisionTransformer(width, depth, heads, patch, side * patch, ratio, class_token)
 
 
 def _load(backbone: nn.Module, weights: dict[str, Tensor], path: Path) -> list[str]:
     """Copies the weights; every parameter must be there. Returns the names that are no part of a backbone."""
     wanted = backbone.state_dict()
-    optional = {"mask_token"}
-    missing = [name for name in wanted if name not in weights and name not in optional]
+    missing = [name for name in wanted if name not in weights and name != "mask_token"]
     extra = [name for name in weights if name not in wanted]
     inside = [name for name in extra if not name.startswith(_NOT_BACKBONE)]
     wrong = [name for name in wanted if name in weights and weights[name].numel() != wanted[name].numel()]
@@ -180,28 +145,25 @@ def _load(backbone: nn.Module, weights: dict[str, Tensor], path: Path) -> list[s
             f" and {len(wrong)} of another size in {path}, such as {(missing + inside + wrong)[0]}; use timm's name if"
             " timm knows the model."
         )
-    fitting = {name: weights[name].reshape(wanted[name].shape).float() for name in wanted if name in weights}
+    fitting = {name: weights[name].reshape(wanted[name].shape) for name in wanted if name in weights}
     backbone.load_state_dict(wanted | fitting)
-    return [name for name in extra if not name.startswith(("mask_token", "masked_embed"))]
+    return extra
 
 
-def _heads(model: dict, weights: dict[str, Tensor]) -> int:
-    """Of a checkpoint of ours: as its run says, else as its architecture has."""
-    return {**ARCHITECTURES.get(model["arch"], {"heads": weights[_MARK].shape[0] // 64}), **model["sizes"]}["heads"]
-
-
-def _summary(kind: str, backbone: VisionTransformer) -> nn.Module:
+def _summary(kind: str, backbone: Backbone) -> nn.Module:
+    if kind == "cls":
+        return ClassTokenSummary()
+    eps = {} if backbone.norm_eps is None else {"norm_eps": backbone.norm_eps}
     if kind == "class_attention":
-        return ClassAttentionSummary(backbone.width, backbone.heads)
-    return MeanSummary(backbone.width) if kind == "mean" else ClassTokenSummary()
+        return ClassAttentionSummary(backbone.width, backbone.heads, **eps)
+    return MeanSummary(backbone.width, **eps) if eps else MeanSummary()
 
 
 def _eyes(run: dict | None) -> Eyes:
     if run is None:
         return Eyes()
     crops = run["data"]["crops"]
-    mean, std = crops.get("mean", IMAGENET_MEAN), crops.get("std", IMAGENET_STD)
-    return Eyes(run["model"]["image_size"], tuple(mean), tuple(std))
+    return Eyes(run["model"]["image_size"], tuple(crops["mean"]), tuple(crops["std"]))
 
 
 class TimmBackbone(nn.Module):

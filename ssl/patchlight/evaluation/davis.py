@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.sources import EXTENSIONS, read_image
+from ..data.sources import EXTENSIONS, decode
 from .davis_scores import VOID, SequenceScores, score_sequence, summarize
 from .encoder import Encoder
 from .overlay import PALETTE, draw_sheet, save_preview
@@ -207,8 +207,8 @@ def segment(
 def _frames(sequence: Sequence, size: tuple[int, int]) -> Iterator[np.ndarray]:
     for path in sequence.frames:
         try:
-            image = read_image(path)
-        except OSError as error:
+            image = decode(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise OSError(f"{sequence.name}: frames must be readable, got {error} for {path}; repair it.") from error
         if image.shape[:2] != size:
             raise ValueError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.sources import read_image
+from ..data.sources import decode
 from .davis_scores import VOID
 
 _GAP, _COLUMNS, _WIDTH, _MOST_FRAMES = 4, 5, 256, 60  # of a sheet, pixels of a picture in it, frames of an animation
@@ -44,7 +44,7 @@ def _edges(labels: np.ndarray) -> np.ndarray:
 def save_preview(frames: Sequence[Path], labels: np.ndarray, path: Path) -> None:
     """An animated WebP of frames with their label maps [T, H, W]."""
     every = -(-len(frames) // _MOST_FRAMES)
-    shown = [_small(overlay(read_image(f), m)) for f, m in zip(frames[::every], labels[::every], strict=True)]
+    shown = [_small(overlay(decode(f.read_bytes()), m)) for f, m in zip(frames[::every], labels[::every], strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     shown[0].save(path, save_all=True, append_images=shown[1:], duration=80 * every, loop=0, quality=80)
 
@@ -52,7 +52,7 @@ def save_preview(frames: Sequence[Path], labels: np.ndarray, path: Path) -> None
 def draw_sheet(frames: Sequence[Path], labels: np.ndarray, truth: np.ndarray | None) -> Image.Image:
     """Some frames in a row, as they are, as predicted, and as they truly are, if that is known."""
     numbers = np.unique(np.linspace(0, len(frames) - 1, _COLUMNS).round().astype(int))
-    images = [read_image(frames[t]) for t in numbers]
+    images = [decode(frames[t].read_bytes()) for t in numbers]
     rows = [images, [overlay(i, labels[t]) for i, t in zip(images, numbers, strict=True)]]
     if truth is not None:
         known = np.where(truth == VOID, 0, truth)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.procedural import CLASSES, ProceduralSource
-from ..data.sources import EXTENSIONS, read_image
+from ..data.sources import EXTENSIONS, decode
 from .labelled import PROCEDURAL
 
 IGNORE = -1  # a pixel that is neither learned nor scored
@@ -42,10 +42,10 @@ class SceneFiles:
     def read(self, index: int) -> Scene:
         image_path, mask_path = self.pairs[index]
         try:
-            image = read_image(image_path)
+            image = decode(image_path.read_bytes())
             with Image.open(mask_path) as mask:
                 stored = np.array(mask)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise OSError(f"Images and masks must be readable, got {error} for {image_path}; repair it.") from error
         classes = self.decode(stored)
         if classes.shape != image.shape[:2]:
