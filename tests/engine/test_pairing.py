@@ -4,17 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine.tiny_run import DINO, IBOT, SELFPATCH, on_processes, outcome, tiny_run, tiny_trainer, train_tiny
+from engine.tiny_run import DINO, IBOT, MOBY, MOCO, SELFPATCH, on_processes, outcome, tiny_run, tiny_trainer, train_tiny
 
 from patchlight.data.policy import dino_policy
 from patchlight.engine.branches import build_branches, build_objectives
-from patchlight.objectives.moby import MobyOptions
-from patchlight.objectives.moco_v3 import MocoV3Options
 from patchlight.records import Wanted
 from patchlight.run import Model
 
-MOCO = MocoV3Options(hidden=16, out=8)
-MOBY = MobyOptions(queue=32, hidden=16, out=8)
 SWIN = {
     "arch": "swin_tiny",
     "patch_size": 16,
@@ -134,11 +130,16 @@ def train_steps_and_save(run, steps: int) -> None:
     trainer.save()
 
 
-def test_all_ranks_have_the_same_queue_with_the_keys_of_all(tmp_path):
-    run = tiny_run(tmp_path, options=(MOBY,), data={"batch_per_rank": 4})
+@pytest.mark.parametrize("shard", [1, 2])
+def test_all_ranks_have_the_same_queue_with_the_keys_of_all(shard, tmp_path):
+    parallel = {"precision": "fp32", "shard": shard, "checkpoint_activations": True}
+    run = run_on(SWIN, MOBY, MOCO, parallel=parallel)
+    run = replace(run, data=replace(run.data, batch_per_rank=4))
     first, second = on_processes(2, train_tiny, run, 3)
     assert (first["objectives"]["parts.0.queue"] == second["objectives"]["parts.0.queue"]).all()
     assert first["objectives"]["parts.0.oldest"] == 24
+    for name in first["teacher"]:
+        assert "running" in name or (first["teacher"][name] == second["teacher"][name]).all(), name
 
 
 def test_a_frozen_patch_projection_stays_as_it_was_drawn():

@@ -15,6 +15,8 @@ from patchlight.engine.parallel import Mesh, processes
 from patchlight.engine.trainer import Trainer
 from patchlight.objectives.dino import DinoOptions
 from patchlight.objectives.ibot import IbotOptions
+from patchlight.objectives.moby import MobyOptions
+from patchlight.objectives.moco_v3 import MocoV3Options
 from patchlight.objectives.pqcl import PqclOptions
 from patchlight.objectives.selfpatch import SelfPatchOptions
 from patchlight.objectives.sere import SereOptions
@@ -25,6 +27,8 @@ from patchlight_kernels import force
 HEAD = {"prototypes": 37, "bottleneck": 11, "hidden": 24, "train_norm": True, "student_temperature": 0.5}
 DINO = DinoOptions(**HEAD, teacher_temperature=0.4)
 IBOT = IbotOptions(**HEAD, teacher_temperature=0.4, warmup_epochs=0, patch_teacher_temperature=0.4)
+MOCO = MocoV3Options(hidden=16, out=8)
+MOBY = MobyOptions(queue=32, hidden=16, out=8)
 SELFPATCH = SelfPatchOptions(**HEAD, teacher_temperature=0.4)
 PQCL = PqclOptions(student_temperature=0.5, teacher_temperature=0.4, warmup_epochs=0)
 SERE = SereOptions(global_points=5, local_points=3)

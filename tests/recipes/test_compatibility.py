@@ -7,12 +7,14 @@ import torch
 from engine.tiny_run import Notebook
 from parity import ROOT
 
+from patchlight.data.policy import CropPolicy
 from patchlight.engine.parallel import Mesh
 from patchlight.engine.trainer import Trainer, build_loader
 from patchlight.recipes.compatibility import BACKBONES, Pairing, page, pairings
 from patchlight.records import Views
 
-ALLOWED = [one for one in pairings() if one.run is not None]
+ALL = [one for row in pairings() for one in row]
+ALLOWED = list({(*one.options, one.backbone): one for one in ALL if one.run is not None}.values())
 
 
 def name(one: Pairing) -> str:
@@ -20,18 +22,18 @@ def name(one: Pairing) -> str:
 
 
 @cache
-def batch(backbone: str) -> Views:
-    run = next(one.run for one in ALLOWED if one.backbone == backbone)
+def batch(backbone: str, crops: CropPolicy) -> Views:
+    run = next(one.run for one in ALLOWED if one.backbone == backbone and one.run.data.crops == crops)
     return next(build_loader(run, Mesh(torch.device("cpu"))))
 
 
 class SameBatch:
-    """Real crops, drawn once per backbone."""
+    """Real crops, drawn once per backbone and kinds of crops."""
 
     dataset_size, stall_seconds, replaced = 8, 0.0, 0
 
-    def __init__(self, backbone: str) -> None:
-        self.views = batch(backbone)
+    def __init__(self, one: Pairing) -> None:
+        self.views = batch(one.backbone, one.run.data.crops)
 
     def __next__(self) -> Views:
         return self.views
@@ -41,7 +43,7 @@ class SameBatch:
 def test_an_allowed_pairing_trains(one):
     """Two steps: all terms finite, and every part that can learn has moved."""
     metrics = Notebook()
-    trainer = Trainer(one.run, None, SameBatch(one.backbone), metrics)
+    trainer = Trainer(one.run, None, SameBatch(one), metrics)
     before = {name: parameter.detach().clone() for name, parameter in trainer.student.named_parameters()}
     for _ in range(2):
         trainer.step()
@@ -54,7 +56,7 @@ def test_an_allowed_pairing_trains(one):
     still = {
         n for n, p in learning if torch.equal(p, before[n]) and not n.endswith(".k.bias")
     }  # shifts all scores alike
-    if not trainer.objectives.masking:
+    if not (trainer.objectives.masking or trainer.objectives.querying):
         still.discard("backbone.mask_token")
     assert not still
 
@@ -66,6 +68,5 @@ def test_the_page_is_what_the_code_says():
 
 
 def test_every_backbone_carries_something_and_what_is_refused_has_a_reason():
-    found = pairings()
-    assert {one.backbone for one in found if one.run is not None} == set(BACKBONES)
-    assert all(one.reason for one in found if one.run is None)
+    assert {one.backbone for one in ALLOWED} == set(BACKBONES)
+    assert all(one.reason for one in ALL if one.run is None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import get_args
 
-from ..data.policy import CropPolicy, CropSpec, dino_policy
+from ..data.policy import CropSpec, dino_policy
 from ..engine.branches import build_objective, build_objectives
 from ..objectives.dino import DinoOptions
 from ..objectives.ibot import IbotOptions
@@ -39,27 +39,23 @@ class Pairing:
     reason: str
 
 
-def pairings() -> list[Pairing]:
-    """Every backbone with every host: alone, with each plug-in, and with all of them."""
-    return [
-        pairing(backbone, (host, *plug_ins)) for backbone in BACKBONES for host in HOSTS for plug_ins in _plug_in_sets()
-    ]
+def pairings() -> list[list[Pairing]]:
+    """A row per backbone and host: alone, with each plug-in, and with all of those that it takes."""
+    return [_row_of(backbone, host) for backbone in BACKBONES for host in HOSTS]
+
+
+def _row_of(backbone: str, host: type) -> list[Pairing]:
+    single = {kind: pairing(backbone, (host, kind)) for kind in PLUG_INS}
+    taken = (kind for kind, one in single.items() if one.run is not None)
+    return [pairing(backbone, (host,)), *single.values(), pairing(backbone, (host, *taken))]
 
 
 def pairing(backbone: str, kinds: tuple[type, ...]) -> Pairing:
     """Tries the summaries one by one."""
     options, reason = tuple(_small(kind) for kind in kinds), ""
     for summary in SUMMARIES:
-        model = replace(BACKBONES[backbone], summary=summary, drop_path=0.0)
-        run = Run(
-            model,
-            Objectives(options),
-            Data(loader="procedural", crops=_crops(model), batch_per_rank=4, workers=0, procedural_images=8),
-            Optim(warmup_epochs=0, freeze_prototypes_epochs=0),
-            Schedule(epochs=1, steps_per_epoch=2),
-            Parallel(precision="fp32"),
-        )
         try:
+            run = _small_run(replace(BACKBONES[backbone], summary=summary, drop_path=0.0), options)
             build_objectives(run)
         except ValueError as error:
             reason = str(error)
@@ -68,9 +64,25 @@ def pairing(backbone: str, kinds: tuple[type, ...]) -> Pairing:
     return Pairing(backbone, options, None, reason)
 
 
+def _small_run(model: Model, options: tuple[Options, ...]) -> Run:
+    """With local crops, and with query crops and the fixed positions that they take where an objective asks for them."""
+    side = 3 * model.patch_size
+    run = Run(
+        model,
+        Objectives(options),
+        Data(loader="procedural", crops=dino_policy(2, model.image_size, side), batch_per_rank=4, workers=0),
+        Optim(warmup_epochs=0, freeze_prototypes_epochs=0),
+        Schedule(epochs=1, steps_per_epoch=2),
+        Parallel(precision="fp32"),
+    )
+    if not any(build_objective(one, run).needs().queries for one in options):
+        return run
+    crops = replace(run.data.crops, query_crops=(CropSpec(1, side, (0.05, 0.25), flip=0.0),))
+    return replace(run, model=replace(model, positions="sincos"), data=replace(run.data, crops=crops))
+
+
 def page() -> str:
     """docs/compatibility.md."""
-    found = {(one.backbone, tuple(type(o) for o in one.options)): one for one in pairings()}
     reasons: list[str] = []
     lines = [
         "# What goes with what",
@@ -79,12 +91,11 @@ def page() -> str:
         "pairing that is allowed. A word is the `Model.summary` that a pairing was built with, the first that works of",
         f"{', '.join(SUMMARIES)}; a number is a reason below.",
     ]
-    for backbone in BACKBONES:
-        head = ["", *(" + ".join(_name(kind) for kind in kinds) or "alone" for kinds in _plug_in_sets())]
-        lines += ["", f"## {backbone}", "", _row(head), _row(["---"] * len(head))]
-        for host in HOSTS:
-            cells = [_cell(found[backbone, (host, *kinds)], reasons) for kinds in _plug_in_sets()]
-            lines.append(_row([_name(host), *cells]))
+    heading = ["", "alone", *(f"+ {_name(kind)}" for kind in PLUG_INS), "+ all that go"]
+    for row in pairings():
+        if type(row[0].options[0]) is HOSTS[0]:
+            lines += ["", f"## {row[0].backbone}", "", _line(heading), _line(["---"] * len(heading))]
+        lines.append(_line([_name(type(row[0].options[0])), *(_cell(one, reasons) for one in row)]))
     lines += ["", "## Why not", "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
     return "\n".join(lines) + "\n"
 
@@ -97,12 +108,8 @@ def _cell(one: Pairing, reasons: list[str]) -> str:
     return f"no ({reasons.index(one.reason) + 1})"
 
 
-def _row(cells: list[str]) -> str:
+def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _plug_in_sets() -> list[tuple[type, ...]]:
-    return [(), *((kind,) for kind in PLUG_INS), PLUG_INS]
 
 
 def _name(kind: type) -> str:
@@ -113,13 +120,6 @@ def _name(kind: type) -> str:
 def _small(kind: type) -> Options:
     names = {field.name for field in fields(kind)}
     return kind(**{name: size for name, size in SMALL.items() if name in names})
-
-
-def _crops(model: Model) -> CropPolicy:
-    """Every kind of crop that an objective may ask for."""
-    side = 3 * model.patch_size
-    policy = dino_policy(2, model.image_size, side)
-    return replace(policy, query_crops=(CropSpec(1, side, (0.05, 0.4), flip=0.0),))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ from ..data.masking import MaskRule
 from ..data.policy import CropPolicy, dino_policy, pqcl_policy, selfpatch_policy
 from ..objectives.dino import DinoOptions
 from ..objectives.ibot import IbotOptions
+from ..objectives.moby import MobyOptions
+from ..objectives.moco_v3 import MocoV3Options
 from ..objectives.pqcl import PqclOptions
 from ..objectives.selfpatch import SelfPatchOptions
+from ..objectives.selfpatch_contrast import SelfPatchContrastOptions
 from ..objectives.sere import SereOptions, sere_weights
 from ..run import Data, Model, Objectives, Optim, Run, Schedule
 
@@ -23,7 +26,7 @@ HALF_MASKED = MaskRule(ratios=((0.0, 0.0), (0.3, 0.2)))  # iBOT's published rule
 
 
 def _imagenet(policy: CropPolicy, batch_per_rank: int) -> Data:
-    return Data(path=YOUR_IMAGES, loader="torchvision", crops=policy, batch_per_rank=batch_per_rank)
+    return Data(path=YOUR_IMAGES, crops=policy, batch_per_rank=batch_per_rank)
 
 
 def dino_vits16_in1k() -> Run:
@@ -143,6 +146,157 @@ def _tiny_on_coco(run: Run) -> Run:
         run,
         model=replace(run.model, arch="vit_tiny"),
         objectives=replace(run.objectives, options=options),
+    )
+
+
+TWO_VIEWS = dino_policy(0, global_scale=(0.08, 1.0))  # both releases resize bilinearly; ours is bicubic everywhere
+
+
+def moco_v3_vits16_in1k() -> Run:
+    """MoCo v3, ViT-S/16 with 12 heads, 300 epochs on ImageNet-1k: its README, one node. 8 processes x 128 = 1024 images.
+
+    Fixed positions, frozen patch projection, everything decays, no clipping. It is the MoCo v3 row of SelfPatch's Tables
+    1 to 3 and of PQCL's Tables 1 to 4. The released lr is 1.5e-4 per 256 images, momentum 0.99 to 1 by a cosine.
+    """
+    return Run(
+        model=Model(
+            drop_path=0.0,
+            positions="sincos_rows_first",
+            start="moco_v3",
+            freeze_patch_embed=True,
+            sizes={"heads": 12},
+        ),
+        objectives=Objectives((MocoV3Options(),)),
+        data=_imagenet(TWO_VIEWS, 128),
+        optim=Optim(
+            base_lr=1.5e-4,
+            min_lr=0.0,
+            warmup_epochs=40,
+            warmup_ends="next",
+            weight_decay=0.1,
+            weight_decay_end=0.1,
+            decayed="all",
+            clip=0,
+            teacher_momentum=0.99,
+        ),
+        schedule=Schedule(epochs=300),
+    )
+
+
+def moco_v3_vits16_in1k_100ep() -> Run:
+    """MoCo v3, ViT-S/16, 100 epochs on ImageNet-1k: the shorter row of PQCL's Table 1. 8 processes x 128 = 1024 images."""
+    return replace(moco_v3_vits16_in1k(), schedule=Schedule(epochs=100))
+
+
+def moco_v3_vits16_ins300() -> Run:
+    """MoCo v3, ViT-S/16, 100 epochs on ImageNet-S300: the baseline of SERE's Table 7. 8 processes x 128 = 1024 images.
+
+    The paper keeps the baseline's own settings and names none; these are those of its README.
+    """
+    return moco_v3_vits16_in1k_100ep()
+
+
+def moco_v3_vitb16_in1k() -> Run:
+    """MoCo v3, ViT-B/16, 300 epochs on ImageNet-1k: its README, 4096 images. 32 processes x 128."""
+    run = moco_v3_vits16_in1k()
+    return replace(run, model=replace(run.model, arch="vit_base", sizes={}))
+
+
+def moco_v3_resnet50_in1k() -> Run:
+    """MoCo v3, ResNet-50, 100 epochs on ImageNet-1k: the released code's defaults, LARS. 32 processes x 128 = 4096 images.
+
+    Temperature 1, momentum 0.99 throughout, a projector of two layers, a predictor without norm at its end.
+    """
+    return Run(
+        model=Model("resnet50", patch_size=32, drop_path=0.0, summary="mean"),
+        objectives=Objectives((MocoV3Options(temperature=1.0, layers=2, predictor_last_norm=False),)),
+        data=_imagenet(TWO_VIEWS, 128),
+        optim=Optim(
+            name="lars",
+            base_lr=0.6,
+            min_lr=0.0,
+            warmup_ends="next",
+            weight_decay=1e-6,
+            weight_decay_end=1e-6,
+            clip=0,
+            teacher_momentum=0.99,
+            teacher_momentum_end=0.99,
+        ),
+    )
+
+
+def moby_vits16_in1k() -> Run:
+    """MoBY, ViT-S/16, 300 epochs on ImageNet-1k: its released recipe, 8 processes x 64 = 512 images.
+
+    Drop path 0.2 in the student only, one gradient norm of 5, lr 1e-3 per 512 images from 5e-7 to 5e-6. It is the MoBY
+    row of SelfPatch's Tables 1 to 3.
+    """
+    return Run(
+        model=Model(drop_path=0.2),
+        objectives=Objectives((MobyOptions(),)),
+        data=_imagenet(TWO_VIEWS, 64),
+        optim=Optim(
+            min_lr=5e-6,
+            warmup_epochs=5,
+            warmup_start_lr=5e-7,
+            warmup_ends="next",
+            weight_decay=0.05,
+            weight_decay_end=0.05,
+            clip=5.0,
+            clip_mode="global",
+            teacher_momentum=0.99,
+        ),
+        schedule=Schedule(epochs=300),
+    )
+
+
+def moby_swint_in1k() -> Run:
+    """MoBY, Swin-T, 300 epochs on ImageNet-1k: its released recipe, 8 processes x 64 = 512 images."""
+    run = moby_vits16_in1k()
+    return replace(run, model=replace(run.model, arch="swin_tiny", patch_size=32, summary="mean"))
+
+
+def moby_vitti16_coco() -> Run:
+    """MoBY, ViT-Ti/16, 200 epochs on COCO train2017: the baseline of SelfPatch's Table 5. 4 processes x 64 = 256 images.
+
+    Length and batch are those of all its COCO runs (PASS, appendix A), everything else MoBY's own.
+    """
+    run = moby_vits16_in1k()
+    return replace(run, model=replace(run.model, arch="vit_tiny"), schedule=Schedule(epochs=200))
+
+
+def moby_swint_coco() -> Run:
+    """MoBY, Swin-T, 200 epochs on COCO train2017: Table 5 of SelfPatch. 4 processes x 64 = 256 images."""
+    return replace(moby_swint_in1k(), schedule=Schedule(epochs=200))
+
+
+def selfpatch_moby_vitti16_coco() -> Run:
+    """MoBY + SelfPatch without negatives, ViT-Ti/16, 200 epochs on COCO: Table 5. 4 processes x 64 = 256 images.
+
+    The paper does not say which distance it takes without negatives; here it is SelfPatch's own, over prototypes.
+    """
+    return _beside_moby(moby_vitti16_coco(), SelfPatchOptions(teacher_sees_local=False, **WARM), "selfpatch/patch")
+
+
+def selfpatch_moby_vitti16_coco_negatives() -> Run:
+    """MoBY + SelfPatch with negatives, ViT-Ti/16, 200 epochs on COCO: Table 5. 4 processes x 64 = 256 images."""
+    return _beside_moby(moby_vitti16_coco(), SelfPatchContrastOptions(), "selfpatch_contrast/patch")
+
+
+def selfpatch_moby_swint_coco_negatives() -> Run:
+    """MoBY + SelfPatch with negatives, Swin-T, 200 epochs on COCO: Table 5. 4 processes x 64 = 256 images.
+
+    Class attention reads the 7 x 7 patches of the last stage; the paper does not say how it joins the two.
+    """
+    return _beside_moby(moby_swint_coco(), SelfPatchContrastOptions(), "selfpatch_contrast/patch")
+
+
+def _beside_moby(run: Run, options: SelfPatchOptions | SelfPatchContrastOptions, term: str) -> Run:
+    """Global crops only, as MoBY has no others."""
+    return replace(
+        run,
+        model=replace(run.model, summary="class_attention"),
+        objectives=Objectives((MobyOptions(), options), weights={term: LAMBDA["selfpatch/patch"]}),
     )
 
 
