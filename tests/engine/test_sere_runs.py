@@ -6,7 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine.test_parallel import STEPS, assert_equal_runs
-from engine.tiny_run import DINO, IBOT, SERE, Notebook, largest_difference, on_processes, tiny_run, train_tiny
+from engine.tiny_run import (
+    DINO,
+    IBOT,
+    MOBY,
+    MOCO,
+    SERE,
+    Notebook,
+    largest_difference,
+    on_processes,
+    tiny_run,
+    train_tiny,
+)
 from torch import Tensor, nn
 
 from patchlight.data.policy import CropPolicy, CropSpec, dino_policy
@@ -14,15 +25,10 @@ from patchlight.engine.branches import build_branches, build_objectives
 from patchlight.engine.parallel import processes, synchronize_batch_norm
 from patchlight.engine.trainer import Trainer
 from patchlight.objectives.dino import DinoOptions
-from patchlight.objectives.moby import MobyOptions
-from patchlight.objectives.moco_v3 import MocoV3Options
 from patchlight.objectives.sere import SereOptions
 from patchlight.recipes.compatibility import BACKBONES
 from patchlight.records import Crops, Views
 from patchlight.run import Data, Model, Objectives, Optim, Output, Parallel, Run, Schedule
-
-MOCO_V3 = MocoV3Options(hidden=16, out=8)
-MOBY = MobyOptions(hidden=16, out=8, queue=16)
 
 
 class PictureLoader:
@@ -122,7 +128,7 @@ def test_batch_norm_on_two_cpu_processes_is_that_of_all_rows(shape):
 
 @pytest.mark.parametrize(
     ("backbone", "host"),
-    [("ViT", MOCO_V3), ("ViT", MOBY), ("Swin", DINO), ("Swin", IBOT), ("ResNet", DINO), ("ResNet", MOCO_V3)],
+    [("ViT", MOCO), ("ViT", MOBY), ("Swin", DINO), ("Swin", IBOT), ("ResNet", DINO), ("ResNet", MOCO)],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__.removesuffix("Options"),
 )
 def test_every_map_of_features_will_do(backbone, host, tmp_path):
