@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import Impl, Op
+from ... import extension, hardware
+from ...dispatch import Impl, Op, first_reason
 from . import reference
 from .reference import accumulator
 
@@ -55,10 +56,33 @@ def _check_crop(crop: int, queries: int, query_keys: str) -> None:
         )
 
 
+def _unfit(qkv: Tensor) -> str | None:
+    """What no fast implementation takes."""
+    return first_reason(
+        "float64 features run the reference only" if qkv.dtype not in DTYPES else None,
+        "there is nothing to compute" if qkv.numel() == 0 else None,
+    )
+
+
+def _cpp_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
+    return first_reason(_unfit(qkv), hardware.no_cpu_library(qkv, "query_attention_fwd"))
+
+
+def _native_fwd(*raw) -> tuple[Tensor, Tensor]:
+    return extension.native("query_attention_fwd")(*raw)
+
+
+def _native_bwd(*raw) -> Tensor:
+    return extension.native("query_attention_bwd")(*raw)
+
+
 OP = Op(
     "query_attention",
     bind=_bind,
-    impls=(Impl("reference", reference.query_attention_fwd, lambda *raw: None, reference.query_attention_bwd),),
+    impls=(
+        Impl("cpp", _native_fwd, _cpp_unsupported, _native_bwd),  # on CPUs only, where Triton could but be interpreted
+        Impl("reference", reference.query_attention_fwd, lambda *raw: None, reference.query_attention_bwd),
+    ),
 )
 
 
