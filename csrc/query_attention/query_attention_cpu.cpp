@@ -65,6 +65,10 @@ struct Panels {
   float* at(int64_t panel, int64_t row) { return values.data() + (panel * rows + row) * kPanel; }
 };
 
+CLONES void scale(const float* from, float* to, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
+}
+
 template <class T>
 struct Source {  // rows of one head in memory
   T* data;
@@ -73,28 +77,32 @@ struct Source {  // rows of one head in memory
 
   // `count` rows from `token` on, times `factor`, to the panels' rows from `slot` on; then rows of zeros to the next tile's end.
   void load(int64_t token, int64_t count, Panels& to, int64_t slot, float factor = 1.0f) const {
-    float wide[kPanel];
     for (int64_t panel = 0; panel < to.panels; ++panel) {
-      const int64_t first = panel * kPanel, channels = std::min<int64_t>(width - first, kPanel);
       for (int64_t i = 0; i < count; ++i) {
-        const T* from = row(token + i) + first;
+        const T* from = row(token + i) + panel * kPanel;
         float* out = to.at(panel, slot + i);
-        if constexpr (std::is_same_v<T, float>) std::copy_n(from, channels, wide);
-        else widen(from, wide, channels);
-        for (int64_t d = 0; d < channels; ++d) out[d] = wide[d] * factor;
-        std::fill_n(out + channels, kPanel - channels, 0.0f);
+        if constexpr (std::is_same_v<T, float>) {
+          scale(from, out, channels(panel), factor);
+        } else {
+          widen(from, out, channels(panel));
+          scale(out, out, channels(panel), factor);
+        }
+        std::fill(out + channels(panel), out + kPanel, 0.0f);
       }
       std::fill_n(to.at(panel, slot + count), (round_up(count, kTileRows) - count) * kPanel, 0.0f);
     }
   }
-  // And back.
-  void store(int64_t token, int64_t count, Panels& from, int64_t slot, float factor) const {
+  // A row back to memory.
+  void store(int64_t token, Panels& from, int64_t slot, float factor) const {
     for (int64_t panel = 0; panel < from.panels; ++panel) {
-      const int64_t first = panel * kPanel, channels = std::min<int64_t>(width - first, kPanel);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t d = 0; d < channels; ++d) row(token + i)[first + d] = T(from.at(panel, slot + i)[d] * factor);
+      T* out = row(token) + panel * kPanel;
+      const float* values = from.at(panel, slot);
+      if constexpr (std::is_same_v<T, float>) scale(values, out, channels(panel), factor);
+      else
+        for (int64_t d = 0; d < channels(panel); ++d) out[d] = T(values[d] * factor);
     }
   }
+  int64_t channels(int64_t panel) const { return std::min<int64_t>(width - panel * kPanel, kPanel); }
 };
 
 // Part 0, 1 or 2 (query, key, value) of one head of qkv or of its gradient.
@@ -110,21 +118,22 @@ Source<T> rows_of(const Tensor& x, int64_t image, int64_t head) {
   return {static_cast<T*>(x.data_ptr()) + image * x.stride(0) + head * x.stride(2), x.stride(1), x.size(3)};
 }
 
-// Keys or values of all segments, transposed: [slots / 32][width][32]; columns without a token are zero.
+// 32 rows of 32 values turned. A panel's rows lie close enough that both sides stay in the first cache.
+CLONES void turn(const float* __restrict from, float* __restrict to) {
+  for (int d = 0; d < kPanel; ++d)
+    for (int row = 0; row < kPanel; ++row) to[d * kPanel + row] = from[row * kPanel + d];
+}
+
+// Keys or values of all segments, transposed: [slots / 32][width][32].
 struct Columns {
   int64_t height;
   std::vector<float> values;
   explicit Columns(const Problem& p) : height(p.panels() * kPanel), values(p.slots * height) {}
   float* at(int64_t slot) { return values.data() + slot * height; }
 
-  void transpose(const Problem& p, Panels& rows) {
-    for (const Segment& s : p.segments)
-      for (int64_t slot = s.slot; slot < s.slot + s.count; ++slot)
-        for (int64_t panel = 0; panel < rows.panels; ++panel) {
-          const float* from = rows.at(panel, slot);
-          float* to = at(slot / kPanel * kPanel) + panel * kPanel * kPanel + slot % kPanel;
-          for (int64_t d = 0; d < kPanel; ++d) to[d * kPanel] = from[d];
-        }
+  void transpose(Panels& rows) {
+    for (int64_t slot = 0; slot < rows.rows; slot += kPanel)
+      for (int64_t panel = 0; panel < rows.panels; ++panel) turn(rows.at(panel, slot), at(slot) + panel * kPanel * kPanel);
   }
 };
 
@@ -175,19 +184,16 @@ struct Scores {
 CLONES void exponentiate(float* scores, int64_t rows, int64_t read, int64_t columns, float* sums, float* highest) {
   for (int64_t i = 0; i < rows; ++i) {
     float* __restrict row = scores + i * columns;
-    float lane_top[kPanel], lane_sum[kPanel] = {};
+    float lane_top[kPanel];
     for (int j = 0; j < kPanel; ++j) lane_top[j] = -std::numeric_limits<float>::infinity();
     for (int64_t c = 0; c < read; c += kPanel)
       for (int j = 0; j < kPanel; ++j) lane_top[j] = row[c + j] > lane_top[j] ? row[c + j] : lane_top[j];
-    const float top = *std::max_element(lane_top, lane_top + kPanel);
-    for (int64_t c = 0; c < read; c += kPanel)
-      for (int j = 0; j < kPanel; ++j) {
-        const float value = exp2_inline(row[c + j] - top);
-        row[c + j] = value;
-        lane_sum[j] += value;
-      }
+    for (int half = kPanel / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) lane_top[j] = lane_top[j + half] > lane_top[j] ? lane_top[j + half] : lane_top[j];
+    const float top = lane_top[0];
     float sum = 0;
-    for (int j = 0; j < kPanel; ++j) sum += lane_sum[j];
+    for (int64_t c = 0; c < read; ++c) row[c] = exp2_inline(row[c] - top);
+    for (int64_t c = 0; c < read; ++c) sum += row[c];
     sums[i] = sum, highest[i] = top;
   }
 }
@@ -198,15 +204,9 @@ CLONES void differentiate(float* scores, float* gradients, const float* lse, int
   for (int64_t i = 0; i < rows; ++i) {
     float *__restrict p = scores + i * columns, *__restrict d = gradients + i * columns;
     const float log2_sum = lse[i] * kLog2e;
-    float lane_sum[kPanel] = {};
-    for (int64_t c = 0; c < read; c += kPanel)
-      for (int j = 0; j < kPanel; ++j) {
-        const float value = exp2_inline(p[c + j] - log2_sum);
-        p[c + j] = value;
-        lane_sum[j] += value * d[c + j];
-      }
     float sum = 0;
-    for (int j = 0; j < kPanel; ++j) sum += lane_sum[j];
+    for (int64_t c = 0; c < read; ++c) p[c] = exp2_inline(p[c] - log2_sum);
+    for (int64_t c = 0; c < read; ++c) sum += p[c] * d[c];
     for (int64_t c = 0; c < read; ++c) d[c] = p[c] * (d[c] - sum);
   }
 }
@@ -234,7 +234,7 @@ std::tuple<Tensor, Tensor> query_attention_fwd(const Tensor& qkv, int64_t raw, i
         const auto target = rows_of<T>(out, image, head);
         float* lse_ptr = static_cast<float*>(lse.data_ptr()) + task * p.tokens;
         for (const Segment& s : p.segments) part<T>(qkv, 1, image, head).load(s.token, s.count, rows, s.slot);
-        keys.transpose(p, rows);
+        keys.transpose(rows);
         for (const Segment& s : p.segments) part<T>(qkv, 2, image, head).load(s.token, s.count, rows, s.slot);
         for (const Segment& s : p.segments) {
           const auto read = p.read_by(s);
@@ -246,7 +246,7 @@ std::tuple<Tensor, Tensor> query_attention_fwd(const Tensor& qkv, int64_t raw, i
             scores.mix(whole, read, rows, outputs);
             for (int64_t i = 0; i < count; ++i) {
               lse_ptr[first + i] = (highest[i] + std::log2(sums[i])) * kLn2;
-              target.store(first + i, 1, outputs, i, 1.0f / sums[i]);
+              target.store(first + i, outputs, i, 1.0f / sums[i]);
             }
           }
         }
@@ -273,9 +273,9 @@ Tensor query_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor&,
         const auto g = rows_of<T>(grad, image, head);
         const float* lse_ptr = static_cast<const float*>(lse.data_ptr()) + task * p.tokens;
         for (const Segment& s : p.segments) part<T>(qkv, 2, image, head).load(s.token, s.count, rows, s.slot);
-        values.transpose(p, rows);
+        values.transpose(rows);
         for (const Segment& s : p.segments) part<T>(qkv, 1, image, head).load(s.token, s.count, rows, s.slot);
-        keys.transpose(p, rows);
+        keys.transpose(rows);
         for (Panels* sums : {&d_keys, &d_values}) std::fill(sums->values.begin(), sums->values.end(), 0.0f);
         for (const Segment& s : p.segments) {
           const auto read = p.read_by(s);
@@ -287,15 +287,17 @@ Tensor query_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor&,
             d_scores.multiply(upstream, whole, read, values, 0.0f);
             differentiate(scores.row(0), d_scores.row(0), lse_ptr + first, count, slots_of(read), scores.columns);
             d_scores.mix(whole, read, rows, d_queries);
-            dq.store(first, count, d_queries, 0, p.scale());
+            for (int64_t i = 0; i < count; ++i) dq.store(first + i, d_queries, i, p.scale());
             d_scores.spread(count, read, queries, d_keys);
             scores.spread(count, read, upstream, d_values);
           }
         }
-        for (const Segment& s : p.segments) {
-          part<T>(dqkv, 1, image, head).store(s.token, s.count, d_keys, s.slot, kLn2);  // queries were in units of log2
-          part<T>(dqkv, 2, image, head).store(s.token, s.count, d_values, s.slot, 1.0f);
-        }
+        const auto dk = part<T>(dqkv, 1, image, head), dv = part<T>(dqkv, 2, image, head);
+        for (const Segment& s : p.segments)
+          for (int64_t i = 0; i < s.count; ++i) {
+            dk.store(s.token + i, d_keys, s.slot + i, kLn2);  // queries were in units of log2
+            dv.store(s.token + i, d_values, s.slot + i, 1.0f);
+          }
       }
     });
   });
