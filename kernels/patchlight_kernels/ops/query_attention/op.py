@@ -11,6 +11,7 @@ from . import reference
 from .reference import accumulator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_WIDTH = 128
 QUERY_KEYS = ("all", "raw")
 
 
@@ -64,6 +65,11 @@ def _unfit(qkv: Tensor) -> str | None:
     )
 
 
+def _triton_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
+    wide = f"heads of width {qkv.shape[4]} exceed the {TRITON_WIDTH} of its registers"
+    return first_reason(_unfit(qkv), wide if qkv.shape[4] > TRITON_WIDTH else None, hardware.no_triton(qkv))
+
+
 def _cpp_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
     return first_reason(_unfit(qkv), hardware.no_cpu_library(qkv, "query_attention_fwd"))
 
@@ -76,11 +82,24 @@ def _native_bwd(*raw) -> Tensor:
     return extension.native("query_attention_bwd")(*raw)
 
 
+def _triton_fwd(*raw) -> tuple[Tensor, Tensor]:
+    from .triton_kernels import query_attention_fwd  # here, so that a machine without Triton can import the package
+
+    return query_attention_fwd(*raw)
+
+
+def _triton_bwd(*raw) -> Tensor:
+    from .triton_kernels import query_attention_bwd
+
+    return query_attention_bwd(*raw)
+
+
 OP = Op(
     "query_attention",
     bind=_bind,
     impls=(
         Impl("cpp", _native_fwd, _cpp_unsupported, _native_bwd),  # on CPUs only, where Triton could but be interpreted
+        Impl("triton", _triton_fwd, _triton_unsupported, _triton_bwd),
         Impl("reference", reference.query_attention_fwd, lambda *raw: None, reference.query_attention_bwd),
     ),
 )
