@@ -11,7 +11,7 @@ from . import reference
 from .reference import accumulator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_WIDTH = 128
+CUDA_WIDTH, TRITON_WIDTH = 64, 128
 QUERY_KEYS = ("all", "raw")
 
 
@@ -65,6 +65,12 @@ def _unfit(qkv: Tensor) -> str | None:
     )
 
 
+def _cuda_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
+    wide = f"heads of width {qkv.shape[4]} exceed the {CUDA_WIDTH} of its tiles"
+    library = hardware.no_cuda_library(qkv, "query_attention_fwd")
+    return first_reason(_unfit(qkv), wide if qkv.shape[4] > CUDA_WIDTH else None, library)
+
+
 def _triton_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
     wide = f"heads of width {qkv.shape[4]} exceed the {TRITON_WIDTH} of its registers"
     return first_reason(_unfit(qkv), wide if qkv.shape[4] > TRITON_WIDTH else None, hardware.no_triton(qkv))
@@ -98,6 +104,7 @@ OP = Op(
     "query_attention",
     bind=_bind,
     impls=(
+        Impl("cuda", _native_fwd, _cuda_unsupported, _native_bwd),
         Impl("cpp", _native_fwd, _cpp_unsupported, _native_bwd),  # on CPUs only, where Triton could but be interpreted
         Impl("triton", _triton_fwd, _triton_unsupported, _triton_bwd),
         Impl("reference", reference.query_attention_fwd, lambda *raw: None, reference.query_attention_bwd),
