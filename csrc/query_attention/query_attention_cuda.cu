@@ -24,6 +24,8 @@ constexpr int kTile = 16;
 constexpr int kWidth = 64;            // channels of a staged row
 constexpr int kSteps = kWidth / kTile;
 constexpr int kAttendWarps = 4;
+template <class T>
+constexpr int kAttendBlocks = sizeof(T) == 2 ? 2 : 1;  // that registers have room for at least
 constexpr int kFewTiles = 4, kManyTiles = 16;  // of keys whose scores registers hold
 template <class T>
 constexpr int kLongTiles = sizeof(T) == 2 ? 8 : 4;  // that pass by at once
@@ -37,11 +39,33 @@ __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarpLanes; }
 
 // ------------------------------------------------------------------------------------------------ who reads whom
 
+// Which of the staged tiles a tile of rows reads, in few registers.
+struct Visible {
+  unsigned mask;  // a bit for each tile that is read
+  int staged;     // tiles at all
+  int raw_last, raw_rest, own_last, own_rest;  // the tiles that may not be full, and how many tokens they have
+  __device__ __forceinline__ bool read(int t) const { return mask >> t & 1; }
+  __device__ __forceinline__ int tokens(int t) const { return t == raw_last ? raw_rest : t == own_last ? own_rest : kTile; }
+};
+
 // What a tile of rows reads: the raw tiles, and those of its own crop.
 struct Reads {
   int raw, raw_tiles, each, own_first, own_tiles;
   __device__ __forceinline__ int count() const { return raw_tiles + own_tiles; }
   __device__ __forceinline__ int tile(int i) const { return i < raw_tiles ? i : own_first + i - raw_tiles; }
+  __device__ __forceinline__ Visible visible(int first, int own_first, int staged, unsigned mask) const {
+    const int own_last = own_first + own_tiles - 1 - first;
+    return {mask, staged, raw_tiles - 1 - first, raw - (raw_tiles - 1) * kTile, own_last, own_tiles ? each - (own_tiles - 1) * kTile : kTile};
+  }
+  // All tiles where they are.
+  __device__ __forceinline__ Visible in_place(int tiles) const {
+    return visible(0, own_first, tiles, ((1u << raw_tiles) - 1) | ((1u << own_tiles) - 1) << own_first);
+  }
+  // From the `first`-th on, one behind the other.
+  __device__ __forceinline__ Visible in_turn(int first) const {
+    const int left = count() - first;
+    return visible(first, raw_tiles, left, left < 32 ? (1u << left) - 1 : ~0u);
+  }
   // How many tokens to read there are in a tile and behind it in its segment; 0 or less: none.
   __device__ __forceinline__ int tokens(int tile) const {
     if (tile < raw_tiles) return raw - tile * kTile;
@@ -237,21 +261,21 @@ struct Rows {
     return fragment;
   }
 
-  // Adds what is read of TILES staged tiles of keys: `tokens(t)` of the t-th. ONLY: there are no others, before or after.
-  template <int TILES, bool ONLY, class Tokens>
-  __device__ __forceinline__ void attend(const Problem<T>& p, const Staged<T>& keys, const Staged<T>& values, Tokens tokens) {
+  // Adds what is read of TILES staged tiles of keys. ONLY: there are no others, before or after.
+  template <int TILES, bool ONLY>
+  __device__ __forceinline__ void attend(const Problem<T>& p, const Staged<T>& keys, const Staged<T>& values,
+                                         const Visible& visible) {
     float score[2 * TILES][4];
 #pragma unroll
     for (int n = 0; n < 2 * TILES; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) score[n][i] = 0;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step >= p.steps()) continue;
+#pragma unroll 1
+    for (int step = 0; step < p.steps(); ++step) {
       const Fragment<T> queries = query(p, step);
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
-        if (tokens(t) <= 0) continue;
+        if (t >= visible.staged) continue;
         Fragment<T> key;
         key.template load<false, false>(keys, t * kTile, step * kTile);
         multiply(score[2 * t], queries, key, 0);
@@ -265,7 +289,7 @@ struct Rows {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         float& value = score[2 * t + j / 4][j % 4];
-        value = j / 4 * 8 + lane() % 4 * 2 + j % 2 < tokens(t) ? value * scale : -INFINITY;
+        value = visible.read(t) && j / 4 * 8 + lane() % 4 * 2 + j % 2 < visible.tokens(t) ? value * scale : -INFINITY;
         highest[j % 4 / 2] = fmaxf(highest[j % 4 / 2], value);
       }
     }
@@ -281,24 +305,28 @@ struct Rows {
         for (int n = 0; n < kWidth / 8; ++n) out[n][2 * half] *= shrink, out[n][2 * half + 1] *= shrink;
       }
     }
-    if constexpr (ONLY) clear();
+    Fragment<T> weights[TILES];  // all of them now, as they need half the registers of scores
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-      if (tokens(t) <= 0) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         float& value = score[2 * t + j / 4][j % 4];
         value = exp2f(value - top[j % 4 / 2]);
         total[j % 4 / 2] += value;
       }
-      const Fragment<T> weights = as_left<T>(score[2 * t], score[2 * t + 1]);
+      weights[t] = as_left<T>(score[2 * t], score[2 * t + 1]);
+    }
+    if constexpr (ONLY) clear();
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+      if (!visible.read(t)) continue;
 #pragma unroll
       for (int pair = 0; pair < kSteps; ++pair) {
         if (pair >= p.steps()) continue;
         Fragment<T> value;
         value.template load<true, true>(values, t * kTile, pair * kTile);
-        multiply(out[2 * pair], weights, value, 0);
-        multiply(out[2 * pair + 1], weights, value, 1);
+        multiply(out[2 * pair], weights[t], value, 0);
+        multiply(out[2 * pair + 1], weights[t], value, 1);
       }
     }
   }
@@ -322,7 +350,7 @@ struct Rows {
 };
 
 template <class T, int TILES>
-__global__ void __launch_bounds__(kAttendWarps* kWarpLanes, sizeof(T) == 2 ? 3 : 1)
+__global__ void __launch_bounds__(kAttendWarps* kWarpLanes, kAttendBlocks<T>)
     attend_kernel(Problem<T> p, T* out, float* lse) {
   const int image = int(blockIdx.x) / p.heads, head = int(blockIdx.x) % p.heads, tiles = p.layout.tiles(), rows = tiles * kTile;
   const Staged<T> keys{shared_memory(), rows}, values{shared_memory() + rows * Staged<T>::kBytes, rows};
@@ -337,16 +365,18 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, sizeof(T) == 2 ? 3 :
   __syncthreads();
   for (int tile = warp(); tile < tiles; tile += kAttendWarps) {
     const Reads reads = p.layout.reads(p.layout.crop(tile));
+    // A 0 that the compiler cannot see through: it would keep 80 addresses from one tile to the next, and no registers.
+    const int hidden = __shfl_sync(kAllLanes, 0, 0);
     Rows<T> mine;
     mine.begin(p, p.q.of(image, head), tile);
-    mine.template attend<TILES, true>(p, keys, values, [&](int t) { return reads.tokens(t); });
+    mine.template attend<TILES, true>(p, {keys.data + hidden, rows}, {values.data + hidden, rows}, reads.in_place(tiles));
     mine.end(p, tile, image, head, out, lse);
   }
 }
 
 // Four tiles of rows that read the same.
 template <class T>
-__global__ void __launch_bounds__(kAttendWarps* kWarpLanes, sizeof(T) == 2 ? 3 : 1)
+__global__ void __launch_bounds__(kAttendWarps* kWarpLanes, kAttendBlocks<T>)
     attend_long_kernel(Problem<T> p, T* out, float* lse) {
   constexpr int kRows = kLongTiles<T> * kTile;
   const int image = int(blockIdx.x) / p.heads, head = int(blockIdx.x) % p.heads;
@@ -373,10 +403,7 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, sizeof(T) == 2 ? 3 :
     commit_copies();
     wait_copies<0>();
     __syncthreads();
-    if (exists)
-      mine.template attend<kLongTiles<T>, false>(p, keys, values, [&](int t) {
-        return first + t < reads.count() ? reads.tokens(reads.tile(first + t)) : 0;
-      });
+    if (exists) mine.template attend<kLongTiles<T>, false>(p, keys, values, reads.in_turn(first));
   }
   if (exists) mine.end(p, tile, image, head, out, lse);
 }
@@ -470,9 +497,8 @@ struct Keys {
   __device__ __forceinline__ void collect(const Problem<T>& p, const Stage<T>& stage, int row, const Staged<T>& keys,
                                           const Staged<T>& values, const Staged<T>& d_scores, int first, int there) {
     float weight[2][4] = {}, change[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step >= p.steps()) continue;
+#pragma unroll 1
+    for (int step = 0; step < p.steps(); ++step) {
       Fragment<T> left, right;
       left.template load<true, false>(keys, first, step * kTile);
       right.template load<false, false>(stage.queries, row, step * kTile);
