@@ -204,8 +204,10 @@ CLONES void differentiate(float* scores, float* gradients, const float* lse, int
   for (int64_t i = 0; i < rows; ++i) {
     float *__restrict p = scores + i * columns, *__restrict d = gradients + i * columns;
     const float log2_sum = lse[i] * kLog2e;
-    float sum = 0;
+    float total = 0, sum = 0;  // the total is 1 but for the rounding of lse, which dP - sum(P dP) would magnify
     for (int64_t c = 0; c < read; ++c) p[c] = exp2_inline(p[c] - log2_sum);
+    for (int64_t c = 0; c < read; ++c) total += p[c];
+    for (int64_t c = 0; c < read; ++c) p[c] *= 1 / total;
     for (int64_t c = 0; c < read; ++c) sum += p[c] * d[c];
     for (int64_t c = 0; c < read; ++c) d[c] = p[c] * (d[c] - sum);
   }

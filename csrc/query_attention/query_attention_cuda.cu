@@ -28,7 +28,7 @@ template <class T>
 constexpr int kAttendBlocks = sizeof(T) == 2 ? 2 : 1;  // that registers have room for at least
 constexpr int kFewTiles = 4, kManyTiles = 16;  // of keys whose scores registers hold
 template <class T>
-constexpr int kLongTiles = sizeof(T) == 2 ? 8 : 4;  // that pass by at once
+constexpr int kLongTiles = sizeof(T) == 2 ? 8 : 2;  // that pass by at once
 constexpr int kBackwardWarps = 8;
 template <class T>
 constexpr int kWarpTiles = sizeof(T) == 2 ? 2 : 1;  // of keys that a warp owns
@@ -690,22 +690,14 @@ std::tuple<Tensor, Tensor> query_attention_fwd(const Tensor& qkv, int64_t raw, i
     auto* lse_ptr = static_cast<float*>(lse.data_ptr());
     const int threads = kAttendWarps * kWarpLanes, tiles = p.layout.tiles();
     const size_t all = size_t(2) * tiles * kTile * Staged<T>::kBytes;
-    if (tiles <= kFewTiles) {
-      launch(device, attend_kernel<T, kFewTiles>, dim3{blocks, 1, 1}, threads, all, p, out_ptr, lse_ptr);
-      return;
+    if constexpr (sizeof(T) == 2) {  // fp32 needs the registers for the parts of its values
+      const auto kernel = tiles <= kFewTiles ? attend_kernel<T, kFewTiles> : attend_kernel<T, kManyTiles>;
+      if (tiles <= kManyTiles) return launch(device, kernel, dim3{blocks, 1, 1}, threads, all, p, out_ptr, lse_ptr);
     }
-    if constexpr (sizeof(T) == 2) {
-      if (tiles <= kManyTiles) {
-        launch(device, attend_kernel<T, kManyTiles>, dim3{blocks, 1, 1}, threads, all, p, out_ptr, lse_ptr);
-        return;
-      }
-    }
-    {
-      const auto groups = [](int count) { return (count + kAttendWarps - 1) / kAttendWarps; };
-      const int rows = groups(p.layout.raw_tiles()) + p.layout.crops * groups(p.layout.crop_tiles());
-      launch(device, attend_long_kernel<T>, dim3{blocks, unsigned(rows), 1}, threads, size_t(2) * kLongTiles<T> * kTile * Staged<T>::kBytes,
-             p, out_ptr, lse_ptr);
-    }
+    const auto groups = [](int count) { return (count + kAttendWarps - 1) / kAttendWarps; };
+    const int rows = groups(p.layout.raw_tiles()) + p.layout.crops * groups(p.layout.crop_tiles());
+    launch(device, attend_long_kernel<T>, dim3{blocks, unsigned(rows), 1}, threads, size_t(2) * kLongTiles<T> * kTile * Staged<T>::kBytes,
+           p, out_ptr, lse_ptr);
   });
   return {out, lse};
 }
