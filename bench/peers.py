@@ -5,12 +5,14 @@ Each peer takes the public function's arguments and returns something comparable
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from patchlight_kernels import JITTER_ORDERS, PHOTOMETRIC_COLUMNS
 from patchlight_kernels.ops.class_attention.reference import state_shape as class_attention_shape
@@ -187,6 +189,76 @@ def prototype_ce_smart(
     return (cross_entropy * row_weight).sum()
 
 
+def _query_parts(qkv: Tensor, raw: int, query_keys: str, crop: int | None) -> tuple[Tensor, ...]:
+    """Heads first; the queries of crops that do not see each other become images of their own, beside the raw tokens."""
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    if query_keys == "raw":
+        return (q[:, :, :raw], k[:, :, :raw], v[:, :, :raw]), (q[:, :, raw:], k[:, :, :raw], v[:, :, :raw])
+    crops = 1 if crop is None or crop == qkv.shape[1] - raw else (qkv.shape[1] - raw) // crop
+    own = lambda x: x[:, :, raw:].unflatten(2, (crops, -1)).transpose(1, 2).flatten(0, 1)
+    read = lambda x: torch.cat([x[:, :, :raw].repeat_interleave(crops, dim=0), own(x)], dim=2) if crops > 1 else x
+    return (q[:, :, :raw], k[:, :, :raw], v[:, :, :raw]), (own(q), read(k), read(v))
+
+
+def _query_join(raw_out: Tensor, query_out: Tensor) -> Tensor:
+    images, heads, _, width = raw_out.shape
+    query_out = query_out.transpose(1, 2).reshape(images, -1, heads, width)
+    return torch.cat([raw_out.transpose(1, 2), query_out], dim=1)
+
+
+def query_attention_official(qkv, raw, query_keys, crop):
+    """As released: a softmax attention for each stream, with both maps in memory."""
+    outputs = []
+    for q, k, v in _query_parts(qkv, raw, query_keys, crop):
+        attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        outputs.append(attention.to(v.dtype) @ v)
+    return _query_join(*outputs)
+
+
+def query_attention_sdpa(qkv, raw, query_keys, crop):
+    """PyTorch's fused attention once per stream."""
+    raw_part, query_part = _query_parts(qkv, raw, query_keys, crop)
+    if raw == qkv.shape[1]:
+        return F.scaled_dot_product_attention(*raw_part).transpose(1, 2)
+    return _query_join(F.scaled_dot_product_attention(*raw_part), F.scaled_dot_product_attention(*query_part))
+
+
+def _query_reads(row, key, raw: int, query_keys: str, crop: int | None):
+    """Whether a token reads a token."""
+    if query_keys == "raw":
+        return (key < raw) & (row >= 0)
+    siblings = row >= raw if crop is None else (row >= raw) & ((row - raw) // crop == (key - raw) // crop)
+    return (key < raw) | siblings
+
+
+def query_attention_masked(qkv, raw, query_keys, crop):
+    """One call for both streams, with a mask."""
+    token = torch.arange(qkv.shape[1], device=qkv.device)
+    mask = _query_reads(token[:, None], token, raw, query_keys, crop)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex() -> Callable:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def _block_mask(tokens: int, raw: int, query_keys: str, crop: int | None, device: str):
+    reads = lambda image, head, row, key: _query_reads(row, key, raw, query_keys, crop)
+    return create_block_mask(reads, None, None, tokens, tokens, device=device)
+
+
+def query_attention_flex(qkv, raw, query_keys, crop):
+    """FlexAttention, whose mask skips blocks that nobody reads."""
+    if qkv.device.type != "cuda":
+        raise NotImplementedError("FlexAttention has a backward on GPUs only")
+    mask = _block_mask(qkv.shape[1], raw, query_keys, crop, str(qkv.device))
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    return _compiled_flex()(q, k, v, block_mask=mask).transpose(1, 2)
+
+
 # The first peer is the official mathematics; the speedups of a table are against it.
 PEERS: dict[str, dict[str, Callable]] = {
     "class_attention": {
@@ -215,5 +287,13 @@ PEERS: dict[str, dict[str, Callable]] = {
         "smart eager": prototype_ce_smart,
         "compile(official)": torch.compile(prototype_ce_official, dynamic=False),
         "compile(smart)": torch.compile(prototype_ce_smart, dynamic=False),
+    },
+    "query_attention": {
+        "official eager": query_attention_official,
+        "SDPA, two calls": query_attention_sdpa,
+        "SDPA, masked": query_attention_masked,
+        "FlexAttention": query_attention_flex,
+        "compile(official)": torch.compile(query_attention_official, dynamic=False),
+        "compile(SDPA)": torch.compile(query_attention_sdpa, dynamic=False),
     },
 }

@@ -52,7 +52,7 @@ CLONES void make_gray(float* __restrict r, float* __restrict g, float* __restric
   for (int64_t i = 0; i < count; ++i) r[i] = g[i] = b[i] = gray_of(r[i], g[i], b[i]);
 }
 
-CLONES void solarize_and_normalize(const float* x, float* y, int64_t count, float from, float scale, float shift) {
+CLONES void solarize_and_normalize(const float* __restrict x, float* __restrict y, int64_t count, float from, float scale, float shift) {
   for (int64_t i = 0; i < count; ++i) y[i] = solarized(x[i], from) * scale + shift;
 }
 
@@ -113,8 +113,9 @@ struct Kernel {
 
 // What one thread works in.
 struct Workspace {
-  std::vector<float> planes, padded, line;
-  Workspace(int64_t pixels, int64_t width) : planes(3 * pixels), padded(width + 2 * kMaxReach), line(std::max(width, kStrip)) {}
+  std::vector<float> planes, padded, line, normalized;
+  Workspace(int64_t pixels, int64_t width)
+      : planes(3 * pixels), padded(width + 2 * kMaxReach), line(width), normalized(std::max(width, kStrip)) {}
 };
 
 struct Sample {
@@ -160,13 +161,14 @@ struct Sample {
   void blur(const Look& look, T* out, Workspace& work) const {
     const Kernel kernel(look, std::min(height, width));
     float* middle = work.padded.data() + kMaxReach;
-    for (int c = 0; c < 3; ++c) {
-      const float* plane = work.planes.data() + c * pixels();
+    const int different = look.gray ? 1 : 3;  // channels
+    for (int first = 0; first < different; ++first) {
+      const float* plane = work.planes.data() + first * pixels();
       for (int64_t y = 0; y < height; ++y) {
         kernel.apply([&](int d) { return plane + mirrored(y + d, height) * width; }, middle, width);
         for (int d = 1; d <= kernel.reach; ++d) middle[-d] = middle[d], middle[width - 1 + d] = middle[width - 1 - d];
         kernel.apply([&](int d) { return middle + d; }, work.line.data(), width);
-        write(work.line.data(), width, c, look, out + c * pixels() + y * width, work);
+        for (int c = first; c < 3; c += different) write(work.line.data(), width, c, look, out + c * pixels() + y * width, work);
       }
     }
   }
@@ -176,8 +178,8 @@ struct Sample {
     if constexpr (std::is_same_v<T, float>) {
       solarize_and_normalize(x, out, count, look.solarize, scale[channel], shift[channel]);
     } else {
-      solarize_and_normalize(x, work.line.data(), count, look.solarize, scale[channel], shift[channel]);
-      for (int64_t i = 0; i < count; ++i) out[i] = T(work.line[i]);
+      solarize_and_normalize(x, work.normalized.data(), count, look.solarize, scale[channel], shift[channel]);
+      for (int64_t i = 0; i < count; ++i) out[i] = T(work.normalized[i]);
     }
   }
 };

@@ -167,7 +167,7 @@ class Optim:
     weight_decay_end: float = 0.4
     """Weight decay at the end, reached by a cosine."""
     decayed: str = "matrices"
-    """What decays: all but biases and vectors (matrices), or all, as MoCo v3 does."""
+    """What decays: all but biases and vectors (matrices); biases too, as SERE's release does; or all, as MoCo v3 does."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moments of adamw and lamb."""
     momentum: float = 0.9
@@ -189,7 +189,7 @@ class Optim:
         _choose("Optim.name", self.name, "adamw", "lars", "lamb")
         _choose("Optim.clip_mode", self.clip_mode, "per_tensor", "global")
         _choose("Optim.warmup_ends", self.warmup_ends, "last", "next")
-        _choose("Optim.decayed", self.decayed, "matrices", "all")
+        _choose("Optim.decayed", self.decayed, "matrices", "biases", "all")
         for name in (
             "base_lr",
             "min_lr",

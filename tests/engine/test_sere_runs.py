@@ -1,10 +1,23 @@
 """SERE on DINO and on iBOT through the engine: both terms fall, and two processes train like one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from engine.test_parallel import STEPS, assert_equal_runs
-from engine.tiny_run import DINO, IBOT, SERE, Notebook, largest_difference, on_processes, tiny_run, train_tiny
+from engine.tiny_run import (
+    DINO,
+    IBOT,
+    MOBY,
+    MOCO,
+    SERE,
+    Notebook,
+    largest_difference,
+    on_processes,
+    tiny_run,
+    train_tiny,
+)
 from torch import Tensor, nn
 
 from patchlight.data.policy import CropPolicy, CropSpec, dino_policy
@@ -13,8 +26,9 @@ from patchlight.engine.parallel import processes, synchronize_batch_norm
 from patchlight.engine.trainer import Trainer
 from patchlight.objectives.dino import DinoOptions
 from patchlight.objectives.sere import SereOptions
+from patchlight.recipes.compatibility import BACKBONES
 from patchlight.records import Crops, Views
-from patchlight.run import Model, Parallel
+from patchlight.run import Data, Model, Objectives, Optim, Output, Parallel, Run, Schedule
 
 
 class PictureLoader:
@@ -110,6 +124,39 @@ def test_batch_norm_on_two_cpu_processes_is_that_of_all_rows(shape):
     for rank in ranks:
         torch.testing.assert_close(rank[3], norm.running_mean)
         torch.testing.assert_close(rank[4], norm.running_var)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "host"),
+    [("ViT", MOCO), ("ViT", MOBY), ("Swin", DINO), ("Swin", IBOT), ("ResNet", DINO), ("ResNet", MOCO)],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__.removesuffix("Options"),
+)
+def test_every_map_of_features_will_do(backbone, host, tmp_path):
+    """Other hosts, other backbones with other grids: both terms are there, and all of SERE learns from them."""
+    model = BACKBONES[backbone]
+    summary = "cls" if backbone == "ViT" else "mean"
+    crops = dino_policy(2, model.image_size, 2 * model.patch_size)
+    run = Run(
+        replace(model, summary=summary, drop_path=0.0),
+        Objectives((host, SERE), weights={"sere/channel": 0.5}),
+        Data(loader="procedural", crops=crops, batch_per_rank=8, workers=0),
+        Optim(warmup_epochs=0, clip=0),
+        Schedule(epochs=1, steps_per_epoch=4),
+        Parallel(precision="fp32"),
+        Output(folder=str(tmp_path)),
+    )
+    notebook = Notebook()
+    trainer = Trainer(run, loader=PictureLoader(crops, batches=1), metrics=notebook)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.student.named_parameters()}
+    for _ in range(2):
+        trainer.step()
+    for step in notebook.steps:
+        assert not step["step/refused"]
+        assert 0 < step["sere/spatial"] < 4
+        assert 0 < step["sere/channel"] < 5
+    ours = {name: p for name, p in trainer.student.named_parameters() if ".sere." in name}
+    assert len(ours) == 2 * 2 * 5  # two norms and a matrix, for space and channels, of global and of local crops
+    assert not [name for name, parameter in ours.items() if torch.equal(parameter, before[name])]
 
 
 def test_only_whom_it_concerns_gets_features_before_the_norm():

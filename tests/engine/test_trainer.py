@@ -11,6 +11,7 @@ from engine.tiny_run import (
     MOCO,
     PQCL,
     SELFPATCH,
+    SERE,
     NoiseLoader,
     Notebook,
     largest_difference,
@@ -59,8 +60,8 @@ def test_the_guard_sees_a_wait():
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
 @pytest.mark.parametrize(
     "options",
-    [(DINO,), (IBOT,), (DINO, SELFPATCH), (IBOT, PQCL), (MOCO, MOBY)],
-    ids=["dino", "ibot", "dino+selfpatch", "ibot+pqcl", "moco+moby"],
+    [(DINO,), (IBOT,), (DINO, SELFPATCH), (IBOT, PQCL), (MOCO, MOBY), (DINO, SERE)],
+    ids=["dino", "ibot", "dino+selfpatch", "ibot+pqcl", "moco+moby", "dino+sere"],
 )
 def test_a_step_does_not_wait_for_the_device(options, optimizer, tmp_path):
     parallel = {"precision": "fp16", "accumulate": 2}

@@ -77,7 +77,9 @@ def test_what_a_query_shows_is_in_the_crop_at_its_place():
         dataclasses.replace(policy, query_crops=(queries,)), 0, 0, ids, np.array([[width, height]] * 24)
     )
     shown = {
-        kind: Crops(cut([image] * 24, t).float(), torch.from_numpy(t.box).float(), torch.from_numpy(t.flip))
+        kind: Crops(
+            cut([image] * 24, t).movedim(-1, 2).float(), torch.from_numpy(t.box).float(), torch.from_numpy(t.flip)
+        )
         for kind, t in tables.items()
     }
     near, far = shown["global_crops"], shown["query_crops"]

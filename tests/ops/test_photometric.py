@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
-from parity import every_runner, reason_against, running
+from parity import every_runner, running
 from torch import Tensor
 
-from patchlight_kernels import JITTER_ORDERS, PHOTOMETRIC_COLUMNS, force, photometric, registry
+from patchlight_kernels import JITTER_ORDERS, PHOTOMETRIC_COLUMNS, photometric, registry
 
 SPEC = registry.spec("photometric")
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # results in 0..255
@@ -180,13 +180,6 @@ def test_takes_any_layout_of_pixels(layout, device, name):
     }[layout](pixels)
     with running(device, name):
         assert torch.equal(photometric(**{**arguments, "pixels": changed}), photometric(**arguments))
-
-
-def test_every_implementation_takes_a_batch():
-    arguments = SPEC.inputs(SPEC.tests[1], torch.float32, "cpu")
-    assert reason_against(SPEC, "cuda", arguments), "there is no GPU behind CPU tensors"
-    with force("reference"):
-        assert reason_against(SPEC, "reference", arguments) is None
 
 
 @pytest.mark.parametrize(

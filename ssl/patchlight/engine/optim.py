@@ -21,7 +21,8 @@ Norms = Callable[[list[Tensor]], Tensor]
 
 def has_decay(name: str, parameter: Tensor, decayed: str = "matrices") -> bool:
     """Weight decay spares biases and vectors, as most release it; position table, tokens and prototype lengths decay."""
-    return decayed == "all" or not (name.endswith(".bias") or parameter.ndim == 1)
+    bias = name.endswith(".bias")
+    return {"matrices": not bias and parameter.ndim != 1, "biases": bias or parameter.ndim != 1, "all": True}[decayed]
 
 
 def prototype_names(module: nn.Module) -> frozenset[str]:

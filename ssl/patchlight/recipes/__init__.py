@@ -43,10 +43,11 @@ RECIPES: dict[str, Callable[[], Run]] = {
         papers.pqcl_vits16_in1k_ablation,
         papers.pqcl_vits16_in1k_released,
         papers.sere_vits16_in1k,
-        papers.sere_vits16_ims300,
-        papers.ibot_sere_vits16_in1k,
-        papers.ibot_sere_vitb16_in1k,
-        papers.ibot_sere_vitb16_in1k_200ep,
-        papers.ibot_sere_vits16_ims300,
+        papers.sere_vits16_ins300,
+        papers.sere_ibot_vits16_in1k,
+        papers.sere_ibot_vitb16_in1k,
+        papers.sere_ibot_vitb16_in1k_200ep,
+        papers.sere_ibot_vits16_ins300,
+        papers.sere_moco_v3_vits16_ins300,
     )
 }

@@ -41,7 +41,7 @@ TESTS = (
     _case(1, 37, 4, 1, 64),
     _case(1, 70, 19, 1, 16),  # more rows than a block takes at once
     _case(1, 33, 34, 1, 72, crop=17),  # wider than one 128-byte chunk
-    _case(1, 245, 36, 1, 8, crop=18),  # more keys than one tile holds
+    _case(1, 250, 18, 1, 8, crop=9),  # more keys than one tile holds
     _case(0, 5, 3, 1, 8),  # no images
     _case(2, 5, 3, 0, 8),  # no heads
     _case(1, 5, 3, 1, 0),  # no width
