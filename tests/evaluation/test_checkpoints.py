@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from patchlight.data.procedural import ProceduralSource
 from patchlight.evaluation.checkpoints import home, open_checkpoint
 from patchlight.evaluation.features import Reading, encode
+from patchlight.evaluation.knn import KnnProtocol, evaluate_knn
+from patchlight.evaluation.labelled import open_labelled
 from patchlight.evaluation.ranks import Ranks, ranks
 from patchlight.records import Crops, Views
 
@@ -122,6 +124,19 @@ def test_what_is_no_backbone_is_named(tmp_path):
         open_checkpoint(str(tmp_path / "cut.pth"), heads=2)
     with pytest.raises(FileNotFoundError, match="complete checkpoint"):
         open_checkpoint(str(tmp_path))
+
+
+def knn_on_a_rank(path: str) -> dict[str, float]:
+    with ranks("cpu") as mine:
+        protocol, reading = KnnProtocol(k=(1, 9)), Reading(8, workers=0)
+        return evaluate_knn(open_checkpoint(path, heads=2), open_labelled("procedural", 45), protocol, mine, reading)
+
+
+def test_two_ranks_find_the_neighbors_that_one_finds(tmp_path):
+    torch.save(timm_vit().state_dict(), tmp_path / "vit.pth")
+    alone = knn_on_a_rank(str(tmp_path / "vit.pth"))
+    assert len(set(alone.values())) == 2
+    assert on_processes(2, knn_on_a_rank, str(tmp_path / "vit.pth")) == [alone, alone]
 
 
 def encoded_on_a_rank(path: str) -> np.ndarray:

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine.tiny_run import on_processes
+from PIL import Image
 
 from patchlight.backbones.vit import DropPath, VisionTransformer
 from patchlight.evaluation.encoder import Encoded, Encoder, Eyes, Level, set_drop_path
 from patchlight.evaluation.features import Reading
-from patchlight.evaluation.finetune import FinetuneProtocol, SemiProtocol, evaluate_finetune
+from patchlight.evaluation.finetune import Augment, FinetuneProtocol, SemiProtocol, evaluate_finetune
 from patchlight.evaluation.labelled import Labelled, Subset, choose_labels
 from patchlight.evaluation.linear import LinearProtocol, evaluate_linear, probe_features
 from patchlight.evaluation.ranks import Ranks, ranks
@@ -109,6 +110,15 @@ def test_the_published_augmentation_runs():
     assert 0 <= found["top1"] <= 1
     assert torch.isfinite(encoder.backbone.norm.weight).all()
     assert not torch.equal(encoder.backbone.norm.weight, before)
+
+
+def test_the_strongest_posterization_is_no_error():
+    augment = Augment(FinetuneProtocol(randaugment="rand-m10-inc1"), 16, small_encoder())
+    (ops,) = [step.ops for step in augment.change.transforms if hasattr(step, "ops")]
+    (posterize,) = [op for op in ops if op.name == "PosterizeIncreasing"]
+    posterize.prob = 1.0
+    picture = np.asarray(posterize(Image.fromarray(np.full((4, 4, 3), 200, np.uint8))))
+    assert (picture == 128).all(), "the highest bit is left"
 
 
 def test_a_semi_supervised_run_starts_from_its_own_protocol():

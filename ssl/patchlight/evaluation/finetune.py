@@ -8,7 +8,7 @@ import numpy as np
 import timm.data
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -136,9 +136,18 @@ class Augment:
             mean=encoder.eyes.mean,
             std=encoder.eyes.std,
         )
+        for step in self.change.transforms:
+            for op in getattr(step, "ops", ()):
+                if op.name == "PosterizeIncreasing":
+                    op.aug_fn = _posterize
 
     def __call__(self, image: np.ndarray) -> Tensor:
         return self.change(Image.fromarray(image))
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm asks for 0 bits at the highest magnitude, a black image, which Pillow 13 refuses: one bit is kept."""
+    return ImageOps.posterize(image, max(1, bits))
 
 
 def evaluate_finetune(
