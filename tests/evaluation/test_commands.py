@@ -53,13 +53,27 @@ def images(tmp_path):
 
 
 def test_knn_from_the_command_line(run_folder, images, monkeypatch, capsys):
-    call(monkeypatch, "knn", "--checkpoint", run_folder, "--data", images, "--reading.workers", 0, "--protocol.k", 1, 5)
+    call(
+        monkeypatch,
+        "knn",
+        "--checkpoint",
+        run_folder,
+        "--data",
+        images,
+        "--reading.workers",
+        0,
+        "--protocol.k",
+        1,
+        5,
+        99,
+    )
     result = json.loads((run_folder / "evaluation" / "knn-images.json").read_text())
     assert result["metrics"].keys() == {"k1", "k5"}
     assert result["metrics"]["k1"] == 1.0, "colors reach even an untrained backbone"
     assert result["protocol"]["temperature"] == 0.07
-    assert result["changed"] == {"k": [[10, 20, 100, 200], [1, 5]]}
+    assert result["changed"] == {"k": [[10, 20, 100, 200], [1, 5, 99]]}
     assert result["environment"]["packages"]["torch"]
+    assert result["notes"] == ["k=[99] left out: there are 18 training images"]
     report = (run_folder / "report.html").read_text()
     assert "knn on" in report
     assert "k1 100%" in report

@@ -86,7 +86,9 @@ def knn(
     with ranks(subject.device) as here:
         encoder, labelled = subject.open(here), open_labelled(data)
         metrics = evaluate_knn(encoder, labelled, protocol, here, reading)
-        subject.finish(judged(encoder, "knn", labelled.name, protocol, metrics), here)
+        left_out = [k for k in protocol.k if f"k{k}" not in metrics]
+        notes = (f"k={left_out} left out: there are {len(labelled.train)} training images",) if left_out else ()
+        subject.finish(judged(encoder, "knn", labelled.name, protocol, metrics, notes=notes), here)
 
 
 def linear(
