@@ -311,15 +311,17 @@ struct Pull {
   bool exact;              // fp32
 };
 
-// p_nm + p_mn of a tile's relations.
+// p_nm + p_mn of a tile's relations. The sums are read anew for every tile, as registers are short.
 template <class Tile>
-__device__ __forceinline__ void both_probabilities(Tile& tile, const float* log2_sums, const float (&of_row)[Tile::kRows], int first,
-                                                   int rows) {
+__device__ __forceinline__ void both_probabilities(Tile& tile, const float* log2_sums, int first_row, int first_column, int rows) {
 #pragma unroll
   for (int j = 0; j < Tile::kColumns; ++j) {
-    const float of_column = log2_sums[min_int(first + Tile::column(j), rows - 1)];
+    const float of_column = log2_sums[min_int(first_column + Tile::column(j), rows - 1)];
 #pragma unroll
-    for (int i = 0; i < Tile::kRows; ++i) tile.at(i, j) = exp2f(tile.at(i, j) - of_row[i]) + exp2f(tile.at(i, j) - of_column);
+    for (int i = 0; i < Tile::kRows; ++i) {
+      const float of_row = log2_sums[min_int(first_row + Tile::row(i), rows - 1)];
+      tile.at(i, j) = exp2f(tile.at(i, j) - of_row) + exp2f(tile.at(i, j) - of_column);
+    }
   }
 }
 
@@ -336,20 +338,14 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) pull_kernel(Problem
   Stream<T> stream(p, where, stages, first_chunk, chunks);
   const float* log2_student = out.log2_student + int64_t(blockIdx.x) * p.rows;
   const float* log2_teacher = out.log2_teacher + where.teacher_row(p);
-  float of_row[Tile::kRows], teacher_of_row[Tile::kRows];
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    const int row = min_int(first_row + Tile::row(i), p.rows - 1);
-    of_row[i] = log2_student[row], teacher_of_row[i] = log2_teacher[row];
-  }
   Pulled<T, M> pulled[CHUNKS];
   for (int t = 0; t < p.tiles(); ++t) {
     const int first = t * kTileColumns;
     Tile wanted, tile;
     relate(wanted, own, stream, 0, p.teacher.chunks(), p.teacher.scale);
-    both_probabilities(wanted, log2_teacher, teacher_of_row, first, p.rows);
+    both_probabilities(wanted, log2_teacher, first_row, first, p.rows);
     relate(tile, own, stream, p.teacher.chunks(), p.student.chunks(), p.student.scale);
-    both_probabilities(tile, log2_student, of_row, first, p.rows);
+    both_probabilities(tile, log2_student, first_row, first, p.rows);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i)
 #pragma unroll
