@@ -286,12 +286,12 @@ def test_the_channel_form_is_the_transpose(device, name):
 # ------------------------------------------------------------------------------------------------------- the rest
 
 WRONG = {
-    "student without views": ({"student": torch.zeros(3, 2, 7, 5)}, ValueError, r"\[views, images, heads, rows, width\], got shape \(3, 2, 7, 5\)"),
+    "no views": ({"student": torch.zeros(3, 2, 7, 5)}, ValueError, r"heads, rows, width\], got shape \(3, 2, 7, 5\)"),
     "integers": ({"student": torch.zeros(2, 3, 2, 7, 5, dtype=torch.long)}, TypeError, "got torch.int64; cast it"),
     "teacher's rows": ({"teacher": torch.zeros(3, 2, 8, 5)}, ValueError, r"\[3, 2, 7, width\] .*, got shape \(3, 2, 8, 5\)"),
     "teacher's heads": ({"teacher": torch.zeros(3, 1, 7, 5)}, ValueError, "sample both at the same points"),
     "mixed dtypes": ({"teacher": torch.zeros(3, 2, 7, 5).half()}, TypeError, "teacher must be torch.float32 like student"),
-    "mixed devices": ({"teacher": torch.zeros(3, 2, 7, 5, device="meta")}, ValueError, "teacher must be on cpu like student, got meta"),
+    "mixed devices": ({"teacher": torch.zeros(3, 2, 7, 5, device="meta")}, ValueError, "must be on cpu like student, got meta"),
     "weights turned": ({"weight": torch.zeros(3, 2)}, ValueError, r"weight must be \(2, 3\), got \(3, 2\)"),
     "half weights": ({"weight": torch.zeros(2, 3).half()}, TypeError, "weight must be torch.float32 beside a student"),
     "weights elsewhere": ({"weight": torch.zeros(2, 3, device="meta")}, ValueError, "weight must be on cpu like student"),
