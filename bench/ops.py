@@ -177,7 +177,6 @@ def error(spec: OpSpec, arguments: dict, output) -> float:
     """The largest deviation of what the op's spec observes from the reference in float64 on the CPU."""
     arguments, output = spec.sample(arguments, output)
     on_cpu = lambda value: value.cpu() if isinstance(value, torch.Tensor) else value
-    wide = lambda value: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
     arguments = {key: on_cpu(value) for key, value in arguments.items()}
     output = tuple(map(on_cpu, output)) if isinstance(output, tuple) else on_cpu(output)
     exact_arguments = {key: wide(value) for key, value in arguments.items()}
@@ -187,10 +186,17 @@ def error(spec: OpSpec, arguments: dict, output) -> float:
     return max((mine[key] - exact[key]).abs().max().item() / max(1.0, exact[key].abs().max().item()) for key in exact)
 
 
-def write(rows: list[dict], out: Path) -> None:
+def wide(value):
+    """An argument in float64: a floating tensor, or the dtype of the result."""
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def write(rows: list[dict], out: Path, columns: tuple[str, ...] = COLUMNS) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(
             {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows

@@ -5,14 +5,17 @@ Each peer takes the public function's arguments and returns something comparable
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchlight_kernels import JITTER_ORDERS, PHOTOMETRIC_COLUMNS
 from patchlight_kernels.ops.class_attention.reference import state_shape as class_attention_shape
 from patchlight_kernels.ops.neighbor_topk import reference as neighbor_reference
+from patchlight_kernels.ops.photometric import reference as photometric_reference
 
 _tables: dict[tuple, Tensor] = {}
 
@@ -109,6 +112,45 @@ def class_attention_sdpa(q, k_self, v_self, k_patches, v_patches, index):
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2)
 
 
+def photometric_official(pixels, table, mean, std, dtype):
+    """torchvision's operations on float tensors, one sample after the other, with the numbers that its transforms would draw."""
+    from torchvision.transforms.v2 import functional as tv
+
+    jitters = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    out = []
+    for image, row in zip(pixels, table.tolist(), strict=True):
+        numbers = dict(zip(PHOTOMETRIC_COLUMNS, row, strict=True))
+        amounts = [numbers[name] for name in ("brightness", "contrast", "saturation", "hue")]
+        x = image.permute(2, 0, 1).float() / 255
+        for kind in JITTER_ORDERS[int(numbers["order"])]:
+            x = jitters[kind](x, amounts[kind])
+        if numbers["gray"]:
+            x = tv.rgb_to_grayscale(x, 3)
+        reach = min(math.ceil(3 * numbers["sigma"]), min(x.shape[1:]) - 1)
+        if reach:
+            x = tv.gaussian_blur(x, [2 * reach + 1] * 2, [numbers["sigma"]] * 2)
+        if numbers["solarize"] <= 255:
+            x = tv.solarize(x, numbers["solarize"] / 255)
+        out.append(tv.normalize(x, mean, std))
+    return torch.stack(out).to(dtype)
+
+
+def photometric_batched(pixels, table, mean, std, dtype):
+    """Every operation on the whole batch, at each of the four places all four jitters; those who want it keep the result."""
+    x, column = pixels.movedim(-1, 1).float(), dict(zip(PHOTOMETRIC_COLUMNS, table.unbind(1), strict=True))
+    orders = torch.tensor(JITTER_ORDERS, device=x.device)[column["order"].long()]
+    for place in range(4):
+        for kind, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+            chosen = (orders[:, place] == kind)[:, None, None, None]
+            x = torch.where(chosen, getattr(photometric_reference, name)(x, column[name]), x)
+    x = torch.where((column["gray"] > 0)[:, None, None, None], photometric_reference.gray(x), x)
+    blurred = photometric_reference.blur(x, column["sigma"].clamp(min=0.1))
+    x = torch.where((column["sigma"] > 0)[:, None, None, None], blurred, x)
+    x = torch.where(x >= column["solarize"][:, None, None, None], 255 - x, x)
+    mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (mean, std))
+    return ((x / 255 - mean) / std).to(dtype)
+
+
 def _prototype_probabilities(z, prototypes, temperature, bias=None):
     """Softmax in fp32 over all prototypes, as autocast does it."""
     logits = z @ prototypes.T
@@ -161,6 +203,12 @@ PEERS: dict[str, dict[str, Callable]] = {
         "reference": neighbor_topk_reference,
         "compile(official)": torch.compile(neighbor_topk_official, dynamic=False),
         "compile(dense)": torch.compile(neighbor_topk_dense, dynamic=False),
+    },
+    "photometric": {
+        "torchvision per sample": photometric_official,
+        "batched eager": photometric_batched,
+        "reference": photometric_reference.photometric_fwd,
+        "compile(batched)": torch.compile(photometric_batched, dynamic=False),
     },
     "prototype_ce": {
         "official eager": prototype_ce_official,

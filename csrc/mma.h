@@ -25,6 +25,21 @@ inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
   std::memcpy(fragment, loaded.r, sizeof fragment);
 }
 
+inline void load_transposed(uint32_t (&fragment)[4], const void* row) {
+  struct Loaded {
+    uint16_t r[4][2];
+  };
+  const int g = cpu_device::lane() / 4, t = cpu_device::lane() % 4;
+  const Loaded loaded = cpu_device::exchange(row, [&](auto row_of) {
+    Loaded result;
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int i = 0; i < 2; ++i)
+        std::memcpy(&result.r[matrix][i], static_cast<const char*>(row_of(matrix * 8 + 2 * t + i)) + g * 2, 2);
+    return result;
+  });
+  std::memcpy(fragment, loaded.r, sizeof fragment);
+}
+
 template <class T>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t b0, const uint32_t b1) {
   struct Operands {
@@ -56,6 +71,13 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t b0, cons
 // Lane l gives the address of a 16-byte row: row l % 8 of matrix l / 8. fragment[m] is the lane's part of matrix m.
 __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(row)));
+}
+
+// The same of the matrices' transposes: a right factor whose rows lie along the sum.
+__device__ __forceinline__ void load_transposed(uint32_t (&fragment)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                : "r"(shared_address(row)));
 }

@@ -1,4 +1,4 @@
-// A warp's product of 32 rows with 64 columns, both staged as chunks (chunk.h): sum[row, column] over the staged channels.
+// A warp's product of 32 rows (16 times M) with 64 columns, both staged as chunks (chunk.h): sum[row, column] over the channels.
 // A lane holds kRows x kColumns of the sums; the kSharers lanes that differ in their low bits hold the rest of its rows.
 #pragma once
 
@@ -10,10 +10,10 @@ namespace patchlight {
 constexpr int kTileRows = 32;
 constexpr int kTileColumns = 64;
 
-template <class T>
-struct WarpTile {  // 16-bit values: 2 x 8 tensor-core tiles
-  static constexpr int kRows = 4, kColumns = 16, kSharers = 4;
-  float sum[2][8][4];
+template <class T, int M = 2>
+struct WarpTile {  // 16-bit values: M x 8 tensor-core tiles
+  static constexpr int kRows = 2 * M, kColumns = 16, kSharers = 4;
+  float sum[M][8][4];
 
   __device__ __forceinline__ static int row(int i) { return i / 2 * 16 + i % 2 * 8 + int(threadIdx.x) % 32 / 4; }
   __device__ __forceinline__ static int column(int j) { return j / 2 * 8 + int(threadIdx.x) % 4 * 2 + j % 2; }
@@ -30,15 +30,15 @@ struct WarpTile {  // 16-bit values: 2 x 8 tensor-core tiles
     const int lane = int(threadIdx.x) % 32;
 #pragma unroll
     for (int step = 0; step < kChunkChannels<T> / 16; ++step) {
-      uint32_t a[2][4];
+      uint32_t a[M][4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) load_matrices(a[m], rows + chunk_offset(first + m * 16 + lane % 16, 2 * step + lane / 16));
+      for (int m = 0; m < M; ++m) load_matrices(a[m], rows + chunk_offset(first + m * 16 + lane % 16, 2 * step + lane / 16));
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         uint32_t b[4];
         load_matrices(b, columns + chunk_offset(pair * 16 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int m = 0; m < M; ++m) {
           multiply_add<T>(sum[m][2 * pair], a[m], b[0], b[1]);
           multiply_add<T>(sum[m][2 * pair + 1], a[m], b[2], b[3]);
         }
@@ -47,9 +47,9 @@ struct WarpTile {  // 16-bit values: 2 x 8 tensor-core tiles
   }
 };
 
-template <>
-struct WarpTile<float> {  // fp32 values: rows and columns interleaved over the lanes, so that no two read the same bank
-  static constexpr int kRows = 8, kColumns = 8, kSharers = 8;
+template <int M>
+struct WarpTile<float, M> {  // fp32 values: rows and columns interleaved over the lanes, so that no two read the same bank
+  static constexpr int kRows = 4 * M, kColumns = 8, kSharers = 8;
   float sum[kRows][kColumns];
 
   __device__ __forceinline__ static int row(int i) { return int(threadIdx.x) % 32 / 8 + 4 * i; }

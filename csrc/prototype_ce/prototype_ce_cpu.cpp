@@ -6,15 +6,13 @@
 //   pull      the gradient of the rows
 // Logits are in units of log2, so that exponentials are powers of two. Lanes are adjacent in memory, prototypes 32 lanes
 // apart: sums over prototypes need no shuffles, and each of the products finds its panel of 32 columns.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <optional>
-#include <utility>
 #include <vector>
 
+#include "../buffer.h"
 #include "../native.h"
 #include "../product.h"
 #include "../simd.h"
@@ -32,24 +30,6 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr double kLn2 = 0.69314718055994531;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-class Buffer {  // uninitialised whole pages, which go back to the system at once: a heap would keep them as its peak
- public:
-  explicit Buffer(int64_t count) : bytes_(size_t(std::max<int64_t>(count, 1)) * sizeof(float)) {
-    void* pages = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    STD_TORCH_CHECK(pages != MAP_FAILED, "prototype_ce: no memory for ", bytes_, " bytes");
-    data_ = static_cast<float*>(pages);
-  }
-  Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(std::exchange(other.data_, nullptr)) {}
-  ~Buffer() {
-    if (data_) munmap(data_, bytes_);
-  }
-  float* at(int64_t offset) const { return data_ + offset; }
-
- private:
-  size_t bytes_;
-  float* data_;
-};
 
 struct Weights {  // fp32 rows
   const float* data;

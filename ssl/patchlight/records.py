@@ -64,6 +64,7 @@ class Wanted:
     local_crops: bool = True  # features of the local crops, if there are any
     query_crops: bool = False
     neighbors: NeighborRule | None = None  # aggregate each patch's neighbors
+    residual: bool = False  # the patches before the final norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Tokens:
     grid: tuple[int, int]  # rows, columns; rows * columns = N
     layers: tuple[Tensor, ...] = ()  # [M, N (+1), D] each, the requested intermediate layers
     queries: Tensor | None = None  # [M, Q, D] as the patches, when there were queries
+    residual: Tensor | None = None  # [M, N, D] patches before the final norm, when asked for
 
 
 register_dataclass(Tokens)  # so that FSDP2 finds the tensors in a module's output
@@ -90,6 +92,7 @@ class Features:
     neighbors: Tensor | None = None  # [V, B, N, D] each patch's aggregated neighbors, when an objective needs them
     layers: tuple[Tensor, ...] = ()  # [V, B, N (+1), D] each
     queries: Tensor | None = None  # [V, B, Q, D] normalised, when an objective has cued them
+    residual: Tensor | None = None  # [V, B, N, D] patches before the final norm, when an objective needs them
 
 
 @dataclass(frozen=True, slots=True)

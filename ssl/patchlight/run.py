@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from .data.interface import MOST_BAD
+from .data.loaders import LOADERS
 from .data.masking import MaskRule
 from .data.policy import CropPolicy, dino_policy
 from .objectives.dino import DinoOptions
@@ -13,9 +15,17 @@ from .objectives.moco_v3 import MocoV3Options
 from .objectives.pqcl import PqclOptions
 from .objectives.selfpatch import SelfPatchOptions
 from .objectives.selfpatch_contrast import SelfPatchContrastOptions
+from .objectives.sere import SereOptions
 
 Options = (
-    DinoOptions | IbotOptions | MocoV3Options | MobyOptions | SelfPatchOptions | SelfPatchContrastOptions | PqclOptions
+    DinoOptions
+    | IbotOptions
+    | MocoV3Options
+    | MobyOptions
+    | SelfPatchOptions
+    | SelfPatchContrastOptions
+    | PqclOptions
+    | SereOptions
 )
 
 
@@ -99,9 +109,12 @@ class Data:
     """Where images come from and how they are cut."""
 
     path: str = ""
-    """A folder of images, or a text file with one path per line; empty for the procedural images."""
-    loader: str = "torchvision"
-    """procedural: images drawn on the spot; torchvision: read and cropped on the CPU."""
+    """Images: a folder, tar shards, or what check_data wrote (docs/data.md); empty for the procedural images."""
+    loader: str = "auto"
+    """auto: dali on a GPU, torchvision elsewhere; dali: decoded and cut by NVIDIA DALI; torchvision: read and cut on the
+    CPU; procedural: images drawn on the spot."""
+    photometric: str = "op"
+    """What changes colors: our own op, or dali for DALI's operators, which are another augmentation (docs/data.md)."""
     crops: CropPolicy = dino_policy()  # noqa: RUF009 frozen
     """Which crops an image gives."""
     batch_per_rank: int = 64
@@ -110,14 +123,24 @@ class Data:
     """Processes (or threads) per rank that read ahead; 0 reads in the training process."""
     procedural_images: int = 4096
     """How many procedural images there are."""
+    most_bad: float = MOST_BAD
+    """Share of unreadable images at which a run stops; below it others take their places, which the log says."""
 
     def __post_init__(self) -> None:
-        _choose("Data.loader", self.loader, "procedural", "torchvision")
+        _choose("Data.loader", self.loader, *LOADERS)
+        _choose("Data.photometric", self.photometric, "op", "dali")
+        _demand(
+            self.photometric == "op" or self.loader == "dali",
+            'Data.photometric="dali" is a part of the dali loader',
+            f"loader={self.loader!r}",
+            'set loader="dali"',
+        )
+        _demand(0 <= self.most_bad <= 1, "Data.most_bad must lie in [0, 1]", self.most_bad, "0.05 is usual")
         _demand(self.batch_per_rank > 0, "Data.batch_per_rank must be positive", self.batch_per_rank, "use 1 or more")
         _demand(self.workers >= 0, "Data.workers must not be negative", self.workers, "use 0 or more")
         _demand(
             bool(self.path) == (self.loader != "procedural"),
-            "Data.path belongs to the torchvision loader, which needs one",
+            "Data.path belongs to every loader but the procedural one, and they need it",
             f"path={self.path!r} with loader={self.loader!r}",
             'pass the folder of images, or loader="procedural" and no path',
         )

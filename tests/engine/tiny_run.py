@@ -19,6 +19,7 @@ from patchlight.objectives.moby import MobyOptions
 from patchlight.objectives.moco_v3 import MocoV3Options
 from patchlight.objectives.pqcl import PqclOptions
 from patchlight.objectives.selfpatch import SelfPatchOptions
+from patchlight.objectives.sere import SereOptions
 from patchlight.records import Clock, Crops, Views
 from patchlight.run import Data, Model, Objectives, Optim, Output, Parallel, Run, Schedule
 from patchlight_kernels import force
@@ -30,6 +31,7 @@ MOCO = MocoV3Options(hidden=16, out=8)
 MOBY = MobyOptions(queue=32, hidden=16, out=8)
 SELFPATCH = SelfPatchOptions(**HEAD, teacher_temperature=0.4)
 PQCL = PqclOptions(student_temperature=0.5, teacher_temperature=0.4, warmup_epochs=0)
+SERE = SereOptions(global_points=5, local_points=3)
 
 
 def tiny_run(folder: Path | str, **parts) -> Run:
@@ -89,11 +91,11 @@ class NoiseLoader:
 
     def cut(self, ids: Tensor, specs: tuple) -> Crops:
         count, size = sum(spec.count for spec in specs), specs[0].size
-        random = [torch.Generator().manual_seed(int(i)) for i in ids]
-        images = [torch.randn(count, 3, size, size, generator=one) for one in random]
-        boxes = [size * (1 + torch.rand(count, 4, generator=one)) for one in random]
-        flips = [torch.rand(count, generator=one) < 0.5 for one in random]
-        return Crops(*(torch.stack(parts, dim=1) for parts in (images, boxes, flips)))
+        generators = [torch.Generator().manual_seed(int(i)) for i in ids]
+        images = [torch.randn(count, 3, size, size, generator=generator) for generator in generators]
+        corners = torch.stack([torch.rand(count, 5, generator=generator) for generator in generators], dim=1)
+        box = torch.cat([corners[..., :2] * 40, 20 + corners[..., 2:4] * 30], dim=-1).round()
+        return Crops(torch.stack(images, dim=1), box, corners[..., 4] < 0.5)
 
     def state_dict(self) -> dict:
         return {"samples": self.samples}

@@ -39,6 +39,28 @@ template <class T> __global__ void product(const T* a, const T* b, float* d) {  
   multiply_add<T>(sum, left, right[0], right[1]);
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
 }
+template <class T> __global__ void turned_product(const T* a, const T* b, float* d) {  // d[16, 16] = a[16, 16] b[16, 16]
+  uint32_t left[4], right[4];
+  const int lane = threadIdx.x % 32;
+  load_matrices(left, a + lane % 16 * 16 + lane / 16 * 8);
+  load_transposed(right, b + (lane / 8 % 2 * 8 + lane % 8) * 16 + lane / 16 * 8);
+  float sum[2][4] = {};
+  for (int half = 0; half < 2; ++half) multiply_add<T>(sum[half], left, right[2 * half], right[2 * half + 1]);
+  for (int half = 0; half < 2; ++half)
+    for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 16 + half * 8 + lane % 4 * 2 + i % 2] = sum[half][i];
+}
+template <class T> int check_turned() {
+  T a[256], b[256];
+  float d[256];
+  for (int i = 0; i < 256; ++i) a[i] = T(float(i % 7 - 3)), b[i] = T(float(i % 11 - 5));
+  cpu_device::launch(turned_product<T>, dim3{1, 1, 1}, 32, 0, a, b, d);
+  for (int m = 0; m < 16; ++m) for (int n = 0; n < 16; ++n) {
+    float expected = 0;
+    for (int k = 0; k < 16; ++k) expected += float(a[m * 16 + k]) * float(b[k * 16 + n]);
+    if (expected != d[m * 16 + n]) return 1;
+  }
+  return 0;
+}
 template <class T> int check() {
   T a[256], b[128];
   float d[128];
@@ -52,7 +74,7 @@ template <class T> int check() {
   }
   return 0;
 }
-int main() { return check<BFloat16>() + check<Half>(); }
+int main() { return check<BFloat16>() + check<Half>() + check_turned<BFloat16>() + check_turned<Half>(); }
 """
 
 

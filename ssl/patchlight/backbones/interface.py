@@ -43,7 +43,8 @@ class Backbone(Protocol):
     def __call__(self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = ()) -> Tokens:
         """pixels [M, 3, H, W], mask [M, N] bool: True patches are hidden; layers: block numbers to return as well.
 
-        One that can carry queries (PQCL) takes `queries: Queries` too, and answers in Tokens.queries.
+        One that can carry queries (PQCL) takes `queries: Queries` too, and answers in Tokens.queries. One with a class
+        token takes `residual: bool` too, and answers with the patches before its final norm in Tokens.residual.
         """
         ...
 

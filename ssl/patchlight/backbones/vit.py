@@ -159,11 +159,13 @@ class VisionTransformer(nn.Module):
         mask: Tensor | None = None,
         layers: tuple[int, ...] = (),
         queries: Queries | None = None,
+        residual: bool = False,
     ) -> Tokens:
         """pixels [M, 3, H, W] to tokens; masked patches ([M, N] bool) are replaced by the mask token.
 
         layers asks for the tokens after these blocks (0-based, negative from the end), through the final norm if there
-        is one. queries adds mask tokens at their positions [M, Q, 2] that look on and are not seen.
+        is one. queries adds mask tokens at their positions [M, Q, 2] that look on and are not seen. residual asks for
+        the patches before the final norm.
         """
         grid = self.grid(*pixels.shape[-2:])
         wanted = [self._block_number(layer) for layer in layers]
@@ -182,10 +184,11 @@ class VisionTransformer(nn.Module):
         if queries is not None:
             x, guesses = x[:, :raw], self.norm(x[:, raw:])
         if not self.has_class_token:
-            return Tokens(None, x, grid, intermediate, guesses)
+            return Tokens(None, x, grid, intermediate, guesses, x if residual else None)
         cls, patches = x.split((1, x.shape[1] - 1), dim=1)
         # Normalised apart, so that neither is a view: the patches are contiguous, and FSDP2 may hook both.
-        return Tokens(self.norm(cls.squeeze(1)), self.norm(patches), grid, intermediate, guesses)
+        before = patches if residual else None
+        return Tokens(self.norm(cls.squeeze(1)), self.norm(patches), grid, intermediate, guesses, before)
 
     def embed(self, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
         """The residual stream before the first block, [M, N (+1), D]."""

@@ -21,6 +21,7 @@ from ..objectives.moco_v3 import MocoV3, MocoV3Options
 from ..objectives.pqcl import Pqcl, PqclOptions, choose_host
 from ..objectives.selfpatch import SelfPatch, SelfPatchOptions
 from ..objectives.selfpatch_contrast import SelfPatchContrast, SelfPatchContrastOptions
+from ..objectives.sere import Sere, SereOptions
 from ..records import Clock, Crops, Cues, Features, Side, Tokens, Views, Wanted
 from ..run import Model, Options, Run
 from .pairing import check_pairing
@@ -75,23 +76,26 @@ class Branch(nn.Module):
             by_view = [self.backbone(pixels) for pixels in crops.pixels]  # a backbone with BatchNorm takes no cues
             tokens = replace(by_view[0], patches=torch.cat([view.patches for view in by_view]))
         else:
-            tokens = self._read(crops.pixels.flatten(0, 1), cues or Cues())
+            tokens = self._read(crops.pixels.flatten(0, 1), cues or Cues(), wanted)
         seen = self.summary(tokens, wanted.neighbors)
         guesses = None if tokens.queries is None else self.summary.norm(tokens.queries)
-        summary, patches, aggregated, guesses = (
+        residual = None
+        if wanted.residual:
+            residual = tokens.residual if self.backbone.has_class_token else tokens.patches
+        summary, patches, aggregated, guesses, residual = (
             None if x is None else x.unflatten(0, crops.pixels.shape[:2])
-            for x in (seen.summary, seen.patches, seen.aggregated, guesses)
+            for x in (seen.summary, seen.patches, seen.aggregated, guesses, residual)
         )
-        return Features(summary, patches, tokens.grid, aggregated, queries=guesses)
+        return Features(summary, patches, tokens.grid, aggregated, queries=guesses, residual=residual)
 
-    def _read(self, pixels: Tensor, cues: Cues) -> Tokens:
-        """The backbone is told of queries only where there are some, as few can carry them."""
-        mask = None if cues.mask is None else cues.mask.flatten(0, 1)
-        if cues.queries is None:
-            return self.backbone(pixels, mask)
-        return self.backbone(
-            pixels, mask, queries=replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
-        )
+    def _read(self, pixels: Tensor, cues: Cues, wanted: Wanted) -> Tokens:
+        """The backbone is asked for queries and residual only where they are wanted, as not all of them take the words."""
+        mask, asked = None if cues.mask is None else cues.mask.flatten(0, 1), {}
+        if cues.queries is not None:
+            asked["queries"] = replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
+        if wanted.residual and self.backbone.has_class_token:
+            asked["residual"] = True
+        return self.backbone(pixels, mask, **asked)
 
     def head_of(self, name: str) -> nn.Module | None:
         """The head that an objective sees: its own, or its host's."""
@@ -160,6 +164,8 @@ def _parts(model: Model, objectives: Sequence[Objective], teacher: bool = False)
     )
     if model.freeze_patch_embed:
         _freeze_patch_embed(model.arch, backbone)
+    for one in objectives:
+        one.adapt(backbone.width, backbone.heads)
     heads = {one.name: head for one in objectives if (head := one.head(backbone.width)) is not None}
     predictors = {one.name: part for one in objectives if (part := one.predictor(backbone.width)) is not None}
     hosts = {one.name: host for one in objectives if (host := one.needs().host) and one.name not in heads}
@@ -233,10 +239,12 @@ class WeightedObjectives(nn.Module):
         self._only("summary", [need.summary for need in needs])
         self.masking = self._only("masks", [one if one.needs().masks else None for one in parts])
         self.querying = self._only("queries", [one if one.needs().queries else None for one in parts])
+        self.of_student = Wanted(residual=any(need.residual for need in needs))
         self.of_teacher = Wanted(
             local_crops=any(need.teacher_sees_local for need in needs),
             query_crops=self.querying is not None,
             neighbors=self._only("neighbors", [need.neighbors for need in needs]),
+            residual=self.of_student.residual,
         )
 
     def _only(self, what: str, wishes: list):
@@ -296,5 +304,6 @@ def build_objective(options: Options, run: Run) -> Objective:
         SelfPatchOptions: SelfPatch,
         SelfPatchContrastOptions: SelfPatchContrast,
         PqclOptions: lambda options: Pqcl(choose_host(run.objectives.options), options),
+        SereOptions: lambda options: Sere(options, local=bool(run.data.crops.local_crops)),
     }
     return build[type(options)](options)

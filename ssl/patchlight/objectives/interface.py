@@ -24,6 +24,7 @@ class Needs:
     views_apart: bool = False  # a backbone's BatchNorm takes each view as a batch of its own
     batch_norm: bool = False  # its heads have BatchNorm, which cannot do with a single image
     batch_divides: int | None = None  # the global batch must divide this number
+    residual: bool = False  # both branches leave the patches before the final norm in Features.residual
 
 
 class Objective(nn.Module):
@@ -33,6 +34,9 @@ class Objective(nn.Module):
 
     def needs(self) -> Needs:
         return Needs()
+
+    def adapt(self, width: int, heads: int) -> None:
+        """Hears the width and the attention heads of the backbone, before any module is built for it."""
 
     def head(self, width: int) -> nn.Module | None:
         """The head that goes into the student and, as an EMA twin, into the teacher."""

@@ -42,5 +42,11 @@ RECIPES: dict[str, Callable[[], Run]] = {
         papers.pqcl_dino_vits16_in1k,
         papers.pqcl_vits16_in1k_ablation,
         papers.pqcl_vits16_in1k_released,
+        papers.sere_vits16_in1k,
+        papers.sere_vits16_ims300,
+        papers.ibot_sere_vits16_in1k,
+        papers.ibot_sere_vitb16_in1k,
+        papers.ibot_sere_vitb16_in1k_200ep,
+        papers.ibot_sere_vits16_ims300,
     )
 }

@@ -67,7 +67,7 @@ def small_data() -> Run:
     return Run(
         model=Model(arch="vit_tiny", summary="class_attention"),
         objectives=Objectives((dino, SelfPatchOptions(prototypes=2048)), weights=LAMBDA),
-        data=Data(path=YOUR_IMAGES, loader="torchvision", crops=dino_policy(6), batch_per_rank=64),
+        data=Data(path=YOUR_IMAGES, crops=dino_policy(6), batch_per_rank=64),
         optim=Optim(min_lr=1e-5, teacher_momentum=0.992),
         schedule=Schedule(epochs=200),
         parallel=Parallel(accumulate=4),

@@ -1,0 +1,474 @@
+// self_relation on the GPU. A block keeps some rows of one view, image and head in shared memory, the student's and the
+// teacher's; all rows pass by in 128-byte chunks, 64 rows at a time, through asynchronous stages. Relations stay in registers.
+//   score  both softmax sums of the block's rows, carried along, and their cross-entropy
+//   pull   relations again, D + D^T from the sums of both rows, and at once its product with the features that pass by
+// Relations are in units of log2; all sums are fp32 and in a fixed order.
+#include <algorithm>
+#include <cfloat>
+
+#include "../device.h"
+#include "../warp_tile.h"
+
+namespace patchlight {
+namespace {
+
+constexpr int kWarpLanes = 32;
+constexpr int kStages = 3;
+constexpr int kMaxWarps = 8;  // leaves 255 registers a thread
+constexpr int kStageBytes = kTileColumns * kChunkBytes;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
+constexpr float kUnit = 16384;  // D + D^T lies in [-2, 2]; in these units it uses the whole range of fp16
+
+template <class T>
+struct Side {
+  const T* data;  // [views, images, heads, rows, channels]
+  int64_t view_stride, image_stride, head_stride, row_stride;
+  int channels;
+  bool aligned;
+  float scale;  // in units of log2
+  __host__ __device__ int chunks() const { return (channels + kChunkChannels<T> - 1) / kChunkChannels<T>; }
+};
+
+template <class T>
+struct Problem {
+  Side<T> student, teacher;
+  const float* weight;  // [views, images]
+  int views, images, heads, rows;
+  __host__ __device__ int tiles() const { return (rows + kTileColumns - 1) / kTileColumns; }
+  __host__ __device__ int64_t samples() const { return int64_t(views) * images * heads; }
+};
+
+struct Where {  // a block's sample
+  int view, image, head;
+  template <class T>
+  __device__ explicit Where(const Problem<T>& p)
+      : view(int(blockIdx.x / (unsigned(p.images) * unsigned(p.heads)))), image(int(blockIdx.x / unsigned(p.heads) % unsigned(p.images))),
+        head(int(blockIdx.x % unsigned(p.heads))) {}
+  template <class T>
+  __device__ const T* in(const Side<T>& side) const {
+    return side.data + view * side.view_stride + image * side.image_stride + head * side.head_stride;
+  }
+  template <class T>
+  __device__ int64_t teacher_row(const Problem<T>& p) const { return (int64_t(image) * p.heads + head) * p.rows; }
+};
+
+// One chunk of 64 rows from row `first` on, or of any number of a block's own rows. Rows that do not exist repeat the last.
+template <class T>
+__device__ void stage_chunk(char* out, const T* data, const Side<T>& side, int first, int count, int rows, int chunk) {
+  for (int i = threadIdx.x; i < count * kUnits; i += blockDim.x) {
+    const int unit = i % kUnits, slot = i / kUnits, row = min_int(first + slot, rows - 1);
+    stage_unit(out + chunk_offset(slot, unit), data + row * side.row_stride,
+               chunk * kChunkChannels<T> + unit * kUnitBytes / int(sizeof(T)), side.channels, side.aligned);
+  }
+}
+
+// What passes by: of each 64 rows the teacher's chunks, the student's, and `again` of those from chunk `first_again` on.
+template <class T>
+class Stream {
+ public:
+  __device__ Stream(const Problem<T>& problem, const Where& where, char* shared, int again_from, int again_count)
+      : p(problem), student(where.in(problem.student)), teacher(where.in(problem.teacher)), stages(shared), first_again(again_from),
+        again(again_count) {
+    steps = p.tiles() * in_tile();
+    for (int ahead = 0; ahead < kStages - 1; ++ahead) stage(ahead);
+  }
+
+  // The next chunk. Everyone must be done with the one before the last when it is called.
+  __device__ const char* next() {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the chunk has arrived for everyone, and everyone is done with the stage that is filled next
+    stage(step + kStages - 1);
+    return stages + step++ % kStages * kStageBytes;
+  }
+
+ private:
+  __device__ int in_tile() const { return p.teacher.chunks() + p.student.chunks() + again; }
+
+  __device__ void stage(int at) {
+    if (at < steps) {
+      const int tile = at / in_tile(), k = at % in_tile(), of_student = k - p.teacher.chunks();
+      char* out = stages + at % kStages * kStageBytes;
+      if (of_student < 0)
+        stage_chunk(out, teacher, p.teacher, tile * kTileColumns, kTileColumns, p.rows, k);
+      else
+        stage_chunk(out, student, p.student, tile * kTileColumns, kTileColumns, p.rows,
+                    of_student < p.student.chunks() ? of_student : first_again + of_student - p.student.chunks());
+    }
+    commit_copies();
+  }
+
+  const Problem<T>& p;
+  const T *student, *teacher;
+  char* stages;
+  int first_again, again, steps, step = 0;
+};
+
+// The block's own rows: the teacher's chunks and the student's, [chunks][slots] each.
+template <class T>
+struct Own {
+  char* shared;
+  int slots, first_row;
+  __device__ Own(char* out, const Problem<T>& p, const Where& where, int rows_of_block)
+      : shared(out), slots(rows_of_block), first_row(int(blockIdx.y) * rows_of_block) {
+    for (int c = 0; c < p.teacher.chunks(); ++c) stage_chunk(chunk(c), where.in(p.teacher), p.teacher, first_row, slots, p.rows, c);
+    for (int c = 0; c < p.student.chunks(); ++c)
+      stage_chunk(chunk(p.teacher.chunks() + c), where.in(p.student), p.student, first_row, slots, p.rows, c);
+    commit_copies();
+  }
+  __device__ char* chunk(int c) const { return shared + c * slots * kChunkBytes; }
+};
+
+template <class T>
+size_t own_bytes(const Problem<T>& p, int slots) {
+  return size_t(p.teacher.chunks() + p.student.chunks()) * slots * kChunkBytes;
+}
+
+// A tile's relations: chunks from `first` on of the block's own rows with those that come next.
+template <class T, int M>
+__device__ __forceinline__ void relate(WarpTile<T, M>& tile, const Own<T>& own, Stream<T>& stream, int first, int chunks, float scale) {
+  tile.clear();
+  for (int c = 0; c < chunks; ++c) tile.multiply(own.chunk(first + c), int(threadIdx.x) / kWarpLanes * 16 * M, stream.next());
+#pragma unroll
+  for (int i = 0; i < WarpTile<T, M>::kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < WarpTile<T, M>::kColumns; ++j) tile.at(i, j) *= scale;
+}
+
+// ------------------------------------------------------------------------------------------------- score
+
+struct Scores {
+  float* log2_student;  // [views, images, heads, rows]
+  float* log2_teacher;  // [images, heads, rows]
+  float* losses;        // [samples, blocks]
+};
+
+// The running maximum of a row of the tile, and the factor that brings older sums of powers to it.
+template <class Tile>
+__device__ __forceinline__ float raise(Tile& tile, int i, float& highest, int left) {
+  float top = highest;
+#pragma unroll
+  for (int j = 0; j < Tile::kColumns; ++j) top = fmaxf(top, Tile::column(j) < left ? tile.at(i, j) : -FLT_MAX);
+  top = row_max<Tile>(top);
+  const float rescale = exp2f(highest - top);
+  highest = top;
+  return rescale;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) score_kernel(Problem<T> p, int rows_of_block, Scores out) {
+  using Tile = WarpTile<T>;
+  const Where where(p);
+  const Own<T> own(shared_memory(), p, where, rows_of_block);
+  char* stages = shared_memory() + (p.teacher.chunks() + p.student.chunks()) * rows_of_block * kChunkBytes;
+  Stream<T> stream(p, where, stages, 0, 0);
+  const int warp = int(threadIdx.x) / kWarpLanes, first_row = own.first_row + warp * kTileRows;
+  float highest[Tile::kRows], sum[Tile::kRows], teacher_highest[Tile::kRows], teacher_sum[Tile::kRows], expected[Tile::kRows];
+#pragma unroll
+  for (int i = 0; i < Tile::kRows; ++i) {
+    highest[i] = teacher_highest[i] = -FLT_MAX;
+    sum[i] = teacher_sum[i] = expected[i] = 0;
+  }
+  for (int t = 0; t < p.tiles(); ++t) {
+    const int left = p.rows - t * kTileColumns;
+    Tile powers, tile;
+    relate(powers, own, stream, 0, p.teacher.chunks(), p.teacher.scale);
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i) {
+      const float rescale = raise(powers, i, teacher_highest[i], left);
+      teacher_sum[i] *= rescale, expected[i] *= rescale;
+#pragma unroll
+      for (int j = 0; j < Tile::kColumns; ++j) {
+        powers.at(i, j) = Tile::column(j) < left ? exp2f(powers.at(i, j) - teacher_highest[i]) : 0.0f;
+        teacher_sum[i] += powers.at(i, j);
+      }
+    }
+    relate(tile, own, stream, p.teacher.chunks(), p.student.chunks(), p.student.scale);
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i) {
+      sum[i] *= raise(tile, i, highest[i], left);
+#pragma unroll
+      for (int j = 0; j < Tile::kColumns; ++j) {
+        expected[i] += powers.at(i, j) * tile.at(i, j);
+        sum[i] += Tile::column(j) < left ? exp2f(tile.at(i, j) - highest[i]) : 0.0f;
+      }
+    }
+  }
+  float loss = 0;
+#pragma unroll
+  for (int i = 0; i < Tile::kRows; ++i) {
+    const float log2_sum = highest[i] + log2f(row_sum<Tile>(sum[i])), total = row_sum<Tile>(teacher_sum[i]);
+    const float mean = row_sum<Tile>(expected[i]) / total;
+    const int row = first_row + Tile::row(i);
+    if (row >= p.rows || threadIdx.x % Tile::kSharers != 0) continue;
+    out.log2_student[int64_t(blockIdx.x) * p.rows + row] = log2_sum;
+    if (where.view == 0) out.log2_teacher[where.teacher_row(p) + row] = teacher_highest[i] + log2f(total);
+    loss += log2_sum - mean;
+  }
+  for (int step = 1; step < kWarpLanes; step *= 2) loss += __shfl_xor_sync(kAllLanes, loss, step);
+  float* of_warp = reinterpret_cast<float*>(stages);
+  __syncthreads();  // everyone is done with the stages
+  if (threadIdx.x % kWarpLanes == 0) of_warp[warp] = loss;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const float weight = p.weight[where.view * p.images + where.image];
+    float total = 0;
+    for (int w = 0; w < int(blockDim.x) / kWarpLanes; ++w) total += of_warp[w];
+    const float mean = total * (kLn2 / (float(p.rows) * float(p.heads)));
+    out.losses[int64_t(blockIdx.x) * gridDim.y + blockIdx.y] = weight == 0 ? 0.0f : weight * mean;
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- pull
+
+// A warp's rows of one chunk of channels of the gradient, and the factor D + D^T that they are the product of.
+template <class T, int M>
+struct Pulled {  // 16-bit values: the factor stays in the registers of the tile, as fragments
+  using Tile = WarpTile<T, M>;
+  static constexpr int kColumns = 16;
+  static constexpr size_t kScratchBytes = 0;
+  float sum[M][8][4] = {};
+  __device__ __forceinline__ float at(int i, int j) const { return sum[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+
+  struct Factor {
+    uint32_t a[M][4][4];  // of 16 columns each
+    __device__ __forceinline__ Factor(const Tile& tile, char*) {
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* pair = &tile.sum[m][2 * k + i / 2][i % 2 * 2];
+            const T rounded[2] = {T(pair[0]), T(pair[1])};
+            memcpy(&a[m][k][i], rounded, 4);
+          }
+    }
+  };
+
+  __device__ __forceinline__ void add(const Factor& factor, const char* chunk) {
+    const int lane = int(threadIdx.x) % kWarpLanes;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        uint32_t b[4];
+        load_transposed(b, chunk + chunk_offset(k * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * pair + lane / 16));
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          multiply_add<T>(sum[m][2 * pair], factor.a[m][k], b[0], b[1]);
+          multiply_add<T>(sum[m][2 * pair + 1], factor.a[m][k], b[2], b[3]);
+        }
+      }
+  }
+};
+
+template <int M>
+struct Pulled<float, M> {  // fp32 values: lanes need each other's columns, so the factor goes through shared memory
+  using Tile = WarpTile<float, M>;
+  static constexpr int kColumns = 4, kStride = kTileColumns + 8;
+  static constexpr size_t kScratchBytes = 16 * M * kStride * sizeof(float);
+  float sum[Tile::kRows][kColumns] = {};
+  __device__ __forceinline__ float at(int i, int j) const { return sum[i][j]; }
+
+  struct Factor {
+    const float* shared;
+    __device__ __forceinline__ Factor(Tile& tile, char* scratch) : shared(reinterpret_cast<float*>(scratch)) {
+      __syncwarp();  // everyone is done with the tile before
+#pragma unroll
+      for (int i = 0; i < Tile::kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::kColumns; ++j)
+          reinterpret_cast<float*>(scratch)[Tile::row(i) * kStride + Tile::column(j)] = tile.at(i, j);
+      __syncwarp();
+    }
+  };
+
+  __device__ __forceinline__ void add(const Factor& factor, const char* chunk) {
+#pragma unroll 2
+    for (int m = 0; m < kTileColumns; ++m) {
+      float b[kColumns];
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const int channel = Tile::column(j);
+        b[j] = *reinterpret_cast<const float*>(chunk + chunk_offset(m, channel / 4) + channel % 4 * 4);
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kRows; ++i) {
+        const float a = factor.shared[Tile::row(i) * kStride + m];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) sum[i][j] += a * b[j];
+      }
+    }
+  }
+};
+
+struct Pull {
+  const float* log2_student;
+  const float* log2_teacher;
+  const float* grad_loss;  // scalar
+  void* gradient;          // [views, images, heads, rows, channels], fp32 or as the features
+  bool exact;              // fp32
+};
+
+// p_nm + p_mn of a tile's relations.
+template <class Tile>
+__device__ __forceinline__ void both_probabilities(Tile& tile, const float* log2_sums, const float (&of_row)[Tile::kRows], int first,
+                                                   int rows) {
+#pragma unroll
+  for (int j = 0; j < Tile::kColumns; ++j) {
+    const float of_column = log2_sums[min_int(first + Tile::column(j), rows - 1)];
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i) tile.at(i, j) = exp2f(tile.at(i, j) - of_row[i]) + exp2f(tile.at(i, j) - of_column);
+  }
+}
+
+// CHUNKS of the channels, of rows in groups of 16 M a warp.
+template <class T, int M, int CHUNKS>
+__global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) pull_kernel(Problem<T> p, int rows_of_block, Pull out) {
+  using Tile = WarpTile<T, M>;
+  const Where where(p);
+  const Own<T> own(shared_memory(), p, where, rows_of_block);
+  char* stages = shared_memory() + (p.teacher.chunks() + p.student.chunks()) * rows_of_block * kChunkBytes;
+  const int warp = int(threadIdx.x) / kWarpLanes, first_row = own.first_row + warp * 16 * M;
+  char* scratch = stages + kStages * kStageBytes + warp * Pulled<T, M>::kScratchBytes;
+  const int first_chunk = int(blockIdx.z) * CHUNKS, chunks = min_int(CHUNKS, p.student.chunks() - first_chunk);
+  Stream<T> stream(p, where, stages, first_chunk, chunks);
+  const float* log2_student = out.log2_student + int64_t(blockIdx.x) * p.rows;
+  const float* log2_teacher = out.log2_teacher + where.teacher_row(p);
+  float of_row[Tile::kRows], teacher_of_row[Tile::kRows];
+#pragma unroll
+  for (int i = 0; i < Tile::kRows; ++i) {
+    const int row = min_int(first_row + Tile::row(i), p.rows - 1);
+    of_row[i] = log2_student[row], teacher_of_row[i] = log2_teacher[row];
+  }
+  Pulled<T, M> pulled[CHUNKS];
+  for (int t = 0; t < p.tiles(); ++t) {
+    const int first = t * kTileColumns;
+    Tile wanted, tile;
+    relate(wanted, own, stream, 0, p.teacher.chunks(), p.teacher.scale);
+    both_probabilities(wanted, log2_teacher, teacher_of_row, first, p.rows);
+    relate(tile, own, stream, p.teacher.chunks(), p.student.chunks(), p.student.scale);
+    both_probabilities(tile, log2_student, of_row, first, p.rows);
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < Tile::kColumns; ++j)
+        tile.at(i, j) = first + Tile::column(j) < p.rows ? (tile.at(i, j) - wanted.at(i, j)) * kUnit : 0.0f;
+    const typename Pulled<T, M>::Factor factor(tile, scratch);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c)
+      if (c < chunks) pulled[c].add(factor, stream.next());
+  }
+  const float weight = p.weight[where.view * p.images + where.image];
+  const float unit = *out.grad_loss * weight * (p.student.scale * kLn2 / (float(p.rows) * float(p.heads))) / kUnit;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; ++c)
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < Pulled<T, M>::kColumns; ++j) {
+        const int row = first_row + Tile::row(i), channel = (first_chunk + c) * kChunkChannels<T> + Tile::column(j);
+        if (c >= chunks || row >= p.rows || channel >= p.student.channels) continue;
+        const int64_t at = (int64_t(blockIdx.x) * p.rows + row) * p.student.channels + channel;
+        const float value = weight == 0 ? 0.0f : pulled[c].at(i, j) * unit;
+        if (out.exact)
+          static_cast<float*>(out.gradient)[at] = value;
+        else
+          static_cast<T*>(out.gradient)[at] = T(value);
+      }
+}
+
+// ------------------------------------------------------------------------------------------------ launch
+
+template <class T>
+Side<T> side_of(const Tensor& x, double scale) {
+  const int first = x.dim() == 5;  // only the student has views
+  const T* data = static_cast<const T*>(x.data_ptr());
+  STD_TORCH_CHECK(x.size(first + 3) <= 1 || x.stride(first + 3) == 1,
+                  "self_relation: expected rows with dense channels; call the Python function");
+  const int64_t view_stride = first ? x.stride(0) : 0;
+  return {data,
+          view_stride,
+          x.stride(first),
+          x.stride(first + 1),
+          x.stride(first + 2),
+          int(x.size(first + 3)),
+          rows_aligned(data, {view_stride, x.stride(first), x.stride(first + 1), x.stride(first + 2)}),
+          float(scale * double(kLog2e))};
+}
+
+float* pointer(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+template <class T>
+Problem<T> problem_of(const Tensor& student, const Tensor& teacher, double student_scale, double teacher_scale, const Tensor& weight) {
+  return {side_of<T>(student, student_scale), side_of<T>(teacher, teacher_scale), pointer(weight),
+          int(student.size(0)), int(student.size(1)), int(student.size(2)), int(student.size(3))};
+}
+
+// As many warps as fit, each with rows of its own, and blocks of like size.
+template <class T>
+int warps_for(const Problem<T>& p, int rows_of_warp, size_t scratch_bytes, size_t limit) {
+  const int all = (p.rows + rows_of_warp - 1) / rows_of_warp;
+  int warps = std::min(all, kMaxWarps);
+  const auto bytes = [&](int count) { return own_bytes(p, count * rows_of_warp) + kStages * kStageBytes + count * scratch_bytes; };
+  while (warps > 1 && bytes(warps) > limit) --warps;
+  STD_TORCH_CHECK(bytes(warps) <= limit, "self_relation: rows of ", p.student.channels, " and ", p.teacher.channels,
+                  " channels need ", bytes(warps), " bytes of shared memory and this GPU has ", limit,
+                  "; use force(self_relation='triton')");
+  const int blocks = (all + warps - 1) / warps;
+  return (all + blocks - 1) / blocks;
+}
+
+// The first result has to be summed; the last is empty: on a GPU the backward makes the gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor> self_relation_fwd(const Tensor& student, const Tensor& teacher, double student_scale,
+                                                             double teacher_scale, const Tensor& weight, bool gradients) {
+  STD_TORCH_CHECK(!gradients, "self_relation: the CUDA forward makes no gradient; call the Python function");
+  const OnDevice device(student);
+  const auto allocate = [&](std::vector<int64_t> sizes) { return torch::stable::new_empty(student, sizes, ScalarType::Float); };
+  Tensor log2_student = allocate({student.size(0), student.size(1), student.size(2), student.size(3)});
+  Tensor log2_teacher = allocate({teacher.size(0), teacher.size(1), teacher.size(2)}), losses = allocate({0});
+  with_float_type(student, "self_relation", [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto p = problem_of<T>(student, teacher, student_scale, teacher_scale, weight);
+    const int warps = warps_for(p, kTileRows, 0, device.shared_memory_limit()), rows = warps * kTileRows;
+    const int blocks = (p.rows + rows - 1) / rows;
+    losses = allocate({p.samples(), blocks});
+    launch(device, score_kernel<T>, dim3{unsigned(p.samples()), unsigned(blocks), 1}, warps * kWarpLanes,
+           own_bytes(p, rows) + kStages * kStageBytes, p, rows, Scores{pointer(log2_student), pointer(log2_teacher), pointer(losses)});
+  });
+  return {losses, log2_student, log2_teacher, allocate({0})};
+}
+
+template <class T, int M, int CHANNELS>
+void launch_pull(const OnDevice& device, const Problem<T>& p, const Pull& out) {
+  constexpr int kChunks = CHANNELS / kChunkChannels<T>;
+  constexpr size_t kScratch = Pulled<T, M>::kScratchBytes;
+  const int warps = warps_for(p, 16 * M, kScratch, device.shared_memory_limit()), rows = warps * 16 * M;
+  const dim3 grid{unsigned(p.samples()), unsigned((p.rows + rows - 1) / rows), unsigned((p.student.chunks() + kChunks - 1) / kChunks)};
+  launch(device, pull_kernel<T, M, kChunks>, grid, warps * kWarpLanes, own_bytes(p, rows) + kStages * kStageBytes + warps * kScratch, p,
+         rows, out);
+}
+
+// The gradient of the student's features, in fp32 if `exact`, else in their dtype.
+Tensor self_relation_bwd(const Tensor& student, const Tensor& teacher, double student_scale, double teacher_scale, const Tensor& weight,
+                         const Tensor& log2_student, const Tensor& log2_teacher, const Tensor& grad_loss, bool exact) {
+  const OnDevice device(student);
+  const std::vector<int64_t> sizes{student.size(0), student.size(1), student.size(2), student.size(3), student.size(4)};
+  Tensor gradient = torch::stable::new_empty(student, sizes, exact ? ScalarType::Float : student.scalar_type());
+  const Pull out{pointer(log2_student), pointer(log2_teacher), pointer(grad_loss), gradient.data_ptr(), exact};
+  with_float_type(student, "self_relation", [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto p = problem_of<T>(student, teacher, student_scale, teacher_scale, weight);
+    p.student.channels <= 64 ? launch_pull<T, 2, 64>(device, p, out) : launch_pull<T, 1, 256>(device, p, out);
+  });
+  return gradient;
+}
+
+}  // namespace
+}  // namespace patchlight
+
+PATCHLIGHT_IMPL(PATCHLIGHT_GPU, m) {
+  m.impl("self_relation_fwd", TORCH_BOX(&patchlight::self_relation_fwd));
+  m.impl("self_relation_bwd", TORCH_BOX(&patchlight::self_relation_bwd));
+}
