@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patchlight.evaluation import knn
-from patchlight.evaluation.knn import knn_accuracy
+from patchlight.evaluation.knn import NearestNeighbors, accuracies, knn_accuracy
 
 
 def naive(train, train_labels, test, test_labels, k: int, temperature: float) -> float:
@@ -37,8 +37,43 @@ def test_it_agrees_with_loops(temperature, monkeypatch):
     assert len(set(expected.values())) > 1
     assert all(0.3 < value < 0.95 for value in expected.values()), "neither trivial nor hopeless"
     assert knn_accuracy(*train, *test, ks, temperature) == pytest.approx(expected, abs=1e-12)
-    monkeypatch.setattr(knn, "_SIMILARITIES", 83 * 4)  # pieces of four test images
+    monkeypatch.setattr(knn, "QUERIES", 10)
+    monkeypatch.setattr(knn, "BANK", 13)  # the k-th best is found over several pieces
     assert knn_accuracy(*train, *test, ks, temperature) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sorted by class", "best last"])
+def test_a_streamed_bank_keeps_the_k_best(order, monkeypatch):
+    """Whatever comes first: the same similarities as one topk over everything."""
+    monkeypatch.setattr(knn, "QUERIES", 8)
+    monkeypatch.setattr(knn, "BANK", 64)
+    (bank, names), (queries, _) = clusters(500, 1.0), clusters(21, 1.0)
+    if order == "sorted by class":
+        bank, names = bank[names.argsort()], names.sort().values
+    if order == "best last":
+        by = (torch.nn.functional.normalize(bank) @ torch.nn.functional.normalize(queries[0], dim=0)).argsort()
+        bank, names = bank[by], names[by]
+    nearest = NearestNeighbors(queries, 20)
+    for piece in torch.arange(500).split(37):
+        nearest.add(bank[piece], names[piece])
+    found = nearest.result()
+    exact = torch.nn.functional.normalize(queries.double()) @ torch.nn.functional.normalize(bank.double()).T
+    best = exact.topk(20, dim=1)
+    assert (found.similarity - best.values).abs().max() < 1e-6
+    assert torch.equal(found.label, names[best.indices]), "gaps between random cosines are far above rounding"
+    halves = [NearestNeighbors(queries, 20) for _ in range(2)]
+    for number, half in enumerate(halves):
+        half.add(bank[number::2], names[number::2])
+    halves[0].merge([halves[1].result()])
+    assert torch.equal(halves[0].result().label, found.label), "two ranks find what one does"
+
+
+def test_equal_features_are_all_neighbors():
+    """A collapsed backbone: every similarity is 1, and the answer is still defined."""
+    nearest = NearestNeighbors(torch.ones(5, 4), 7)
+    nearest.add(torch.ones(100, 4), torch.zeros(100, dtype=torch.int64))
+    assert (nearest.result().similarity - 1).abs().max() < 1e-6
+    assert accuracies(nearest.result(), torch.zeros(5, dtype=torch.int64), (7,), 0.07, 3) == {7: 1.0}
 
 
 def test_near_neighbors_outvote_many_far_ones():

@@ -83,7 +83,7 @@ def labels(seed: int, indices: np.ndarray) -> np.ndarray:
 
 def draw_images(seed: int, indices: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images [B, size, size, 3] uint8 and object masks [B, size, size] bool."""
-    image = _backgrounds(seed, indices, size)
+    image = backgrounds(seed, indices, size)
     classes = torch.from_numpy(labels(seed, indices))
     numbers = _uniform(seed, 2, indices, _MOST_OBJECTS * _OBJECT_FIELDS + 1)
     objects, counts = numbers[:, 1:].unflatten(1, (_MOST_OBJECTS, _OBJECT_FIELDS)), numbers[:, 0]
@@ -94,7 +94,7 @@ def draw_images(seed: int, indices: np.ndarray, size: int) -> tuple[np.ndarray, 
         distance, texture = _object(classes, objects[:, number], place, size)
         distance[number >= counts] = 1.0  # outside everywhere
         cover = (0.5 - distance * size).clamp_(0, 1)[:, None]  # antialiased over one pixel
-        fill, ink = _colors(objects[:, number, 3:9])
+        fill, ink = colors(objects[:, number, 3:9])
         image = image + (fill + (ink - fill) * texture[:, None] - image) * cover
         mask |= distance < 0
     pixels = (image.clamp_(0, 1) * 255).round_().to(torch.uint8)
@@ -111,7 +111,7 @@ def _grid(size: int) -> tuple[Tensor, Tensor]:
     return line[None, :], line[:, None]
 
 
-def _backgrounds(seed: int, indices: np.ndarray, size: int) -> Tensor:
+def backgrounds(seed: int, indices: np.ndarray, size: int) -> Tensor:
     """Colored noise of three scales, [B, 3, size, size]: as colorful within an image as between images."""
     cells = [4 * n * n for n in _NOISE_CELLS]
     parts = (_uniform(seed, 1, indices, sum(cells)) - 0.5).split(cells, 1)
@@ -122,18 +122,24 @@ def _backgrounds(seed: int, indices: np.ndarray, size: int) -> Tensor:
     return image
 
 
-def _colors(u: Tensor) -> tuple[Tensor, Tensor]:
+def colors(u: Tensor) -> tuple[Tensor, Tensor]:
     """A bright fill and a dark ink of any hue, from u [B, 6]: [B, 3, 1, 1] each."""
     return 0.4 + 0.6 * u[:, :3, None, None], 0.6 * u[:, 3:6, None, None]
 
 
 def _object(classes: Tensor, u: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """One object per image: signed distance to its outline in image widths, and how much ink covers it, [B, S, S]."""
-    x, y = _grid(size)
     reach = _REACH[0] + (_REACH[1] - _REACH[0]) * u[:, 0]
     off_center = 0.24 + 0.16 * u[:, 1]
     center_x, center_y = 0.5 + off_center * torch.cos(place), 0.5 + off_center * torch.sin(place)
-    angle = (2 * u[:, 2] - 1) * _TILT
+    return object_at(classes, center_x, center_y, reach, (2 * u[:, 2] - 1) * _TILT, size)
+
+
+def object_at(
+    classes: Tensor, center_x: Tensor, center_y: Tensor, reach: Tensor, angle: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """The same for objects [B] of these classes, places (in image widths), reaches and angles."""
+    x, y = _grid(size)
     cos, sin = (f(angle)[:, None, None] / reach[:, None, None] for f in (torch.cos, torch.sin))
     dx, dy = x - center_x[:, None, None], y - center_y[:, None, None]
     right, down = dx * cos + dy * sin, dy * cos - dx * sin  # in units of the object's reach

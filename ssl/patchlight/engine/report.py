@@ -13,6 +13,7 @@ from .report_style import SCRIPT, STYLE
 from .run_folder import (
     DIAGNOSES_FILE,
     ENVIRONMENT_FILE,
+    EVALUATION_FOLDER,
     KNN_FILE,
     METRICS_FILE,
     PICTURES_FOLDER,
@@ -43,6 +44,7 @@ def build_report(folder: Path) -> str:
         _tiles(lines, knn),
         _diagnoses(read_lines(folder / DIAGNOSES_FILE)),
         _section("What it learned", _knn_chart(knn, lines) + _pictures(folder / PICTURES_FOLDER, "attention")),
+        _section("What it is worth", _evaluations(folder / EVALUATION_FOLDER)),
         _section("Losses", _loss_charts(lines)),
         _section("Schedules and gradients", _other_charts(lines)),
         _section("Speed and data", _data_facts(run, lines) + _speed_charts(lines)),
@@ -193,6 +195,28 @@ def _data_facts(run: dict, lines: list[dict]) -> str:
     if "data/replaced" in lines[-1]:
         facts["unreadable images replaced"] = f"{lines[-1]['data/replaced']:.0f}"
     return _table(facts.items(), None)
+
+
+def _evaluations(folder: Path) -> str:
+    """The results of `python -m patchlight.evaluation`: numbers with the nearest published ones, and pictures."""
+    rows, figures = [], []
+    for file in sorted(folder.glob("*.json")):
+        result = read_json(file)
+        numbers = ", ".join(f"{name} {percent(value)}" for name, value in result["metrics"].items())
+        notes = [
+            f"{name}: {used} where the protocol has {frozen}" for name, (frozen, used) in result["changed"].items()
+        ]
+        notes += result["notes"] + [f"failed: {part}: {reason}" for part, reason in result["failed"].items()]
+        known = [
+            f"{row['method']} {row['backbone']}: "
+            + ", ".join(f"{name} {value:g}%" for name, value in row["metrics"].items())
+            for row in result["published"]
+        ]
+        parts = [numbers, *(["published: " + "; ".join(known)] if known else []), *notes]
+        rows.append((f"{result['task']} on {result['data']}", " · ".join(parts)))
+    for pictures in sorted(path for path in folder.glob("*") if path.is_dir()):
+        figures.append(_pictures(pictures, ""))
+    return _table(rows, None) + "".join(figures)
 
 
 def _pictures(folder: Path, kind: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 RUN_FILE, ENVIRONMENT_FILE = "run.json", "environment.json"
 METRICS_FILE, KNN_FILE, DIAGNOSES_FILE = "metrics.jsonl", "knn.jsonl", "diagnoses.jsonl"  # a line per event
 EPOCHS_FILE = "log.txt"  # a line per epoch, as DINO writes it
-REPORT_FILE, PICTURES_FOLDER = "report.html", "plots"
+REPORT_FILE, PICTURES_FOLDER, EVALUATION_FOLDER = "report.html", "plots", "evaluation"
 
 
 def append_line(path: Path, record: Mapping) -> None:

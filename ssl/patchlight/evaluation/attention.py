@@ -15,13 +15,36 @@ _GAP = 4  # pixels between the pictures of a sheet
 _HEAT = np.array([[0.05, 0.03, 0.2], [0.45, 0.1, 0.43], [0.85, 0.25, 0.3], [0.98, 0.6, 0.2], [0.99, 0.98, 0.7]])
 
 
-@torch.no_grad()
-def class_attention_maps(run: Callable[[Tensor], object], block: nn.Module, pixels: Tensor) -> Tensor:
+def class_attention_maps(run: Callable[[Tensor], object], block: nn.Module, pixels: Tensor, prefix: int = 1) -> Tensor:
     """Where the class token looks in a timm-style block while `run(pixels)` passes through it: [B, heads, N].
 
-    The block has norm1 and attn with qkv, num_heads and scale; the class token is the first of its tokens.
-    Probabilities are those of the block; the class token's look at itself is cut off, so rows sum to less than 1.
+    The class token is the first of `prefix` tokens that are no patches. Probabilities are those of the block; the looks at
+    tokens that are no patches are cut off, so rows sum to less than 1.
     """
+    return _attention_rows(run, block, pixels, torch.zeros(1, dtype=torch.int64), prefix)[:, :, 0]
+
+
+def query_attention_maps(
+    run: Callable[[Tensor], object], block: nn.Module, pixels: Tensor, patches: Tensor, prefix: int = 1
+) -> Tensor:
+    """Where some patches [Q] (row-major numbers) look, as `class_attention_maps`: [B, heads, Q, N]."""
+    return _attention_rows(run, block, pixels, patches + prefix, prefix)
+
+
+@torch.no_grad()
+def _attention_rows(
+    run: Callable[[Tensor], object], block: nn.Module, pixels: Tensor, tokens: Tensor, prefix: int
+) -> Tensor:
+    """Rows of a block's attention probabilities, [B, heads, len(tokens), N].
+
+    The block has norm1 and attn with qkv, num_heads and scale, as timm's plain ViTs have.
+    """
+    attention = block.attn
+    if not all(hasattr(attention, name) for name in ("qkv", "num_heads", "scale")) or hasattr(attention, "rope"):
+        raise ValueError(
+            f"Attention can be drawn for plain ViT blocks (qkv, num_heads, scale), got {type(attention).__name__}; use"
+            " patch similarities for this model."
+        )
     kept: list[Tensor] = []
     handle = block.register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0]))
     try:
@@ -33,11 +56,10 @@ def class_attention_maps(run: Callable[[Tensor], object], block: nn.Module, pixe
             "class_attention_maps: run(pixels) must pass through the block, got a run that does not; pass a block of"
             " the model that runs."
         )
-    attention, tokens = block.attn, block.norm1(kept[0])
-    q, k, _ = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)  # [B, 1 + N, heads, E]
+    q, k, _ = attention.qkv(block.norm1(kept[0])).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
     q, k = getattr(attention, "q_norm", nn.Identity())(q), getattr(attention, "k_norm", nn.Identity())(k)
-    scores = torch.einsum("bhe,bnhe->bhn", q[:, 0], k) * attention.scale
-    return scores.float().softmax(-1)[:, :, 1:]
+    scores = torch.einsum("bqhe,bnhe->bhqn", q[:, tokens.to(q.device)], k) * attention.scale
+    return scores.float().softmax(-1)[..., prefix:]
 
 
 @torch.no_grad()
@@ -74,7 +96,7 @@ def draw_attention(images: np.ndarray, attention: Tensor, grid: tuple[int, int],
     for image, heat in zip(images, maps.numpy(), strict=True):
         picture = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)) / 255
         mean, heads = _stretched(heat.mean(0)), _stretched(heat)
-        rows.append([picture, _over(picture, mean), _head_colors(picture, heads), *map(_heat, heads)])
+        rows.append([picture, _over(picture, mean), _head_colors(picture, heads), *map(heat_colors, heads)])
     return Image.fromarray((_sheet(rows) * 255).round().astype(np.uint8))
 
 
@@ -84,7 +106,7 @@ def _stretched(maps: np.ndarray) -> np.ndarray:
     return (maps - low) / np.maximum(high - low, 1e-12)
 
 
-def _heat(values: np.ndarray) -> np.ndarray:
+def heat_colors(values: np.ndarray) -> np.ndarray:
     """Numbers in 0..1 as colors from dark to light."""
     places = np.linspace(0, 1, len(_HEAT))
     return np.stack([np.interp(values, places, _HEAT[:, channel]) for channel in range(3)], -1)
@@ -94,7 +116,7 @@ def _over(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The picture in gray, covered by colors as much as there is attention."""
     gray = np.repeat(picture.mean(2, keepdims=True) * 0.6, 3, 2)
     cover = values[:, :, None] * 0.85
-    return gray * (1 - cover) + _heat(values) * cover
+    return gray * (1 - cover) + heat_colors(values) * cover
 
 
 def _head_colors(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:

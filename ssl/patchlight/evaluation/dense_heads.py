@@ -1,0 +1,117 @@
+"""Heads that turn levels of patch features [B, D, h, w] into class scores: 1x1, Semantic FPN, UPerNet."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def unit(inside: int, outside: int, kernel: int = 3) -> nn.Sequential:
+    """Convolution, BatchNorm, ReLU."""
+    conv = nn.Conv2d(inside, outside, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU(inplace=True))
+
+
+class PointwiseHead(nn.Module):
+    """A 1x1 convolution on the last level. With `norm`, features are standardized first, as frozen ones need."""
+
+    def __init__(self, width: int, classes: int, norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width) if norm else nn.Identity()
+        self.classify = nn.Conv2d(width, classes, 1)
+        nn.init.normal_(self.classify.weight, std=0.01)
+        nn.init.zeros_(self.classify.bias)
+
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
+        return (self.classify(self.norm(levels[-1])),)
+
+
+class Pyramid(nn.Module):
+    """Four levels of one ViT grid as a feature pyramid: 4 and 2 times finer by deconvolution, as is, and half as fine."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        up = lambda: nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(up(), nn.BatchNorm2d(width), nn.GELU(), up()),
+                up(),
+                nn.Identity(),
+                nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        )
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        return [scale(level) for scale, level in zip(self.scales, levels, strict=True)]
+
+
+class SemanticFpnHead(nn.Module):
+    """Top-down fusion, each scale brought to the finest by convolutions and doublings, then summed (Kirillov et al. 2019)."""
+
+    def __init__(self, width: int, classes: int, channels: int = 128) -> None:
+        super().__init__()
+        self.pyramid = Pyramid(width)
+        self.lateral = nn.ModuleList(nn.Conv2d(width, 2 * channels, 1) for _ in range(4))
+        self.smooth = nn.ModuleList(nn.Conv2d(2 * channels, 2 * channels, 3, padding=1) for _ in range(4))
+        self.up = nn.ModuleList(
+            nn.ModuleList(unit(2 * channels if i == 0 else channels, channels) for i in range(max(1, doublings)))
+            for doublings in range(4)
+        )
+        self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, classes, 1))
+
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
+        scales = top_down([lateral(x) for lateral, x in zip(self.lateral, self.pyramid(levels), strict=True)])
+        total: Tensor | float = 0.0
+        for doublings, (smooth, units, x) in enumerate(zip(self.smooth, self.up, scales, strict=True)):
+            x = smooth(x)
+            for one in units:
+                x = one(x)
+                if doublings:
+                    x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+            total = total + (x if x.shape[-2:] == scales[0].shape[-2:] else resized(x, scales[0].shape[-2:]))
+        return (self.classify(total),)
+
+
+class UperNetHead(nn.Module):
+    """Pyramid pooling on the coarsest scale, top-down fusion, all scales side by side (Xiao et al. 2018), and a helper head.
+
+    The second score map is the helper's, from the third level; it counts in training only.
+    """
+
+    def __init__(self, width: int, classes: int, channels: int = 512, pools: tuple[int, ...] = (1, 2, 3, 6)) -> None:
+        super().__init__()
+        self.pyramid = Pyramid(width)
+        self.pools, self.pooled = pools, nn.ModuleList(unit(width, channels, 1) for _ in pools)
+        self.bottom = unit(width + len(pools) * channels, channels)
+        self.lateral = nn.ModuleList(unit(width, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(unit(channels, channels) for _ in range(3))
+        self.fuse = unit(4 * channels, channels)
+        self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, classes, 1))
+        half = max(1, channels // 2)
+        self.helper = nn.Sequential(unit(width, half), nn.Dropout2d(0.1), nn.Conv2d(half, classes, 1))
+
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, ...]:
+        scales = self.pyramid(levels)
+        size = scales[3].shape[-2:]
+        pooled = [
+            resized(one(F.adaptive_avg_pool2d(scales[3], n)), size)
+            for n, one in zip(self.pools, self.pooled, strict=True)
+        ]
+        coarse = self.bottom(torch.cat([scales[3], *pooled], 1))
+        fused = top_down([*(lateral(x) for lateral, x in zip(self.lateral, scales[:3], strict=True)), coarse])
+        fused = [*(smooth(x) for smooth, x in zip(self.smooth, fused[:3], strict=True)), fused[3]]
+        side_by_side = torch.cat([fused[0], *(resized(x, fused[0].shape[-2:]) for x in fused[1:])], 1)
+        return self.classify(self.fuse(side_by_side)), self.helper(scales[2])
+
+
+def top_down(scales: list[Tensor]) -> list[Tensor]:
+    """Adds each scale, enlarged, to the next finer one, from the coarsest on."""
+    out = [scales[-1]]
+    for finer in reversed(scales[:-1]):
+        out.append(finer + resized(out[-1], finer.shape[-2:]))
+    return out[::-1]

@@ -1,0 +1,83 @@
+"""Features of every image of a source, once and in order, a share per process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from ..data.sources import Source
+from .encoder import Encoder
+from .progress import progress
+from .ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read for an evaluation."""
+
+    batch: int = 256
+    """Images that the backbone sees at once."""
+    workers: int = 4
+    """Processes that read ahead, per rank; 0 reads in the evaluating process."""
+    precision: str = "fp32"
+    """fp32 or bf16: the format of the backbone's forward pass."""
+
+
+class CenterCrops(Dataset):
+    """uint8 [3, size, size] and its number: the shorter side resized (bicubic, antialiased) and the center cut out."""
+
+    def __init__(self, source: Source, ids: np.ndarray, size: int, resize_to: int) -> None:
+        self.source, self.ids, self.size, self.resize_to = source, ids, size, resize_to
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        number = int(self.ids[item])
+        try:
+            image = torch.from_numpy(self.source.read(number)).permute(2, 0, 1)
+        except Exception as error:  # decoders raise whatever they like on a damaged file
+            raise OSError(
+                f"Every image of an evaluation must be readable, got {type(error).__name__}: {error} for"
+                f" {self.source.name(number)}; repair or remove it."
+            ) from error
+        return tv.center_crop(tv.resize(image, [self.resize_to], InterpolationMode.BICUBIC), [self.size]), number
+
+
+def shown(size: int, whole: bool) -> int:
+    """What the shorter side is resized to before the center is cut out; the papers' 256 / 224, or nothing cut off."""
+    return size if whole else round(size * 256 / 224)
+
+
+@torch.no_grad()
+def encode_batches(
+    encoder: Encoder, source: Source, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """(summaries [B, D] fp32 on the device, numbers [B] in the source) of this rank's share of the images."""
+    crops = CenterCrops(source, ranks.share(len(source)), size, resize_to)
+    loader = DataLoader(crops, reading.batch, num_workers=reading.workers, pin_memory=ranks.device.type == "cuda")
+    for images, numbers in progress(loader, title) if ranks.rank == 0 else loader:
+        pixels = encoder.normalize(images.to(ranks.device, non_blocking=True))
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
+            summary = encoder(pixels).summary
+        yield summary.float(), numbers.numpy()
+
+
+def encode(
+    encoder: Encoder, source: Source, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
+) -> Tensor:
+    """Summaries [n, D] fp32 of all images in their order, on the CPU of every rank."""
+    batches = encode_batches(encoder, source, ranks, reading, resize_to, size, title)
+    mine = [(summary.cpu(), numbers) for summary, numbers in batches]
+    out = torch.empty(len(source), encoder.width)
+    for part in ranks.gather(mine):
+        for summary, numbers in part:
+            out[numbers] = summary
+    return out

@@ -1,0 +1,130 @@
+"""What linear probes, fine-tuning and segmentation share: batches, schedules, parameter groups, counts of what is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .labelled import Subset
+from .ranks import Ranks
+
+
+class Views(Dataset):
+    """Images changed at random, and their labels."""
+
+    def __init__(self, part: Subset, change: Callable[[np.ndarray], Tensor]) -> None:
+        self.part, self.change = part, change
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        return self.change(self.part.read(item)), int(self.part.labels[item])
+
+
+class Batches(Sampler[list[int]]):
+    """This rank's part of each global batch over all epochs; what does not fill a batch is dropped, anew each epoch."""
+
+    def __init__(self, count: int, batch: int, epochs: int, ranks: Ranks, seed: int = 0) -> None:
+        self.count, self.epochs, self.ranks, self.seed = count, epochs, ranks, seed
+        self.batch = min(batch, count)
+        if self.batch < ranks.world:
+            raise ValueError(
+                f"Every rank needs an image of each batch, got batches of {self.batch} for {ranks.world} ranks; use fewer"
+                " ranks or more images."
+            )
+        self.steps_per_epoch = count // self.batch
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch // self.ranks.world
+        for epoch in range(self.epochs):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
+            for step in range(self.steps_per_epoch):
+                first = step * self.batch + self.ranks.rank * share
+                yield order[first : first + share].tolist()
+
+
+def training_loader(data: Dataset, batches: Batches, workers: int, device: torch.device) -> DataLoader:
+    """Batches over all epochs from one set of workers."""
+    return DataLoader(data, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")
+
+
+def cosine_rate(step: int, total: int, peak: float, end: float = 0.0, warmup: int = 0) -> float:
+    """The learning rate of a step: a straight rise from 0 over the warm-up, then half a cosine."""
+    if step < warmup:
+        return peak * step / warmup
+    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def poly_rate(step: int, total: int, peak: float, end: float = 0.0, warmup: int = 0) -> float:
+    """The same with a straight fall, as segmentation has it (mmsegmentation's poly with power 1)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return end + (peak - end) * (1 - step / total)
+
+
+def depth_of(name: str, depth: int) -> int:
+    """How deep a parameter of a backbone lies: 0 the embedding, 1..depth the blocks, depth + 1 what follows."""
+    parts = name.removeprefix("model.").split(".")
+    if parts[0] == "blocks":
+        return int(parts[1]) + 1
+    return (
+        0 if parts[0] in ("patch_embed", "pos_embed", "cls_token", "mask_token", "reg_token", "norm_pre") else depth + 1
+    )
+
+
+def layer_groups(backbone: nn.Module, others: nn.Module, decay: float, weight_decay: float) -> list[dict]:
+    """Parameter groups with `share` of the learning rate: decay^(distance from the top) in the backbone, 1 elsewhere.
+
+    Vectors, biases and tokens have no weight decay.
+    """
+    depth = len(backbone.blocks)
+    shares = [(name, p, decay ** (depth + 1 - depth_of(name, depth))) for name, p in backbone.named_parameters()]
+    shares += [(name, p, 1.0) for name, p in others.named_parameters()]
+    groups: dict[tuple[float, bool], dict] = {}
+    for name, parameter, share in shares:
+        if not parameter.requires_grad or name == "mask_token":
+            continue
+        bare = parameter.ndim <= 1 or name.endswith(("bias", "pos_embed", "cls_token"))
+        group = {"params": [], "share": share, "weight_decay": 0.0 if bare else weight_decay}
+        groups.setdefault((share, bare), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("share", 1.0)
+
+
+def average_gradients(module: nn.Module, ranks: Ranks) -> None:
+    """The mean gradient over ranks, in one message; parameters without one are left out on all ranks alike."""
+    if ranks.world == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= ranks.world
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
+def share_start(module: nn.Module, ranks: Ranks) -> None:
+    """All ranks begin with the first one's values."""
+    if ranks.world > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def count_right(logits: Tensor, labels: Tensor, k: tuple[int, ...] = (1, 5)) -> Tensor:
+    """How many labels [B] are among the k best of logits [B, C], for each k, and B: [len(k) + 1] float64."""
+    best = logits.topk(min(max(k), logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.tensor([*(float(best[:, :n].any(1).sum()) for n in k), len(labels)], dtype=torch.float64)

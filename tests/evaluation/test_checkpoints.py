@@ -1,0 +1,146 @@
+"""Checkpoints of every kind give the features of the network they hold, or say what is wrong with them."""
+
+import argparse
+
+import numpy as np
+import pytest
+import timm
+import torch
+from engine.tiny_run import DINO, SELFPATCH, on_processes, tiny_run, tiny_trainer
+from safetensors.torch import save_file
+
+from patchlight.data.procedural import ProceduralSource
+from patchlight.evaluation.checkpoints import home, open_checkpoint
+from patchlight.evaluation.features import Reading, encode
+from patchlight.evaluation.ranks import Ranks, ranks
+from patchlight.records import Crops, Views
+
+CPU = Ranks(torch.device("cpu"))
+SIZES = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+
+
+def timm_vit():
+    vit = timm.models.vision_transformer.VisionTransformer(**SIZES).eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return vit
+
+
+LAYOUTS = {
+    "plain.pth": lambda w: w,
+    "dino_full.pth": lambda w: {
+        "teacher": {f"backbone.{n}": t for n, t in w.items()} | {"head.mlp.0.weight": torch.ones(2, 2)},
+        "student": {f"module.backbone.{n}": t + 1 for n, t in w.items()},
+        "args": argparse.Namespace(arch="vit_small"),
+        "epoch": 3,
+    },
+    "wrapped.pth": lambda w: {"state_dict": {f"module.base_encoder.{n}": t for n, t in w.items()}},
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "timm.safetensors"])
+def test_official_layouts_give_timms_features(layout, tmp_path):
+    vit, path = timm_vit(), tmp_path / layout
+    if path.suffix == ".pth":
+        torch.save(LAYOUTS[layout](vit.state_dict()), path)
+    else:
+        save_file(vit.state_dict(), path)
+    encoder = open_checkpoint(str(path), heads=2)
+    pixels = torch.randn(3, 3, 24, 24)
+    with torch.no_grad():
+        seen, expected = encoder(pixels, layers=(0, -1)), vit.forward_features(pixels)
+        first = vit.forward_intermediates(pixels, indices=[0], norm=True, output_fmt="NLC", intermediates_only=True)[0]
+    assert (seen.summary - expected[:, 0]).abs().max() < 1e-5
+    assert (seen.patches - expected[:, 1:]).abs().max() < 1e-5
+    assert (seen.levels[0].patches - first).abs().max() < 1e-5
+    assert torch.equal(seen.levels[1].summary, seen.summary)
+
+
+def test_timm_models_by_name_keep_their_own_eyes(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kw: make(name, pretrained=False, **kw))
+    encoder = open_checkpoint("vit_tiny_patch16_224")
+    assert (encoder.patch_size, encoder.width, encoder.depth) == (16, 192, 12)
+    assert encoder.eyes.mean == (0.5, 0.5, 0.5), "as its own pretraining had it"
+    pixels = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        seen = encoder(pixels, layers=(3, -1))
+        expected = encoder.backbone.model.forward_features(pixels)
+    assert seen.grid == (2, 3)
+    assert torch.equal(seen.patches, expected[:, 1:])
+    assert torch.equal(seen.summary, expected[:, 0])
+    assert torch.equal(seen.levels[1].patches, seen.patches)
+    resnet = open_checkpoint("resnet18")
+    with torch.no_grad():
+        seen = resnet(torch.randn(2, 3, 64, 64))
+    assert seen.grid == (2, 2)
+    assert (seen.summary - seen.patches.mean(1)).abs().max() < 1e-6
+
+
+make = timm.create_model
+
+
+@pytest.mark.parametrize("options", [(DINO,), (SELFPATCH,)], ids=["class token", "class attention"])
+def test_a_run_folder_gives_the_teachers_own_features(options, tmp_path):
+    run = tiny_run(tmp_path / "run", options=options, optim={"teacher_momentum": 0.5})
+    trainer = tiny_trainer(run)
+    for _ in range(2):
+        trainer.step()
+    trainer.save()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    pixels = torch.randn(2, 3, 16, 16)
+    crops = Crops(pixels[None], torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.bool))
+    with torch.no_grad():
+        expected = trainer.teacher.eval()(Views(crops, None, None, torch.arange(2))).global_crops
+        seen = open_checkpoint(str(tmp_path / "run"))(pixels)
+        step = trainer.checkpoints.latest()
+        exported = open_checkpoint(str(step / "teacher.safetensors"))
+        alone = exported(pixels)
+    assert torch.equal(seen.patches, expected.patches[0])
+    assert torch.equal(seen.summary, expected.summary[0])
+    assert torch.equal(alone.patches, expected.patches[0])
+    assert bool(exported.notes) == (SELFPATCH in options), "that the summary head is not in the file is said"
+    assert exported.eyes.image_size == 16
+    assert home(str(step / "teacher.safetensors")) == tmp_path / "run"
+
+
+def test_what_is_no_backbone_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be a folder, a file or the name"):
+        open_checkpoint("vit_of_nobody")
+    torch.save({"optimizer": {"state": torch.ones(3)}, "head.weight": torch.ones(2)}, tmp_path / "head.pth")
+    with pytest.raises(ValueError, match=r"must hold a ViT, Swin or ResNet backbone .* got 2 tensors"):
+        open_checkpoint(str(tmp_path / "head.pth"))
+    weights = timm_vit().state_dict()
+    torch.save(weights, tmp_path / "narrow.pth")
+    with pytest.raises(ValueError, match="width 32, which 64 does not divide"):
+        open_checkpoint(str(tmp_path / "narrow.pth"))
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match="got 0 blocks and no table"):
+        open_checkpoint(str(tmp_path / "resnet.pth"))
+    del weights["blocks.1.mlp.fc2.weight"]
+    torch.save(weights, tmp_path / "cut.pth")
+    with pytest.raises(ValueError, match=r"1 tensors missing.*blocks.1.mlp.fc2.weight"):
+        open_checkpoint(str(tmp_path / "cut.pth"), heads=2)
+    with pytest.raises(FileNotFoundError, match="complete checkpoint"):
+        open_checkpoint(str(tmp_path))
+
+
+def encoded_on_a_rank(path: str) -> np.ndarray:
+    with ranks("cpu") as mine:
+        return encode(
+            open_checkpoint(path, heads=2), ProceduralSource(11, 32), mine, Reading(4, workers=0), 24, 24
+        ).numpy()
+
+
+def test_ranks_share_the_images_without_a_duplicate(tmp_path):
+    torch.save(timm_vit().state_dict(), tmp_path / "vit.pth")
+    alone = encode(
+        open_checkpoint(str(tmp_path / "vit.pth"), heads=2),
+        ProceduralSource(11, 32),
+        CPU,
+        Reading(3, workers=0),
+        24,
+        24,
+    )
+    assert len(np.unique(alone.numpy().round(4), axis=0)) == 11, "every image has its own features"
+    for shared in on_processes(2, encoded_on_a_rank, str(tmp_path / "vit.pth")):
+        assert abs(shared - alone.numpy()).max() < 1e-5

@@ -1,0 +1,213 @@
+"""Segmentation: scores by hand, windows and enlargement against plain forms, layouts, and heads that learn."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from patchlight.backbones.vit import VisionTransformer
+from patchlight.evaluation import segment
+from patchlight.evaluation.dense_heads import Pyramid, SemanticFpnHead, UperNetHead
+from patchlight.evaluation.encoder import Encoder, Eyes
+from patchlight.evaluation.features import Reading
+from patchlight.evaluation.ranks import Ranks
+from patchlight.evaluation.scenes import IGNORE, Scene, Scenes, open_scenes
+from patchlight.evaluation.segment import (
+    ConvSegment,
+    FpnSegment,
+    LinearSegment,
+    TrainingScenes,
+    UperNetSegment,
+    best_class,
+    confusion_of,
+    draw_segments,
+    evaluate_segment,
+    predict,
+    scores_of,
+    segmentation_loss,
+    starts,
+)
+from patchlight.heads.summary import ClassTokenSummary
+
+CPU, READING = Ranks(torch.device("cpu")), Reading(workers=0)
+SMALL = {"crop": 32, "test_short_side": 32, "warmup": 0, "distort": False, "scales": (1.0, 1.0), "batch": 4}
+
+
+def small_encoder() -> Encoder:
+    torch.manual_seed(0)
+    vit = VisionTransformer(width=16, depth=4, heads=2, patch_size=4, image_size=32)
+    return Encoder(vit, ClassTokenSummary(), "small", Eyes(32))
+
+
+class Halves:
+    """Left of a random line class 0 in red, right of it class 1 in blue; class 2 is nowhere."""
+
+    classes = 3
+
+    def __init__(self, count: int) -> None:
+        self.lines = 8 + 4 * np.arange(count) % 17
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def name(self, index: int) -> str:
+        return f"halves {index}"
+
+    def read(self, index: int):
+        truth = (np.arange(32)[None, :] >= self.lines[index]).astype(np.int64).repeat(32, 0)
+        image = np.zeros((32, 32, 3), np.uint8)
+        image[..., 0], image[..., 2] = 220 * (1 - truth), 220 * truth
+        return Scene(image, truth)
+
+
+def test_scores_by_hand():
+    truth = torch.tensor([[0, 0, 1, 1], [2, 2, IGNORE, 1]])
+    found = torch.tensor([[0, 1, 1, 1], [2, 0, 0, 1]])
+    confusion = confusion_of(truth, found, 5)
+    assert confusion[:3, :3].tolist() == [[1, 1, 0], [0, 3, 0], [1, 0, 1]]
+    scores = scores_of(confusion)
+    assert scores["mIoU"] == pytest.approx((1 / 3 + 3 / 4 + 1 / 2) / 3), "classes that are nowhere do not count"
+    assert scores["mAcc"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    assert scores["aAcc"] == pytest.approx(5 / 7)
+    with pytest.raises(ValueError, match="got none in all test scenes"):
+        scores_of(torch.zeros(3, 3, dtype=torch.int64))
+
+
+def test_the_loss_leaves_unknown_pixels_out():
+    maps, classes = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 8, 8))
+    classes[0, :4] = IGNORE
+    scores = F.interpolate(maps, size=(8, 8), mode="bilinear").permute(0, 2, 3, 1)
+    by_hand = -scores.log_softmax(-1)[classes != IGNORE].gather(1, classes[classes != IGNORE][:, None]).mean()
+    assert segmentation_loss((maps,), classes) == pytest.approx(by_hand.item(), rel=1e-5)
+    assert segmentation_loss((maps, maps), classes) == pytest.approx(1.4 * by_hand.item(), rel=1e-5)
+    assert segmentation_loss((maps,), torch.full((2, 8, 8), IGNORE)) == 0
+
+
+def test_windows_cover_a_side():
+    assert starts(512, 512, 341) == [0]
+    assert starts(683, 512, 341) == [0, 171]
+    assert starts(300, 512, 341) == [0]
+    assert starts(1000, 512, 341) == [0, 341, 488]
+
+
+def test_windows_are_averaged():
+    """A head that gives each window its own constant: overlaps are the mean."""
+
+    class Counting(torch.nn.Module):
+        encoder = small_encoder()
+        calls = 0
+
+        def forward(self, window):
+            Counting.calls += 1
+            value = float(Counting.calls)
+            return (torch.tensor([0.0, value])[None, :, None, None].expand(1, 2, 8, 8),)
+
+    protocol = ConvSegment(crop=32, test_short_side=32, stride=16)
+    found = predict(Counting(), np.zeros((32, 48, 3), np.uint8), protocol, torch.device("cpu"), "fp32")
+    assert Counting.calls == 2
+    assert found.shape == (32, 48)
+    assert (found == 1).all()
+
+
+def test_the_best_class_in_pieces_is_that_of_the_whole(monkeypatch):
+    scores = torch.randn(11, 5, 7)
+    whole = F.interpolate(scores[None], size=(23, 31), mode="bilinear")[0].argmax(0)
+    monkeypatch.setattr(segment, "_MOST_SCORES", 2 * 23 * 31)
+    assert torch.equal(best_class(scores, (23, 31)), whole)
+
+
+def test_the_pyramid_has_four_scales():
+    levels = [torch.randn(2, 8, 7, 5) for _ in range(4)]
+    assert [tuple(x.shape[-2:]) for x in Pyramid(8)(levels)] == [(28, 20), (14, 10), (7, 5), (4, 3)]
+    assert SemanticFpnHead(8, 3, 4)(levels)[0].shape == (2, 3, 28, 20)
+    scores, helper = UperNetHead(8, 3, 4)(levels)
+    assert scores.shape == (2, 3, 28, 20)
+    assert helper.shape == (2, 3, 7, 5)
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        LinearSegment(steps=60, rate=3e-2, stride=32, **SMALL),
+        ConvSegment(**{**SMALL, "steps": 60, "rate": 3e-3, "stride": 32}),
+        FpnSegment(steps=40, rate=3e-3, stride=32, channels=8, **SMALL),
+        UperNetSegment(steps=120, rate=3e-3, stride=32, channels=8, **SMALL),
+    ],
+    ids=lambda protocol: type(protocol).__name__,
+)
+def test_every_head_learns(protocol):
+    encoder = small_encoder()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    found = evaluate_segment(encoder, Scenes("halves", Halves(16), Halves(6)), protocol, CPU, READING)
+    assert found.metrics["mIoU"] > 0.75
+    assert found.absent == (2,)
+    same = all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    assert same == protocol.frozen
+    assert draw_segments(found.pictures).size == (3 * 256 + 8, 4 * 256 + 12)
+
+
+def test_training_crops_keep_image_and_classes_together():
+    torch.manual_seed(0)
+    data = TrainingScenes(Halves(5), ConvSegment(crop=24, scales=(0.8, 2.0)))
+    for i in range(5):
+        image, classes = data[i]
+        assert image.shape == (3, 24, 24)
+        assert classes.shape == (24, 24)
+        known = classes != IGNORE
+        blue = image[2].int() > image[0].int()
+        assert (blue == (classes == 1))[known].double().mean() > 0.93, "but for a blurred column"
+
+
+def save(path, array, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array, mode).save(path)
+
+
+def test_layouts(tmp_path):
+    image = np.zeros((6, 8, 3), np.uint8)
+    stored = np.arange(48).reshape(6, 8).astype(np.uint8)
+    for part in ("training", "validation"):
+        save(tmp_path / f"ade/images/{part}/a.jpg", image)
+        save(tmp_path / f"ade/annotations/{part}/a.png", stored)
+    ade = open_scenes("ade20k", str(tmp_path / "ade"))
+    assert ade.classes == 150
+    assert ade.test.read(0).classes.flatten()[:3].tolist() == [IGNORE, 0, 1]
+    voc = tmp_path / "voc"
+    save(voc / "JPEGImages/b.jpg", image)
+    save(voc / "SegmentationClass/b.png", np.where(stored > 20, 255, stored).astype(np.uint8))
+    (voc / "ImageSets/Segmentation").mkdir(parents=True)
+    for name in ("train", "val"):
+        (voc / f"ImageSets/Segmentation/{name}.txt").write_text("b\n")
+    classes = open_scenes("voc2012", str(voc)).train.read(0).classes
+    assert classes.max() == 20
+    assert classes[-1, -1] == IGNORE
+    for part in ("train-semi", "validation"):
+        save(tmp_path / f"ins/{part}/n01/c.JPEG", image)
+        colors = np.zeros((6, 8, 3), np.uint8)
+        colors[0, 0], colors[1, 1] = (1, 0, 0), (1000 % 256, 1000 // 256, 0)
+        save(tmp_path / f"ins/{part}-segmentation/n01/c.png", colors)
+    scenes = open_scenes("imagenet-s", str(tmp_path / "ins"))
+    assert scenes.classes == 2
+    classes = scenes.test.read(0).classes
+    assert (classes[0, 0], classes[1, 1], classes[2, 2]) == (1, IGNORE, 0)
+    save(tmp_path / "ade/annotations/validation/a.png", stored[:5])
+    with pytest.raises(ValueError, match=r"one size, got \(6, 8\) and \(5, 8\)"):
+        ade.test.read(0)
+    save(tmp_path / "ade/annotations/validation/a.png", np.full((6, 8), 200, np.uint8))
+    with pytest.raises(ValueError, match="must be below 150, got 199"):
+        ade.test.read(0)
+    (tmp_path / "ade/annotations/training/a.png").unlink()
+    with pytest.raises(FileNotFoundError, match="none for 1 of 1 images"):
+        open_scenes("ade20k", str(tmp_path / "ade"))
+    with pytest.raises(ValueError, match="got 'coco'"):
+        open_scenes("coco", str(tmp_path))
+
+
+def test_procedural_scenes_have_true_masks():
+    scenes = open_scenes("procedural", procedural_images=12)
+    scene = scenes.train.read(3)
+    label = scenes.train.source.labels[3] + 1
+    assert set(np.unique(scene.classes)) == {0, label}
+    inside, outside = scene.image[scene.classes == label], scene.image[scene.classes == 0]
+    assert inside.mean() > outside.mean() + 20, "objects are brighter than the background"
