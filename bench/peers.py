@@ -189,6 +189,27 @@ def prototype_ce_smart(
     return (cross_entropy * row_weight).sum()
 
 
+def prototype_ce_lightly(
+    z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, pair_weight, row_weight, bias
+):
+    """lightly's DINOLoss, or its IBOTPatchLoss for one view, on logits; all pairs and rows weigh the same there."""
+    try:
+        from lightly.loss import DINOLoss, IBOTPatchLoss
+    except ImportError as problem:
+        raise NotImplementedError("lightly is missing: pip install 'patchlight[peers]'") from problem
+    logits = z @ prototypes.T
+    with torch.no_grad():
+        wanted = teacher_z @ teacher_prototypes.T
+    if len(z) == len(teacher_z) == 1:
+        loss = IBOTPatchLoss(len(prototypes), teacher_temperature, temperature).to(z.device)
+        loss.center.center.copy_(-bias)
+        mask = torch.ones(1, 1, z.shape[1], dtype=torch.bool, device=z.device)
+        return loss(wanted[0], logits[0], mask)
+    loss = DINOLoss(len(prototypes), teacher_temp=teacher_temperature, student_temp=temperature).to(z.device)
+    loss.center.copy_(-bias)
+    return loss(list(wanted), list(logits), teacher_temp=teacher_temperature)
+
+
 def _query_parts(qkv: Tensor, raw: int, query_keys: str, crop: int | None) -> tuple[Tensor, ...]:
     """Heads first; the queries of crops that do not see each other become images of their own, beside the raw tokens."""
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -333,6 +354,7 @@ PEERS: dict[str, dict[str, Callable]] = {
     "prototype_ce": {
         "official eager": prototype_ce_official,
         "smart eager": prototype_ce_smart,
+        "lightly": prototype_ce_lightly,
         "compile(official)": torch.compile(prototype_ce_official, dynamic=False),
         "compile(smart)": torch.compile(prototype_ce_smart, dynamic=False),
     },
