@@ -332,7 +332,7 @@ def _configs(*tiles: tuple[int, int | None, int, int]) -> list[triton.Config]:
 # fp32 products do not use tensor cores, and older tensor cores keep their operands in registers: tiles are small where several
 # products follow one another.
 KEY = ["TOKENS", "RAW", "EACH", "OWN", "WIDTH"]
-_one_tile_fwd = autotune(_configs((32, None, 8, 1), (16, None, 4, 1)), key=KEY)(_fwd_kernel)
+_one_tile_fwd = autotune(_configs((16, None, 4, 1), (32, None, 8, 1)), key=KEY)(_fwd_kernel)
 _fwd = autotune(_configs((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)), key=KEY)(_fwd_kernel)
 _rows_bwd = autotune(_configs((64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)), key=KEY)(_rows_bwd_kernel)
 _keys_bwd = autotune(_configs((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2)), key=KEY)(_keys_bwd_kernel)
