@@ -19,4 +19,6 @@ PATCHLIGHT_LIBRARY(m) {
   m.def(
       "self_relation_bwd(Tensor student, Tensor teacher, float student_scale, float teacher_scale, Tensor weight, "
       "Tensor log2_student, Tensor log2_teacher, Tensor grad_loss, bool exact) -> Tensor");
+  m.def("query_attention_fwd(Tensor qkv, int raw, int crop) -> (Tensor, Tensor)");
+  m.def("query_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int raw, int crop) -> Tensor");
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...dispatch import Impl, Op
+from ... import extension, hardware
+from ...dispatch import Impl, Op, first_reason
 from . import reference
 from .reference import accumulator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_WIDTH, TRITON_WIDTH = 64, 128
 QUERY_KEYS = ("all", "raw")
 
 
@@ -55,10 +57,58 @@ def _check_crop(crop: int, queries: int, query_keys: str) -> None:
         )
 
 
+def _unfit(qkv: Tensor) -> str | None:
+    """What no fast implementation takes."""
+    return first_reason(
+        "float64 features run the reference only" if qkv.dtype not in DTYPES else None,
+        "there is nothing to compute" if qkv.numel() == 0 else None,
+    )
+
+
+def _cuda_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
+    wide = f"heads of width {qkv.shape[4]} exceed the {CUDA_WIDTH} of its tiles"
+    library = hardware.no_cuda_library(qkv, "query_attention_fwd")
+    return first_reason(_unfit(qkv), wide if qkv.shape[4] > CUDA_WIDTH else None, library)
+
+
+def _triton_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
+    wide = f"heads of width {qkv.shape[4]} exceed the {TRITON_WIDTH} of its registers"
+    return first_reason(_unfit(qkv), wide if qkv.shape[4] > TRITON_WIDTH else None, hardware.no_triton(qkv))
+
+
+def _cpp_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
+    return first_reason(_unfit(qkv), hardware.no_cpu_library(qkv, "query_attention_fwd"))
+
+
+def _native_fwd(*raw) -> tuple[Tensor, Tensor]:
+    return extension.native("query_attention_fwd")(*raw)
+
+
+def _native_bwd(*raw) -> Tensor:
+    return extension.native("query_attention_bwd")(*raw)
+
+
+def _triton_fwd(*raw) -> tuple[Tensor, Tensor]:
+    from .triton_kernels import query_attention_fwd  # here, so that a machine without Triton can import the package
+
+    return query_attention_fwd(*raw)
+
+
+def _triton_bwd(*raw) -> Tensor:
+    from .triton_kernels import query_attention_bwd
+
+    return query_attention_bwd(*raw)
+
+
 OP = Op(
     "query_attention",
     bind=_bind,
-    impls=(Impl("reference", reference.query_attention_fwd, lambda *raw: None, reference.query_attention_bwd),),
+    impls=(
+        Impl("cuda", _native_fwd, _cuda_unsupported, _native_bwd),
+        Impl("cpp", _native_fwd, _cpp_unsupported, _native_bwd),  # on CPUs only, where Triton could but be interpreted
+        Impl("triton", _triton_fwd, _triton_unsupported, _triton_bwd),
+        Impl("reference", reference.query_attention_fwd, lambda *raw: None, reference.query_attention_bwd),
+    ),
 )
 
 

@@ -48,7 +48,8 @@ def query_attention_fwd(qkv: Tensor, raw: int, crop: int) -> tuple[Tensor, Tenso
         for segment in segments(qkv.shape[1], raw, crop):
             scores = q[:, :, segment.rows] @ _read(k, raw, segment).mT * scale_of(qkv.shape[-1])
             lse = scores.logsumexp(dim=-1)
-            outputs.append((scores - lse[..., None]).exp() @ _read(v, raw, segment))
+            weights = _rounded((scores - lse[..., None]).exp(), qkv.dtype)
+            outputs.append(weights @ _read(v, raw, segment))
             sums.append(lse)
         out = torch.cat(outputs, dim=2).transpose(1, 2).to(qkv.dtype)
         return out.contiguous(), torch.cat(sums, dim=2)
@@ -71,6 +72,7 @@ def query_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw
             weights = (q[:, :, rows] @ keys.mT * scale - lse[:, :, rows, None]).exp()
             d_weights = g[:, :, rows] @ values.mT
             d_scores = weights * (d_weights - (weights * d_weights).sum(dim=-1, keepdim=True)) * scale
+            weights, d_scores = _rounded(weights, qkv.dtype), _rounded(d_scores, qkv.dtype)
             dq[:, :, rows] = d_scores @ keys
             for gradient, coefficients, x in ((dk, d_scores, q), (dv, weights, g)):
                 read = coefficients.mT @ x[:, :, rows]
@@ -78,6 +80,11 @@ def query_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw
                 if segment.own:
                     gradient[:, :, rows] += read[:, :, raw:]
         return dqkv.to(qkv.dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As an operand of a product in the inputs' dtype, as PyTorch's own attention multiplies it, autocast or not."""
+    return x.to(dtype).to(x.dtype)
 
 
 def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
