@@ -1,4 +1,4 @@
-"""`python -m bench ops [--small] [--ops NAME ...]` measures; `python -m bench report` draws what was measured."""
+"""`python -m bench ops`, `step` and `loader` measure; `report` draws; `readme` publishes what is in results/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from . import ops, report, step
+from . import loader, ops, report, step
 
 OUT = Path("bench/out")
 
@@ -34,7 +34,13 @@ def measure_ops(
 
 def main() -> None:
     tyro.extras.subcommand_cli_from_dict(
-        {"ops": measure_ops, "step": step.measure_step, "report": report.draw},
+        {
+            "ops": measure_ops,
+            "step": step.measure_step,
+            "loader": loader.measure_loader,
+            "report": report.draw,
+            "readme": report.readme,
+        },
         prog="python -m bench",
         args=sys.argv[1:],
     )

@@ -116,6 +116,7 @@ def one_case(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, seconds:
             calls[name] = [functools.partial(measured(spec, mode), call, arguments) for arguments in inputs]
             extra = peak_extra_bytes(calls[name][0], device)
             found[name]["peak_extra_mb"] = "" if extra is None else extra / 1e6
+        moved, computed = spec.least(case, dtype, mode == "fwd+bwd")
         for name, timing in interleaved(calls, device, seconds).items():
             found[name] |= {
                 "median_ms": timing.median,
@@ -123,18 +124,18 @@ def one_case(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, seconds:
                 "p80_ms": timing.p80,
                 "rounds": timing.rounds,
                 "percent_of_floor": 100 * base["floor_ms"] / timing.median,
-                "gb_per_s": spec.min_bytes(case, dtype) / timing.median / 1e6,
-                "tflop_per_s": spec.flops(case) / timing.median / 1e9,
+                "gb_per_s": moved / timing.median / 1e6,
+                "tflop_per_s": computed / timing.median / 1e9,
             }
         rows += found.values()
     return rows
 
 
 def provenance_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, mode: str) -> dict:
-    """What all rows of a case share. A backward reads and computes twice what its forward does."""
+    """What all rows of a case share."""
     top = ceiling(device, dtype)
-    passes = 3 if mode == "fwd+bwd" else 1
-    floor = passes * max(spec.min_bytes(case, dtype) / top.bandwidth, spec.flops(case) / top.flops)
+    moved, computed = spec.least(case, dtype, mode == "fwd+bwd")
+    floor = max(moved / top.bandwidth, computed / top.flops)
     return {
         "op": spec.name,
         "case": str(case),
@@ -176,7 +177,6 @@ def error(spec: OpSpec, arguments: dict, output) -> float:
     """The largest deviation of what the op's spec observes from the reference in float64 on the CPU."""
     arguments, output = spec.sample(arguments, output)
     on_cpu = lambda value: value.cpu() if isinstance(value, torch.Tensor) else value
-    wide = lambda value: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
     arguments = {key: on_cpu(value) for key, value in arguments.items()}
     output = tuple(map(on_cpu, output)) if isinstance(output, tuple) else on_cpu(output)
     exact_arguments = {key: wide(value) for key, value in arguments.items()}
@@ -186,10 +186,17 @@ def error(spec: OpSpec, arguments: dict, output) -> float:
     return max((mine[key] - exact[key]).abs().max().item() / max(1.0, exact[key].abs().max().item()) for key in exact)
 
 
-def write(rows: list[dict], out: Path) -> None:
+def wide(value):
+    """An argument in float64: a floating tensor, or the dtype of the result."""
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def write(rows: list[dict], out: Path, columns: tuple[str, ...] = COLUMNS) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(
             {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows

@@ -5,15 +5,19 @@ Each peer takes the public function's arguments and returns something comparable
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from patchlight_kernels import JITTER_ORDERS, PHOTOMETRIC_COLUMNS
 from patchlight_kernels.ops.class_attention.reference import state_shape as class_attention_shape
 from patchlight_kernels.ops.neighbor_topk import reference as neighbor_reference
+from patchlight_kernels.ops.photometric import reference as photometric_reference
 
 _tables: dict[tuple, Tensor] = {}
 
@@ -110,6 +114,45 @@ def class_attention_sdpa(q, k_self, v_self, k_patches, v_patches, index):
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2)
 
 
+def photometric_official(pixels, table, mean, std, dtype):
+    """torchvision's operations on float tensors, one sample after the other, with the numbers that its transforms would draw."""
+    from torchvision.transforms.v2 import functional as tv
+
+    jitters = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    out = []
+    for image, row in zip(pixels, table.tolist(), strict=True):
+        numbers = dict(zip(PHOTOMETRIC_COLUMNS, row, strict=True))
+        amounts = [numbers[name] for name in ("brightness", "contrast", "saturation", "hue")]
+        x = image.permute(2, 0, 1).float() / 255
+        for kind in JITTER_ORDERS[int(numbers["order"])]:
+            x = jitters[kind](x, amounts[kind])
+        if numbers["gray"]:
+            x = tv.rgb_to_grayscale(x, 3)
+        reach = min(math.ceil(3 * numbers["sigma"]), min(x.shape[1:]) - 1)
+        if reach:
+            x = tv.gaussian_blur(x, [2 * reach + 1] * 2, [numbers["sigma"]] * 2)
+        if numbers["solarize"] <= 255:
+            x = tv.solarize(x, numbers["solarize"] / 255)
+        out.append(tv.normalize(x, mean, std))
+    return torch.stack(out).to(dtype)
+
+
+def photometric_batched(pixels, table, mean, std, dtype):
+    """Every operation on the whole batch, at each of the four places all four jitters; those who want it keep the result."""
+    x, column = pixels.movedim(-1, 1).float(), dict(zip(PHOTOMETRIC_COLUMNS, table.unbind(1), strict=True))
+    orders = torch.tensor(JITTER_ORDERS, device=x.device)[column["order"].long()]
+    for place in range(4):
+        for kind, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+            chosen = (orders[:, place] == kind)[:, None, None, None]
+            x = torch.where(chosen, getattr(photometric_reference, name)(x, column[name]), x)
+    x = torch.where((column["gray"] > 0)[:, None, None, None], photometric_reference.gray(x), x)
+    blurred = photometric_reference.blur(x, column["sigma"].clamp(min=0.1))
+    x = torch.where((column["sigma"] > 0)[:, None, None, None], blurred, x)
+    x = torch.where(x >= column["solarize"][:, None, None, None], 255 - x, x)
+    mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (mean, std))
+    return ((x / 255 - mean) / std).to(dtype)
+
+
 def _prototype_probabilities(z, prototypes, temperature, bias=None):
     """Softmax in fp32 over all prototypes, as autocast does it."""
     logits = z @ prototypes.T
@@ -144,6 +187,76 @@ def prototype_ce_smart(
     log_partition = (z @ prototypes.T / temperature).float().logsumexp(dim=-1)
     cross_entropy = pair_weight.sum(dim=0)[:, None] * log_partition - (z * pull).sum(dim=-1) / temperature
     return (cross_entropy * row_weight).sum()
+
+
+def _query_parts(qkv: Tensor, raw: int, query_keys: str, crop: int | None) -> tuple[Tensor, ...]:
+    """Heads first; the queries of crops that do not see each other become images of their own, beside the raw tokens."""
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    if query_keys == "raw":
+        return (q[:, :, :raw], k[:, :, :raw], v[:, :, :raw]), (q[:, :, raw:], k[:, :, :raw], v[:, :, :raw])
+    crops = 1 if crop is None or crop == qkv.shape[1] - raw else (qkv.shape[1] - raw) // crop
+    own = lambda x: x[:, :, raw:].unflatten(2, (crops, -1)).transpose(1, 2).flatten(0, 1)
+    read = lambda x: torch.cat([x[:, :, :raw].repeat_interleave(crops, dim=0), own(x)], dim=2) if crops > 1 else x
+    return (q[:, :, :raw], k[:, :, :raw], v[:, :, :raw]), (own(q), read(k), read(v))
+
+
+def _query_join(raw_out: Tensor, query_out: Tensor) -> Tensor:
+    images, heads, _, width = raw_out.shape
+    query_out = query_out.transpose(1, 2).reshape(images, -1, heads, width)
+    return torch.cat([raw_out.transpose(1, 2), query_out], dim=1)
+
+
+def query_attention_official(qkv, raw, query_keys, crop):
+    """As released: a softmax attention for each stream, with both maps in memory."""
+    outputs = []
+    for q, k, v in _query_parts(qkv, raw, query_keys, crop):
+        attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        outputs.append(attention.to(v.dtype) @ v)
+    return _query_join(*outputs)
+
+
+def query_attention_sdpa(qkv, raw, query_keys, crop):
+    """PyTorch's fused attention once per stream."""
+    raw_part, query_part = _query_parts(qkv, raw, query_keys, crop)
+    if raw == qkv.shape[1]:
+        return F.scaled_dot_product_attention(*raw_part).transpose(1, 2)
+    return _query_join(F.scaled_dot_product_attention(*raw_part), F.scaled_dot_product_attention(*query_part))
+
+
+def _query_reads(row, key, raw: int, query_keys: str, crop: int | None):
+    """Whether a token reads a token."""
+    if query_keys == "raw":
+        return (key < raw) & (row >= 0)
+    siblings = row >= raw if crop is None else (row >= raw) & ((row - raw) // crop == (key - raw) // crop)
+    return (key < raw) | siblings
+
+
+def query_attention_masked(qkv, raw, query_keys, crop):
+    """One call for both streams, with a mask."""
+    token = torch.arange(qkv.shape[1], device=qkv.device)
+    mask = _query_reads(token[:, None], token, raw, query_keys, crop)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex() -> Callable:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def _block_mask(tokens: int, raw: int, query_keys: str, crop: int | None, device: str):
+    reads = lambda image, head, row, key: _query_reads(row, key, raw, query_keys, crop)
+    return create_block_mask(reads, None, None, tokens, tokens, device=device)
+
+
+def query_attention_flex(qkv, raw, query_keys, crop):
+    """FlexAttention, whose mask skips blocks that nobody reads."""
+    if qkv.device.type != "cuda":
+        raise NotImplementedError("FlexAttention has a backward on GPUs only")
+    mask = _block_mask(qkv.shape[1], raw, query_keys, crop, str(qkv.device))
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    return _compiled_flex()(q, k, v, block_mask=mask).transpose(1, 2)
 
 
 MAP = 14  # positions along a side of a global view
@@ -211,11 +324,25 @@ PEERS: dict[str, dict[str, Callable]] = {
         "compile(official)": torch.compile(neighbor_topk_official, dynamic=False),
         "compile(dense)": torch.compile(neighbor_topk_dense, dynamic=False),
     },
+    "photometric": {
+        "torchvision per sample": photometric_official,
+        "batched eager": photometric_batched,
+        "reference": photometric_reference.photometric_fwd,
+        "compile(batched)": torch.compile(photometric_batched, dynamic=False),
+    },
     "prototype_ce": {
         "official eager": prototype_ce_official,
         "smart eager": prototype_ce_smart,
         "compile(official)": torch.compile(prototype_ce_official, dynamic=False),
         "compile(smart)": torch.compile(prototype_ce_smart, dynamic=False),
+    },
+    "query_attention": {
+        "official eager": query_attention_official,
+        "SDPA, two calls": query_attention_sdpa,
+        "SDPA, masked": query_attention_masked,
+        "FlexAttention": query_attention_flex,
+        "compile(official)": torch.compile(query_attention_official, dynamic=False),
+        "compile(SDPA)": torch.compile(query_attention_sdpa, dynamic=False),
     },
     "self_relation": {
         "official eager": self_relation_official,

@@ -51,6 +51,65 @@ def markdown(by_op: dict) -> str:
     return "\n".join(lines)
 
 
+README, RESULTS, MARKS = Path("README.md"), Path("bench/results"), ("<!-- numbers -->", "<!-- /numbers -->")
+
+
+def readme(readme: Path = README, results: Path = RESULTS) -> None:
+    """Replace the numbers in the README by those of the committed CSVs.
+
+    Args:
+        readme: the file with the two marks.
+        results: the folder of CSVs.
+    """
+    before, _, rest = readme.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    readme.write_text(f"{before}{MARKS[0]}\n\n{headlines(results)}\n{MARKS[1]}{after}")
+
+
+def headlines(results: Path) -> str:
+    """A Markdown table per CSV: one line per case, ours against the official mathematics and the fastest other peer."""
+    lines = []
+    for path in sorted(results.glob("*.csv")):
+        with path.open() as file:
+            timed = [row for row in csv.DictReader(file) if row["status"] == "ok"]
+        first = timed[0]
+        lines += [
+            f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, "
+            f"{first['date']} ([`{path.name}`]({path.as_posix()})); medians of one interleaved run, inputs not in a cache:",
+            "",
+            "| op | case | ours | official eager | fastest other peer | peak memory, ours : official |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        cases: dict[tuple, list[dict]] = defaultdict(list)
+        for row in timed:
+            cases[row["op"], row["case"], row["dtype"], row["mode"]].append(row)
+        lines += [_headline(*case, rows) for case, rows in cases.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _headline(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> str:
+    """Ours is the default implementation, or the only one there is."""
+    time = lambda row: float(row["median_ms"])
+    ours = min((row for row in rows if row["provider"].startswith("patchlight")), key=time)
+    official = next((row for row in rows if row["provider"] == "official eager"), None)
+    others = [
+        row for row in rows if row is not official and not row["provider"].startswith(("patchlight", "reference"))
+    ]
+    best = min(others, key=time, default=None)
+    against = lambda row: f"{time(row):.3g} ms ({time(row) / time(ours):.1f}x)"
+    memory = [row and row["peak_extra_mb"] and f"{float(row['peak_extra_mb']):.3g}" for row in (ours, official)]
+    cells = [
+        f"`{op}`",
+        f"{case} {dtype} {mode}",
+        f"**{time(ours):.3g} ms**",
+        against(official) if official else "cannot run",
+        f"{best['provider']} {against(best)}" if best else "",
+        f"{memory[0]} : {memory[1]} MB" if all(memory) else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def picture(op: str, cases: dict[str, list[dict]], path: Path) -> None:
     """Horizontal bars per case on a logarithmic axis, p20 to p80 as whiskers, the floor as a line."""
     import matplotlib

@@ -5,6 +5,7 @@ PATCHLIGHT_LIBRARY(m) {
   m.def("class_attention_fwd(Tensor q, Tensor k_self, Tensor v_self, Tensor k_patches, Tensor v_patches, Tensor? index) -> (Tensor, Tensor)");
   m.def("class_attention_bwd(Tensor grad, Tensor q, Tensor k_self, Tensor v_self, Tensor k_patches, Tensor v_patches, Tensor? index, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("neighbor_topk_fwd(Tensor x, int height, int width, int k, int radius, bool wrap, bool scores) -> (Tensor, Tensor)");
+  m.def("photometric_fwd(Tensor pixels, Tensor table, float[] mean, float[] std, ScalarType dtype) -> Tensor");
   m.def(
       "prototype_ce_fwd(Tensor z, Tensor prototypes, Tensor teacher_z, Tensor teacher_prototypes, float temperature, "
       "float teacher_temperature, Tensor pair_weight, Tensor row_weight, Tensor? bias, bool gradients) "
@@ -13,6 +14,8 @@ PATCHLIGHT_LIBRARY(m) {
       "prototype_ce_bwd(Tensor z, Tensor prototypes, Tensor teacher_z, Tensor teacher_prototypes, float temperature, "
       "float teacher_temperature, Tensor pair_weight, Tensor row_weight, Tensor? bias, Tensor log2_student, "
       "Tensor log2_teacher, Tensor unit) -> Tensor");
+  m.def("query_attention_fwd(Tensor qkv, int raw, int crop) -> (Tensor, Tensor)");
+  m.def("query_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int raw, int crop) -> Tensor");
   m.def(
       "self_relation_fwd(Tensor student, Tensor teacher, float student_scale, float teacher_scale, Tensor weight, "
       "bool gradients) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -80,11 +80,14 @@ def reason_against(spec: OpSpec, name: str, arguments: dict) -> str | None:
 
 
 def widened(arguments: dict) -> dict:
-    """The same arguments with floating tensors in float64."""
-    return {
-        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for key, value in arguments.items()
-    }
+    """The same arguments with floating tensors, and results whose dtype is an argument, in float64."""
+
+    def wide(value):
+        if isinstance(value, torch.dtype):
+            return torch.float64
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return {key: wide(value) for key, value in arguments.items()}
 
 
 def tensors(output) -> tuple[torch.Tensor, ...]:

@@ -3,9 +3,23 @@
 from .dispatch import explain, force, force_from_environment
 from .ops.class_attention.op import class_attention
 from .ops.neighbor_topk.op import neighbor_topk
+from .ops.photometric.op import photometric
+from .ops.photometric.table import JITTER_ORDERS, PHOTOMETRIC_COLUMNS
 from .ops.prototype_ce.op import prototype_ce
+from .ops.query_attention.op import query_attention
 from .ops.self_relation.op import self_relation
 
 force_from_environment()
 
-__all__ = ["class_attention", "explain", "force", "neighbor_topk", "prototype_ce", "self_relation"]
+__all__ = [
+    "JITTER_ORDERS",
+    "PHOTOMETRIC_COLUMNS",
+    "class_attention",
+    "explain",
+    "force",
+    "neighbor_topk",
+    "photometric",
+    "prototype_ce",
+    "query_attention",
+    "self_relation",
+]

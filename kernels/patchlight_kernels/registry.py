@@ -35,7 +35,8 @@ class OpSpec:
     chooses, what its choice is worth, as two right answers may differ in a tie.
     `differentiable` names the arguments whose gradients are compared too.
     `sample(arguments, output)` cuts both to a part that float64 on a CPU can check, for large cases.
-    `min_bytes(case, dtype)` and `flops(case)` are the least an implementation must move and compute.
+    `min_bytes(case, dtype)` and `flops(case)` are the least a forward must move and compute. A backward moves twice that,
+    and computes `backward_flops(case)`, by default twice that.
     """
 
     op: Op
@@ -46,12 +47,20 @@ class OpSpec:
     observe: Callable[[dict[str, Any], Any], dict[str, Tensor]]
     min_bytes: Callable[[Case, torch.dtype], int]
     flops: Callable[[Case], int]
+    backward_flops: Callable[[Case], int] | None = None
     differentiable: tuple[str, ...] = ()
     sample: Callable[[dict[str, Any], Any], tuple[dict[str, Any], Any]] = lambda arguments, output: (arguments, output)
 
     @property
     def name(self) -> str:
         return self.op.name
+
+    def least(self, case: Case, dtype: torch.dtype, backward: bool) -> tuple[int, int]:
+        """Bytes and flops that no implementation can do without, forward alone or with backward."""
+        moved, computed = self.min_bytes(case, dtype), self.flops(case)
+        if not backward:
+            return moved, computed
+        return 3 * moved, computed + (2 * computed if self.backward_flops is None else self.backward_flops(case))
 
 
 def names() -> list[str]:

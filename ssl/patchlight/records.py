@@ -31,10 +31,20 @@ class Views:
 
 
 @dataclass(frozen=True, slots=True)
-class Cues:
-    """What an objective tells a branch before it looks at the crops."""
+class Queries:
+    """Places of which the student guesses what is there: a masked token for each, in every block, which none sees."""
 
-    mask: Tensor | None = None  # [V, B, N] bool over the global crops; True patches are replaced by the mask token
+    positions: Tensor  # [V, B, Q, 2] x, y in patches of the global crop, any real numbers; V x B as one in a backbone
+    keys: str = "all"  # queries attend to the raw tokens and the queries ("all"), or to the raw tokens only ("raw")
+    crop: int | None = None  # with it, of the queries only to those of the same run of so many
+
+
+@dataclass(frozen=True, slots=True)
+class Cues:
+    """What an objective tells a branch before it looks at the global crops."""
+
+    mask: Tensor | None = None  # [V, B, N] bool; True patches are replaced by the mask token
+    queries: Queries | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,16 @@ class NeighborRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a branch is to look at and to say, besides its features of the global crops."""
+
+    local_crops: bool = True  # features of the local crops, if there are any
+    query_crops: bool = False
+    neighbors: NeighborRule | None = None  # aggregate each patch's neighbors
+    residual: bool = False  # the patches before the final norm
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """What a backbone says of M images."""
 
@@ -55,6 +75,8 @@ class Tokens:
     patches: Tensor  # [M, N, D] after the final norm, or the raw residual stream when the backbone has no class token
     grid: tuple[int, int]  # rows, columns; rows * columns = N
     layers: tuple[Tensor, ...] = ()  # [M, N (+1), D] each, the requested intermediate layers
+    queries: Tensor | None = None  # [M, Q, D] as the patches, when there were queries
+    residual: Tensor | None = None  # [M, N, D] patches before the final norm, when asked for
 
 
 register_dataclass(Tokens)  # so that FSDP2 finds the tensors in a module's output
@@ -69,6 +91,8 @@ class Features:
     grid: tuple[int, int]
     neighbors: Tensor | None = None  # [V, B, N, D] each patch's aggregated neighbors, when an objective needs them
     layers: tuple[Tensor, ...] = ()  # [V, B, N (+1), D] each
+    queries: Tensor | None = None  # [V, B, Q, D] normalised, when an objective has cued them
+    residual: Tensor | None = None  # [V, B, N, D] patches before the final norm, when an objective needs them
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from .data.interface import MOST_BAD
+from .data.loaders import LOADERS
 from .data.masking import MaskRule
 from .data.policy import CropPolicy, dino_policy
 from .objectives.dino import DinoOptions
 from .objectives.ibot import IbotOptions
+from .objectives.moby import MobyOptions
+from .objectives.moco_v3 import MocoV3Options
+from .objectives.pqcl import PqclOptions
 from .objectives.selfpatch import SelfPatchOptions
+from .objectives.selfpatch_contrast import SelfPatchContrastOptions
+from .objectives.sere import SereOptions
 
-Options = DinoOptions | IbotOptions | SelfPatchOptions
+Options = (
+    DinoOptions
+    | IbotOptions
+    | MocoV3Options
+    | MobyOptions
+    | SelfPatchOptions
+    | SelfPatchContrastOptions
+    | PqclOptions
+    | SereOptions
+)
 
 
 def _choose(where: str, value: str, *choices: str) -> None:
@@ -39,11 +55,21 @@ class Model:
     """What speaks for an image: the class token (cls), class attention over the patches (class_attention), or their mean."""
     position_resize: str = "released"
     """How the position table meets local crops: as the released code resizes it, or by size."""
+    positions: str = "learned"
+    """The position table of a vision transformer: learned, or fixed: sincos or sincos_printed, one of which PQCL needs,
+    or sincos_rows_first, as MoCo v3 has it."""
+    start: str = "dino"
+    """How a vision transformer's weights are drawn: as DINO and iBOT do (dino), or as MoCo v3 does (moco_v3)."""
+    init_from: str = ""
+    """A file of published weights to start from: DINO, iBOT, DINOv2, SelfPatch, SERE, PQCL, MoCo v3, MoBY, timm or ours."""
+    freeze_patch_embed: bool = False
+    """Keep the patch projection as it was drawn, which steadies MoCo v3."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Other sizes than the architecture's own, e.g. {"depth": 2, "width": 32, "heads": 2} for a test."""
 
     def __post_init__(self) -> None:
         _choose("Model.summary", self.summary, "cls", "class_attention", "mean")
+        _choose("Model.positions", self.positions, "learned", "sincos", "sincos_rows_first", "sincos_printed")
         _demand(
             self.image_size % self.patch_size == 0,
             "Model.image_size must be a multiple of patch_size",
@@ -83,9 +109,12 @@ class Data:
     """Where images come from and how they are cut."""
 
     path: str = ""
-    """A folder of images, or a text file with one path per line; empty for the procedural images."""
-    loader: str = "torchvision"
-    """procedural: images drawn on the spot; torchvision: read and cropped on the CPU."""
+    """Images: a folder, tar shards, or what check_data wrote (docs/data.md); empty for the procedural images."""
+    loader: str = "auto"
+    """auto: dali on a GPU, torchvision elsewhere; dali: decoded and cut by NVIDIA DALI; torchvision: read and cut on the
+    CPU; procedural: images drawn on the spot."""
+    photometric: str = "op"
+    """What changes colors: our own op, or dali for DALI's operators, which are another augmentation (docs/data.md)."""
     crops: CropPolicy = dino_policy()  # noqa: RUF009 frozen
     """Which crops an image gives."""
     batch_per_rank: int = 64
@@ -94,14 +123,24 @@ class Data:
     """Processes (or threads) per rank that read ahead; 0 reads in the training process."""
     procedural_images: int = 4096
     """How many procedural images there are."""
+    most_bad: float = MOST_BAD
+    """Share of unreadable images at which a run stops; below it others take their places, which the log says."""
 
     def __post_init__(self) -> None:
-        _choose("Data.loader", self.loader, "procedural", "torchvision")
+        _choose("Data.loader", self.loader, *LOADERS)
+        _choose("Data.photometric", self.photometric, "op", "dali")
+        _demand(
+            self.photometric == "op" or self.loader == "dali",
+            'Data.photometric="dali" is a part of the dali loader',
+            f"loader={self.loader!r}",
+            'set loader="dali"',
+        )
+        _demand(0 <= self.most_bad <= 1, "Data.most_bad must lie in [0, 1]", self.most_bad, "0.05 is usual")
         _demand(self.batch_per_rank > 0, "Data.batch_per_rank must be positive", self.batch_per_rank, "use 1 or more")
         _demand(self.workers >= 0, "Data.workers must not be negative", self.workers, "use 0 or more")
         _demand(
             bool(self.path) == (self.loader != "procedural"),
-            "Data.path belongs to the torchvision loader, which needs one",
+            "Data.path belongs to every loader but the procedural one, and they need it",
             f"path={self.path!r} with loader={self.loader!r}",
             'pass the folder of images, or loader="procedural" and no path',
         )
@@ -118,11 +157,17 @@ class Optim:
     min_lr: float = 1e-6
     """Where the cosine of the learning rate ends."""
     warmup_epochs: float = 10
-    """Epochs over which the learning rate rises from 0."""
+    """Epochs over which the learning rate rises."""
+    warmup_start_lr: float = 0.0
+    """The learning rate in effect at the first step of the warm-up."""
+    warmup_ends: str = "last"
+    """Which step has the full rate first: the warm-up's last, as DINO, or the one after it, as MoCo v3 and MoBY (next)."""
     weight_decay: float = 0.04
-    """Weight decay at the start; biases and vectors have none."""
+    """Weight decay at the start."""
     weight_decay_end: float = 0.4
     """Weight decay at the end, reached by a cosine."""
+    decayed: str = "matrices"
+    """What decays: all but biases and vectors (matrices); biases too, as SERE's release does; or all, as MoCo v3 does."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moments of adamw and lamb."""
     momentum: float = 0.9
@@ -143,7 +188,17 @@ class Optim:
     def __post_init__(self) -> None:
         _choose("Optim.name", self.name, "adamw", "lars", "lamb")
         _choose("Optim.clip_mode", self.clip_mode, "per_tensor", "global")
-        for name in ("base_lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip"):
+        _choose("Optim.warmup_ends", self.warmup_ends, "last", "next")
+        _choose("Optim.decayed", self.decayed, "matrices", "biases", "all")
+        for name in (
+            "base_lr",
+            "min_lr",
+            "warmup_start_lr",
+            "warmup_epochs",
+            "weight_decay",
+            "weight_decay_end",
+            "clip",
+        ):
             _demand(
                 getattr(self, name) >= 0, f"Optim.{name} must not be negative", getattr(self, name), "use 0 or more"
             )

@@ -243,3 +243,40 @@ def test_errors_say_what_to_do(call, message):
 def test_errors_at_build(options, message):
     with pytest.raises(ValueError, match=message):
         small_vit(**options)
+
+
+def test_the_start_of_moco_v3_is_uniform_as_wide_as_each_matrix_asks():
+    vit = small_vit(width=48, start="moco_v3")
+    wide = {
+        "patch_embed.proj": 3 * 8 * 8 + 48,
+        "blocks.1.attn.qkv": 48 + 48,
+        "blocks.1.attn.proj": 48 + 48,
+        "blocks.2.mlp.fc1": 48 + 192,
+    }
+    for name, fans in wide.items():
+        weight, bound = vit.get_submodule(name).weight, math.sqrt(6 / fans)
+        assert bound * 0.99 < weight.abs().max() <= bound, name
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
+        assert (vit.get_submodule(name).bias == 0).all(), name
+    assert 0 < vit.cls_token.std() < 3e-6
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_fixed_waves_have_the_row_first_and_do_not_learn(class_token):
+    vit = VisionTransformer(16, 1, 2, 4, image_size=20, class_token=class_token, positions="sincos_rows_first")
+    assert not vit.pos_embed.requires_grad
+    table = vit.pos_embed[0, int(class_token) :].unflatten(0, (5, 5))
+    assert class_token is False or (vit.pos_embed[0, 0] == 0).all()
+    for row, column in ((0, 0), (3, 1), (4, 2)):
+        waves = [
+            function(place / 10000 ** (k / 4))
+            for place in (row, column)
+            for function in (math.sin, math.cos)
+            for k in range(4)
+        ]
+        torch.testing.assert_close(table[row, column], torch.tensor(waves))
+
+
+def test_waves_need_four_channels_each():
+    with pytest.raises(ValueError, match="multiple of 4, got 6"):
+        VisionTransformer(6, 1, 2, 4, image_size=8, positions="sincos_rows_first")

@@ -8,9 +8,9 @@ from torchvision.transforms import RandomResizedCrop
 from patchlight.data.policy import (
     CropPolicy,
     CropSpec,
-    Photometric,
     dino_policy,
     ibot_policy,
+    pqcl_policy,
     sample_crops,
     selfpatch_policy,
 )
@@ -120,13 +120,23 @@ def test_rows_depend_on_seed_epoch_and_id_alone():
     assert (whole["global_crops"].box[0] != views[0]).any(-1).mean() > 0.99
 
 
-def test_query_crops_are_a_kind_of_their_own():
-    query = CropSpec(2, 96, (0.05, 0.25), flip=0.0, photometric=Photometric(blur=0.5))
-    policy = CropPolicy(dino_policy(0).global_crops, query_crops=(query,))
-    tables = draw(policy)
+@pytest.mark.parametrize("asymmetric", [True, False], ids=["paper", "release"])
+def test_query_crops_are_a_kind_of_their_own_and_never_mirrored(asymmetric):
+    policy = pqcl_policy(3, 32, (0.05, 0.4), (0.5, 2.0), asymmetric=asymmetric)
+    tables = draw(policy, images=2000)
     assert list(tables) == ["global_crops", "query_crops"]
-    assert not tables["query_crops"].flip.any()
-    assert policy.pixels_per_image == 2 * 224**2 + 2 * 96**2
+    assert policy.pixels_per_image == 2 * 224**2 + 3 * 32**2
+    queries, (first, second) = tables["query_crops"], tables["global_crops"].sigma > 0
+    assert queries.box.shape == (3, 2000, 4)
+    assert not queries.flip.any()
+    assert not queries.solarize.any()
+    assert abs((queries.sigma > 0).mean() - 0.5) < 0.03
+    ratio = queries.box[..., 2] / queries.box[..., 3]
+    assert 0.5 * 0.97 < ratio.min() < 0.6
+    assert 1.7 < ratio.max() < 2 * 1.03
+    assert first.all()
+    assert abs(second.mean() - (0.1 if asymmetric else 1.0)) < 0.03
+    assert abs(tables["global_crops"].solarize[1].mean() - (0.2 if asymmetric else 0.0)) < 0.04
 
 
 def test_wrong_policies_are_named():

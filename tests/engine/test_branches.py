@@ -10,7 +10,7 @@ from torch import nn
 from patchlight.data.policy import dino_policy
 from patchlight.engine.branches import WeightedObjectives, build_branches, build_objectives, check_teacher_student
 from patchlight.objectives.interface import Needs, NeighborRule, Objective
-from patchlight.records import Clock
+from patchlight.records import Clock, Cues, Wanted
 from patchlight_kernels import force
 
 CLOCK = Clock(0, 10, 0, 5)
@@ -24,7 +24,7 @@ def built(run):
 def test_a_branch_sees_each_crop_as_if_alone():
     student, _, _, views = built(tiny_run("", options=(IBOT,)))
     mask = torch.rand(2, 8, 16) < 0.4
-    global_crops, local_crops = student(views, mask)
+    global_crops, local_crops, _ = student(views, Cues(mask))
     assert (global_crops.grid, local_crops.grid) == ((4, 4), (3, 3))
     for view in range(2):
         seen = student.summary(student.backbone(views.global_crops.pixels[view], mask[view]))
@@ -38,7 +38,7 @@ def test_the_teacher_is_called_once_per_size_and_not_on_local_crops_unless_asked
     _, teacher, _, views = built(tiny_run(""))
     sizes = []
     teacher.backbone.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
-    assert teacher(views, local=False)[1] is None
+    assert teacher(views, wanted=Wanted(local_crops=False)).local_crops is None
     assert sizes == [(16, 3, 16, 16)]
     teacher(views)
     assert sizes[1:] == [(16, 3, 16, 16), (16, 3, 12, 12)]
@@ -122,7 +122,7 @@ def test_the_loss_is_the_weighted_sum_of_the_terms():
     run = replace(run, objectives=replace(run.objectives, options=(DINO, SELFPATCH)))
     student, teacher, objectives, views = built(run)
     with force(neighbor_topk="reference"):
-        taught = teacher(views, None, objectives.teacher_sees_local, objectives.neighbors)
+        taught = teacher(views, wanted=objectives.of_teacher)
     loss, terms = objectives((student, student(views)), (teacher, taught), views, CLOCK)
     assert terms.keys() == {"dino/cls", "selfpatch/patch"}
     torch.testing.assert_close(loss, terms["dino/cls"] + 0.1 * terms["selfpatch/patch"])
@@ -133,7 +133,7 @@ def test_an_objective_sees_only_what_it_asked_of_the_teacher():
     run = tiny_run("", options=(DINO, SELFPATCH))
     _, teacher, objectives, views = built(run)
     with force(neighbor_topk="reference"):
-        taught = teacher(views, None, objectives.teacher_sees_local, objectives.neighbors)
+        taught = teacher(views, wanted=objectives.of_teacher)
     seen = {}
 
     def remember(name: str):
@@ -170,7 +170,7 @@ class Wishes(Objective):
 
 def test_objectives_must_agree():
     same = WeightedObjectives([Wishes(neighbors=NeighborRule(k=2)), Wishes(neighbors=NeighborRule(k=2)), Wishes()])
-    assert same.neighbors == NeighborRule(k=2)
+    assert same.of_teacher.neighbors == NeighborRule(k=2)
     with pytest.raises(ValueError, match="must agree on neighbors"):
         WeightedObjectives([Wishes(neighbors=NeighborRule(k=2)), Wishes(neighbors=NeighborRule(k=4))])
     with pytest.raises(ValueError, match="must agree on masks"):

@@ -6,7 +6,7 @@ import torch
 from engine.tiny_run import tiny_run, tiny_trainer
 from torch import nn
 
-from patchlight.engine.optim import StepState, Update, prototype_names
+from patchlight.engine.optim import StepState, Update, has_decay, prototype_names
 from patchlight.engine.parallel import Mesh
 from patchlight.engine.precision import LossScaler
 from patchlight.heads.projection import ProjectionHead
@@ -30,6 +30,15 @@ def fill_gradients(module: nn.Module, seed: int, size: float = 1.0) -> None:
 
 def weights(module: nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("decayed", "wanted"), [("matrices", {"0.weight"}), ("biases", {"0.weight", "0.bias", "1.bias"}), ("all", None)]
+)
+def test_what_decays(decayed, wanted):
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    found = {name for name, parameter in model.named_parameters() if has_decay(name, parameter, decayed)}
+    assert found == (wanted or dict(model.named_parameters()).keys())
 
 
 def test_prototypes_are_the_parameters_that_freeze():

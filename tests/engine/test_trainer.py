@@ -7,7 +7,11 @@ import torch
 from engine.tiny_run import (
     DINO,
     IBOT,
+    MOBY,
+    MOCO,
+    PQCL,
     SELFPATCH,
+    SERE,
     NoiseLoader,
     Notebook,
     largest_difference,
@@ -54,7 +58,11 @@ def test_the_guard_sees_a_wait():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
-@pytest.mark.parametrize("options", [(DINO,), (IBOT,), (DINO, SELFPATCH)], ids=["dino", "ibot", "dino+selfpatch"])
+@pytest.mark.parametrize(
+    "options",
+    [(DINO,), (IBOT,), (DINO, SELFPATCH), (IBOT, PQCL), (MOCO, MOBY), (DINO, SERE)],
+    ids=["dino", "ibot", "dino+selfpatch", "ibot+pqcl", "moco+moby", "dino+sere"],
+)
 def test_a_step_does_not_wait_for_the_device(options, optimizer, tmp_path):
     parallel = {"precision": "fp16", "accumulate": 2}
     trainer = tiny_trainer(tiny_run(tmp_path, options=options, optim={"name": optimizer}, parallel=parallel))
@@ -179,3 +187,28 @@ def test_train_runs_a_recipe_from_its_description_alone(tmp_path):
     train(run)
     assert {"run.json", "metrics.jsonl", "checkpoints"} <= {path.name for path in tmp_path.iterdir()}
     assert (tmp_path / "checkpoints" / "step-00000005" / "teacher.safetensors").exists()
+
+
+def test_a_refused_step_leaves_nothing_in_the_queue(tmp_path):
+    """Neither keys nor BatchNorm statistics; the next step starts from what was there before."""
+    trainer = tiny_trainer(tiny_run(tmp_path, options=(MOBY,)))
+    trainer.step()
+    before = {
+        name: buffer.clone()
+        for module in (trainer.student, trainer.teacher, trainer.objectives)
+        for name, buffer in module.named_buffers()
+    }
+    good = trainer.loader
+    bad = next(NoiseLoader(trainer.run))
+    bad.global_crops.pixels[0, 0, 0, 0, 0] = float("nan")
+    trainer.loader = Prepared(good, 0)
+    trainer.loader.views = [bad]
+    trainer.step()
+    assert trainer.metrics.steps[-1]["step/refused"] == 1
+    for module in (trainer.student, trainer.teacher, trainer.objectives):
+        for name, buffer in module.named_buffers():
+            assert torch.equal(buffer, before[name]), name
+    trainer.loader = good
+    trainer.step()
+    assert trainer.metrics.steps[-1]["step/refused"] == 0
+    assert trainer.objectives.parts[0].oldest == 16

@@ -10,12 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from patchlight.data.policy import dino_policy
+from patchlight.data.policy import dino_policy, pqcl_policy
 from patchlight.engine.parallel import Mesh, processes
 from patchlight.engine.trainer import Trainer
 from patchlight.objectives.dino import DinoOptions
 from patchlight.objectives.ibot import IbotOptions
+from patchlight.objectives.moby import MobyOptions
+from patchlight.objectives.moco_v3 import MocoV3Options
+from patchlight.objectives.pqcl import PqclOptions
 from patchlight.objectives.selfpatch import SelfPatchOptions
+from patchlight.objectives.sere import SereOptions
 from patchlight.records import Clock, Crops, Views
 from patchlight.run import Data, Model, Objectives, Optim, Output, Parallel, Run, Schedule
 from patchlight_kernels import force
@@ -23,12 +27,17 @@ from patchlight_kernels import force
 HEAD = {"prototypes": 37, "bottleneck": 11, "hidden": 24, "train_norm": True, "student_temperature": 0.5}
 DINO = DinoOptions(**HEAD, teacher_temperature=0.4)
 IBOT = IbotOptions(**HEAD, teacher_temperature=0.4, warmup_epochs=0, patch_teacher_temperature=0.4)
+MOCO = MocoV3Options(hidden=16, out=8)
+MOBY = MobyOptions(queue=32, hidden=16, out=8)
 SELFPATCH = SelfPatchOptions(**HEAD, teacher_temperature=0.4)
+PQCL = PqclOptions(student_temperature=0.5, teacher_temperature=0.4, warmup_epochs=0)
+SERE = SereOptions(global_points=5, local_points=3)
 
 
 def tiny_run(folder: Path | str, **parts) -> Run:
     """8 images per step, two crop sizes; a calm learning rate, so that rounding is not amplified."""
     options = parts.pop("options", (DINO,))
+    has_queries = any(isinstance(one, PqclOptions) for one in options)
     of_parts = {
         "model": {
             "image_size": 16,
@@ -36,8 +45,14 @@ def tiny_run(folder: Path | str, **parts) -> Run:
             "drop_path": 0.0,
             "sizes": {"width": 20, "depth": 2, "heads": 2},
             "summary": "class_attention" if SELFPATCH in options else "cls",
+            "positions": "sincos" if has_queries else "learned",
         },
-        "data": {"loader": "procedural", "crops": dino_policy(2, 16, 12), "batch_per_rank": 8, "workers": 0},
+        "data": {
+            "loader": "procedural",
+            "crops": pqcl_policy(2, 12, global_size=16) if has_queries else dino_policy(2, 16, 12),
+            "batch_per_rank": 8,
+            "workers": 0,
+        },
         "optim": {"base_lr": 1e-3 * 32, "warmup_epochs": 1, "teacher_momentum": 0.9},
         "schedule": {"epochs": 4, "steps_per_epoch": 5},
         "parallel": {"precision": "fp32"},
@@ -71,13 +86,16 @@ class NoiseLoader:
         first = self.samples + self.rank * self.batch
         self.samples += self.batch * self.world
         ids = torch.arange(first, first + self.batch)
-        kinds = [self.cut(ids, specs) for _, specs in self.crops.kinds()]
-        return Views(*(kinds + [None] * (3 - len(kinds))), ids)
+        kinds = {kind: self.cut(ids, specs) for kind, specs in self.crops.kinds()}
+        return Views(kinds["global_crops"], kinds.get("local_crops"), kinds.get("query_crops"), ids)
 
     def cut(self, ids: Tensor, specs: tuple) -> Crops:
         count, size = sum(spec.count for spec in specs), specs[0].size
-        images = [torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(int(i))) for i in ids]
-        return Crops(torch.stack(images, dim=1), torch.zeros(count, len(ids), 4), torch.zeros(count, len(ids)) > 0)
+        generators = [torch.Generator().manual_seed(int(i)) for i in ids]
+        images = [torch.randn(count, 3, size, size, generator=generator) for generator in generators]
+        corners = torch.stack([torch.rand(count, 5, generator=generator) for generator in generators], dim=1)
+        box = torch.cat([corners[..., :2] * 40, 20 + corners[..., 2:4] * 30], dim=-1).round()
+        return Crops(torch.stack(images, dim=1), box, corners[..., 4] < 0.5)
 
     def state_dict(self) -> dict:
         return {"samples": self.samples}

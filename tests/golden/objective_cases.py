@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from patchlight.heads.prototypes import Prototypes
+from patchlight.objectives.contrast import unit_rows
 from patchlight.objectives.dino import Dino, DinoOptions
 from patchlight.objectives.ibot import Ibot, IbotOptions
+from patchlight.objectives.moby import Moby
+from patchlight.objectives.moco_v3 import MocoV3, MocoV3Options
 from patchlight.objectives.selfpatch import SelfPatch, SelfPatchOptions
 from patchlight.objectives.targets import Center, Sinkhorn
 from patchlight.records import Clock, Crops, Features, Side, Views
@@ -252,6 +255,22 @@ def selfpatch_on_a_rank(case: harness.Case, rank: int) -> dict:
     start(objectives[1].target, case["input.center_patch"])
     config = case.config
     return selfpatch_step(case.under(f"rank{rank}."), objectives, config["batch_per_rank"], config["patch_weight"])
+
+
+def one_direction(objective: MocoV3 | Moby, queries: Tensor, keys: Tensor) -> Tensor:
+    """The sum over both directions is twice that of one, when both views are the same."""
+    return objective.contrast(queries.expand(2, -1, -1), keys.expand(2, -1, -1)) / 2
+
+
+def moco_on_a_rank(case: harness.Case, rank: int) -> tuple[Tensor, Tensor]:
+    return moco_loss_and_gradient(case["q"][rank], case["k"][rank], float(case.meta["T"]))
+
+
+def moco_loss_and_gradient(q: Tensor, k: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    q = q.clone().requires_grad_()
+    loss = one_direction(MocoV3(MocoV3Options(temperature=temperature)), unit_rows(q), unit_rows(k))
+    loss.backward()
+    return loss.detach(), q.grad
 
 
 def targets_on_a_rank(rank: int, rows: tuple[Tensor, Tensor], directions: Tensor) -> tuple[Tensor, Tensor]:

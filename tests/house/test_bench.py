@@ -75,3 +75,29 @@ def test_timing_is_interleaved_and_memory_is_seen():
     if extra is None:
         pytest.skip("this system does not tell a process its peak memory")
     assert 48e6 < extra < 96e6, "64 MiB were held at once"
+
+
+def test_loaders_are_measured_each_in_a_process_of_its_own(tmp_path):
+    bench_loader = pytest.importorskip("bench.loader")
+    names = (bench_loader.PEER, "patchlight torchvision")
+    suite = bench_loader.LoaderSuite(
+        images=8, batch=4, cores=1, seconds=0.3, rounds=1, modes=("files",), providers=names
+    )
+    rows = bench_loader.run(suite)
+    assert [row["provider"] for row in rows] == list(names)
+    assert all(row["status"] == "ok" for row in rows), "the twin's pixels have the peer's mean and spread"
+    bench_ops.write(rows, tmp_path / "loader.csv", bench_loader.COLUMNS)
+    for row in csv.DictReader((tmp_path / "loader.csv").open()):
+        assert float(row["crops_per_s"]) == pytest.approx(10 * float(row["images_per_s"]), rel=1e-3)
+        for column in ("cpu_ms_per_image", "cores", "hardware", "torch", "commit", "date"):
+            assert row[column], column
+    odd = bench_loader.Measured(1.0, 1.0, 0.0, None, mean=0.5, spread=1.0)
+    good = bench_loader.Measured(1.0, 1.0, 0.0, None, mean=0.0, spread=1.0)
+    found = {"odd": [odd], "one": [good], "two": [good]}
+    assert "mean of its pixels is 0.50, the others' 0.00" in bench_loader.judged([odd], found)
+    assert bench_loader.judged([good], found) == "ok"
+
+
+def test_the_readme_shows_the_committed_numbers():
+    """`python -m bench readme` was run after the last change of bench/results."""
+    assert report.headlines(report.RESULTS) in report.README.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -10,7 +11,10 @@ from timm.layers import PatchEmbed
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from ..records import Tokens
+from patchlight_kernels import query_attention
+
+from ..records import Queries, Tokens
+from .positions import EMBEDDINGS, grid_positions
 
 ARCHITECTURES = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3},
@@ -18,7 +22,10 @@ ARCHITECTURES = {
     "vit_base": {"width": 768, "depth": 12, "heads": 12},
     "vit_large": {"width": 1024, "depth": 24, "heads": 16},
 }
+POSITIONS = ("learned", *EMBEDDINGS)
 POSITION_RESIZES = ("released", "size")
+STARTS = ("dino", "moco_v3")
+NORM_EPS = 1e-6
 
 
 class VisionTransformer(nn.Module):
@@ -31,7 +38,16 @@ class VisionTransformer(nn.Module):
         (target + 0.1) / table per axis, as the code of DINO, iBOT and SelfPatch does; "size" with exactly
         target / table, as the papers' plain "bicubic". The default is "released": every local crop goes through
         it, and published weights have learned with it.
+    positions: "learned", or a fixed table: "sincos" with x in the first half of the channels, as MAE and PQCL's code
+        have it, "sincos_rows_first" with y there, as MoCo v3 has it, or "sincos_printed", Eq. (4) of the PQCL paper to
+        the letter. The class token's row is zero then. Queries (PQCL) lie between and beside the patches, so they need
+        a fixed one.
+    start: "dino", truncated normals, or "moco_v3", uniform as wide as each matrix asks for, queries, keys and values
+        being a matrix each.
     """
+
+    offers = frozenset({"class_token", "masks", "queries"})
+    norm_eps = NORM_EPS
 
     def __init__(
         self,
@@ -44,6 +60,8 @@ class VisionTransformer(nn.Module):
         class_token: bool = True,
         drop_path: float = 0.0,
         position_resize: str = "released",
+        positions: str = "learned",
+        start: str = "dino",
     ) -> None:
         super().__init__()
         if width % heads:
@@ -54,10 +72,10 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"VisionTransformer: drop_path must lie in [0, 1), got {drop_path}; 0.1 is the usual rate."
             )
-        if position_resize not in POSITION_RESIZES:
-            raise ValueError(
-                f"VisionTransformer: position_resize must be one of {POSITION_RESIZES}, got {position_resize!r}."
-            )
+        chosen = {"position_resize": position_resize, "positions": positions, "start": start}
+        for (name, value), choices in zip(chosen.items(), (POSITION_RESIZES, POSITIONS, STARTS), strict=True):
+            if value not in choices:
+                raise ValueError(f"VisionTransformer: {name} must be one of {choices}, got {value!r}.")
         self.width, self.heads, self.patch_size = width, heads, patch_size
         self.has_class_token, self.position_resize = class_token, position_resize
         self.table_grid = self.grid(image_size, image_size)
@@ -71,33 +89,60 @@ class VisionTransformer(nn.Module):
             num_heads=heads,
             mlp_ratio=mlp_ratio,
             class_token=class_token,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
             embed_layer=partial(PatchEmbed, strict_img_size=False),
+            block_fn=Block,
             weight_init="skip",
         )
         self.patch_embed = parts.patch_embed
         self.cls_token = parts.cls_token  # [1, 1, D] or None
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.pos_embed = parts.pos_embed  # [1, N (+1), D]
+        self.embed_positions = EMBEDDINGS.get(positions)  # None where they are learned
         self.blocks = nn.ModuleList(parts.blocks)
         self.norm = parts.norm if class_token else nn.Identity()
         for number, block in enumerate(self.blocks):
             rate = drop_path * number / max(depth - 1, 1)
             if rate > 0:
                 block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-        self._initialize()
+        if start == "dino":
+            self._start_as_dino()
+        else:
+            self._start_as_moco_v3()
 
     @torch.no_grad()
-    def _initialize(self) -> None:
-        """The released start: truncated normal 0.02, biases 0; the patch convolution keeps the library's default."""
+    def _start_as_dino(self) -> None:
+        """Truncated normal 0.02, biases 0; the patch convolution keeps the library's default."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self._initialize_positions()
         nn.init.zeros_(self.mask_token)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def _initialize_positions(self) -> None:
+        if self.embed_positions is None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            return
+        table = self.embed_positions(grid_positions(self.table_grid), self.width).to(self.pos_embed.dtype)
+        del self.pos_embed  # the parameter
+        classes = table.new_zeros(int(self.has_class_token), self.width)
+        self.register_buffer("pos_embed", torch.cat([classes, table])[None])
+
+    @torch.no_grad()
+    def _start_as_moco_v3(self) -> None:
+        """Uniform by fan-in + fan-out, biases 0; a positions table that is learned keeps the truncated normal."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                fan_in, fan_out = module.weight[0].numel(), len(module.weight) // (3 if name.endswith("qkv") else 1)
+                nn.init.uniform_(module.weight, -math.sqrt(6 / (fan_in + fan_out)), math.sqrt(6 / (fan_in + fan_out)))
+                nn.init.zeros_(module.bias)
+        self._initialize_positions()
+        nn.init.zeros_(self.mask_token)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of this many pixels."""
@@ -108,26 +153,42 @@ class VisionTransformer(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
-    def forward(self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = ()) -> Tokens:
+    def forward(
+        self,
+        pixels: Tensor,
+        mask: Tensor | None = None,
+        layers: tuple[int, ...] = (),
+        queries: Queries | None = None,
+        residual: bool = False,
+    ) -> Tokens:
         """pixels [M, 3, H, W] to tokens; masked patches ([M, N] bool) are replaced by the mask token.
 
         layers asks for the tokens after these blocks (0-based, negative from the end), through the final norm if there
-        is one.
+        is one. queries adds mask tokens at their positions [M, Q, 2] that look on and are not seen. residual asks for
+        the patches before the final norm.
         """
         grid = self.grid(*pixels.shape[-2:])
         wanted = [self._block_number(layer) for layer in layers]
         x = self.embed(pixels, mask)
+        raw, streams = x.shape[1], ()
+        if queries is not None:
+            x = torch.cat([x, self.embed_queries(queries).to(x.dtype)], dim=1)
+            streams = (raw, queries.keys, queries.crop)
         kept = {}
         for number, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, *streams)
             if number in wanted:
-                kept[number] = x
+                kept[number] = x[:, :raw]
         intermediate = tuple(self.norm(kept[number]) for number in wanted)
+        guesses = None
+        if queries is not None:
+            x, guesses = x[:, :raw], self.norm(x[:, raw:])
         if not self.has_class_token:
-            return Tokens(None, x, grid, intermediate)
+            return Tokens(None, x, grid, intermediate, guesses, x if residual else None)
         cls, patches = x.split((1, x.shape[1] - 1), dim=1)
         # Normalised apart, so that neither is a view: the patches are contiguous, and FSDP2 may hook both.
-        return Tokens(self.norm(cls.squeeze(1)), self.norm(patches), grid, intermediate)
+        before = patches if residual else None
+        return Tokens(self.norm(cls.squeeze(1)), self.norm(patches), grid, intermediate, guesses, before)
 
     def embed(self, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
         """The residual stream before the first block, [M, N (+1), D]."""
@@ -147,6 +208,15 @@ class VisionTransformer(nn.Module):
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
         x = x + positions[:, 1:]
         return torch.cat([cls.to(x.dtype), x], dim=1)
+
+    def embed_queries(self, queries: Queries) -> Tensor:
+        """Mask tokens at the queries' positions, [M, Q, D]."""
+        if self.embed_positions is None:
+            raise ValueError(
+                "VisionTransformer: queries need positions that exist anywhere, got a learned table; "
+                'build it with positions="sincos".'
+            )
+        return self.mask_token + self.embed_positions(queries.positions, self.width)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table for a grid, [1, N (+1), D]: itself where it fits, else resized; the class row stays."""
@@ -177,6 +247,23 @@ class VisionTransformer(nn.Module):
         return layer % depth
 
 
+class Block(timm_vit.Block):
+    """timm's block, which can also carry queries behind the raw tokens: one more row each, through the same weights.
+
+    Raw rows attend to raw rows only, so they are what they would be without queries.
+    """
+
+    def forward(self, x: Tensor, raw: int | None = None, keys: str = "all", crop: int | None = None) -> Tensor:
+        """x [M, T, D]; of its T rows the first `raw` are raw tokens, the others queries. keys, crop: see `Queries`."""
+        if raw is None:
+            return super().forward(x)
+        attention = self.attn
+        qkv = attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
+        attended = query_attention(qkv, raw, keys, crop).flatten(2)
+        x = x + drop_streams(self.drop_path1, attention.proj(attended), raw)
+        return x + drop_streams(self.drop_path2, self.mlp(self.norm2(x)), raw)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training drops the whole branch of a sample with this rate and scales up the rest."""
 
@@ -192,6 +279,15 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3g}"
+
+
+def drop_streams(drop: nn.Module, x: Tensor, raw: int) -> Tensor:
+    """Stochastic depth for two streams of each sample, x [M, raw + Q, D], drawn separately as released."""
+    if not (isinstance(drop, DropPath) and drop.training):
+        return x
+    first, second = torch.rand(2, len(x), 1, 1, device=x.device)
+    is_raw = torch.arange(x.shape[1], device=x.device).unsqueeze(1) < raw
+    return drop_path(x, torch.where(is_raw, first, second), drop.rate)
 
 
 def drop_path(x: Tensor, uniform: Tensor, rate: float) -> Tensor:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..records import Views
+from ..records import Crops, Views
 from .counter import ORDER, counter_bits
-from .policy import CropPolicy
+from .photometric import change, look_table
+from .policy import CropPolicy, CropTable
+from .reading import Replacement
 from .sources import Source
+
+MOST_BAD = 0.05  # share of unreadable images at which a run stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +45,26 @@ class Loader(ABC):
 
     name: str  # said in reports
 
-    def __init__(self, source: Source, policy: CropPolicy, batch: int, seed: int = 0, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        source: Source,
+        policy: CropPolicy,
+        batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        most_bad: float = MOST_BAD,
+        report: Path | None = None,
+    ):
+        """workers: processes or threads that read ahead. report: where unreadable images are listed, a line each."""
         self.source, self.policy, self.batch, self.seed = source, policy, batch, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.workers, self.device = rank, world, workers, torch.device(device)
+        self.most_bad, self.report = most_bad, report
         self.stall_seconds = 0.0  # how long the last next() waited for data
-        self.replaced = 0  # unreadable samples that gave way to another one, on this rank, since the run began
+        self.replaced = 0  # times that another sample took an unreadable one's place, on this rank, since the run began
+        self._bad: set[int] = set()  # samples found unreadable by this object
         self._position = Position()
         self._cached_order: tuple[int, np.ndarray] | None = None
         if batch < 1 or not 0 <= rank < world:
@@ -81,6 +105,9 @@ class Loader(ABC):
     def _fetch(self, start: Position) -> Views:
         """This rank's part of the batch that starts there."""
 
+    def close(self) -> None:  # noqa: B027 likewise
+        """Ends whatever reads ahead."""
+
     def _restart(self) -> None:  # noqa: B027 a loader that reads nothing ahead has nothing to do
         """Forgets whatever was read ahead: the position has moved."""
 
@@ -96,6 +123,44 @@ class Loader(ABC):
             self._cached_order = (start.epoch, epoch_order(self.seed, start.epoch, self.dataset_size))
         first = start.samples + self.rank * self.batch
         return self._cached_order[1][first : first + self.batch]
+
+    def _schedule(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
+        """All batches from a position on, without end: where each starts, and this rank's ids of it."""
+        while True:
+            start = self._start(start)
+            yield start, self._ids(start)
+            start = Position(start.epoch, start.samples + self.global_batch)
+
+    def _report(self, replacements: list[Replacement]) -> None:
+        """Counts and names what was replaced; ends the run when too much is bad."""
+        for r in replacements:
+            self.replaced += 1
+            name = self.source.name(r.bad)
+            warnings.warn(
+                f"{self.name} loader: {name} cannot be read ({r.reason}); sample {r.substitute} took its place,"
+                f" {self.replaced} so far on rank {self.rank}"
+            )
+            if r.bad not in self._bad and self.report is not None:
+                self.report.parent.mkdir(parents=True, exist_ok=True)
+                with self.report.open("a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(f"{name}\t{r.reason}\n")
+            self._bad.add(r.bad)
+        if len(self._bad) > self.most_bad * self.dataset_size:
+            raise RuntimeError(
+                f"{self.name} loader: at most {self.most_bad:.2%} of {self.dataset_size} images may be unreadable, got"
+                f" {len(self._bad)} on rank {self.rank} alone, listed in {self.report or 'the warnings above'}; run"
+                " python -m patchlight.data.check_data and train on its clean list"
+            )
+
+    def _views(self, batch: dict[str, Tensor]) -> Views:
+        """A batch of crops, cut and described by host_tensors, as the networks see it. Without looks it is changed already."""
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        crops = {}
+        for kind, _ in self.policy.kinds():
+            pixels, looks = batch[f"{kind}.pixels"], batch.get(f"{kind}.looks")
+            changed = pixels if looks is None else change(pixels, looks, self.policy)
+            crops[kind] = Crops(pixels=changed, box=batch[f"{kind}.box"], flip=batch[f"{kind}.flip"])
+        return Views(**{"local_crops": None, "query_crops": None, **crops}, ids=batch["ids"])
 
     def state_dict(self) -> dict:
         return {
@@ -119,3 +184,12 @@ class Loader(ABC):
         self._position = Position(state["epoch"], state["samples"])
         self.replaced = state["replaced"]
         self._restart()
+
+
+def host_tensors(kind: str, table: CropTable) -> dict[str, Tensor]:
+    """What a table says of one kind of crops beside how to cut them, by names that `Loader._views` knows."""
+    return {
+        f"{kind}.looks": look_table(table),
+        f"{kind}.box": torch.from_numpy(table.box).float(),
+        f"{kind}.flip": torch.from_numpy(table.flip),
+    }

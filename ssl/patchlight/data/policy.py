@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
 
 import numpy as np
+
+from patchlight_kernels import JITTER_ORDERS
 
 from .counter import CROPS, counter_uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-JITTER_ORDERS = np.array(list(permutations(range(4))), dtype=np.int64)  # [24, 4] of brightness contrast saturation hue
 
 _ATTEMPTS = 10  # crops tried before the whole image is cut to the nearest allowed ratio
 _FIELDS = 2 * _ATTEMPTS + 13
@@ -31,6 +31,15 @@ class Photometric:
     blur: float = 0.5  # probability
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # uniform, in pixels of the crop
     solarize: float = 0.0  # probability of inverting values of 128 and more
+
+    def __post_init__(self):
+        low, high = self.blur_sigma
+        strengths = (self.brightness, self.contrast, self.saturation, 2 * self.hue)
+        if not (all(0 <= s <= 1 for s in strengths) and 0 < low <= high <= 4):
+            raise ValueError(
+                f"Photometric: strengths must lie in 0..1 (hue: 0..0.5) and 0 < blur_sigma[0] <= blur_sigma[1] <= 4, where"
+                f" the blur's kernel ends, got {self}; correct the numbers"
+            )
 
 
 UNCHANGED = Photometric(jitter=0.0, gray=0.0, blur=0.0)
@@ -116,6 +125,25 @@ def ibot_policy(
     return dino_policy(local_count, global_size, local_size, global_scale, local_scale)
 
 
+def pqcl_policy(
+    query_count: int = 1,
+    query_size: int = 96,
+    query_scale: tuple[float, float] = (0.05, 0.25),
+    query_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    global_size: int = 224,
+    global_scale: tuple[float, float] = (0.25, 1.0),
+    asymmetric: bool = True,
+) -> CropPolicy:
+    """PQCL's crops: two global ones and `query_count` query crops, which are never mirrored; no local ones.
+
+    asymmetric: the second global crop is hardly blurred and sometimes solarized, as in BYOL, which the paper follows.
+        The released code treats both as the first one; False is for parity.
+    """
+    crops = dino_policy(0, global_size, global_scale=global_scale).global_crops
+    query = CropSpec(query_count, query_size, query_scale, query_ratio, flip=0.0)
+    return CropPolicy(crops if asymmetric else crops[:1] * 2, query_crops=(query,))
+
+
 @dataclass(frozen=True, slots=True)
 class CropTable:
     """Everything random about V crops of B images, as numbers."""
@@ -127,7 +155,7 @@ class CropTable:
     contrast: np.ndarray  # [V, B] fp32 factor, 1: unchanged
     saturation: np.ndarray  # [V, B] fp32 factor, 1: unchanged
     hue: np.ndarray  # [V, B] fp32 turns, 0: unchanged
-    order: np.ndarray  # [V, B] int64 row of JITTER_ORDERS
+    order: np.ndarray  # [V, B] int64 row of patchlight_kernels.JITTER_ORDERS
     gray: np.ndarray  # [V, B] bool
     sigma: np.ndarray  # [V, B] fp32, 0: no blur
     solarize: np.ndarray  # [V, B] bool

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .counter import PROCEDURAL, counter_uniform
+from .sources import as_ppm
 
 CLASSES = (
     "disk",
@@ -61,6 +62,9 @@ class ProceduralSource:
 
     def name(self, index: int) -> str:
         return f"procedural image {index}"
+
+    def encoded(self, index: int) -> bytes:
+        return as_ppm(self.images[index])
 
     def read(self, index: int) -> np.ndarray:
         return self.images[index]

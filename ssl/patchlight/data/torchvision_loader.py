@@ -1,10 +1,8 @@
-"""The CPU loader: decode, crop and change images in this process or in workers, from numbers drawn beforehand."""
+"""The CPU loader: decode and crop images in this process or in workers, from numbers drawn beforehand."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,50 +11,25 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from ..records import Crops, Views
-from .counter import SUBSTITUTE, counter_bits
-from .interface import Loader, Position
-from .photometric import photometric
+from ..records import Views
+from .interface import Loader, Position, host_tensors
 from .policy import IMAGENET_MEAN, IMAGENET_STD, CropPolicy, CropTable, sample_crops
+from .reading import Replacement, read_samples
 from .sources import Source
-
-_MAX_SUBSTITUTES = 16  # so many unreadable samples in a row are no accident
-
-
-@dataclass(frozen=True, slots=True)
-class Replacement:
-    """A sample that could not be read, and the one that stands in for it."""
-
-    bad: int
-    substitute: int
-    reason: str
 
 
 class TorchvisionLoader(Loader):
-    """Reads with Pillow and crops with torchvision on the CPU; normalizes on the device.
+    """Reads with Pillow and crops with torchvision on the CPU; colors, blurs and normalizes whole batches on the device.
 
     workers=0 works in the calling process, otherwise that many processes read ahead, a batch each.
     """
 
     name = "torchvision"
 
-    def __init__(
-        self,
-        source: Source,
-        policy: CropPolicy,
-        batch: int,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        device: torch.device | str = "cpu",
-    ):
-        super().__init__(source, policy, batch, seed, rank, world)
-        self.workers, self.device = workers, torch.device(device)
-        self._dataset = _Batches(source, policy, seed)
+    def __init__(self, source: Source, policy: CropPolicy, batch: int, *rest, **options):
+        super().__init__(source, policy, batch, *rest, **options)
+        self._dataset = _Batches(self.source, self.policy, self.seed)
         self._ahead: Iterator | None = None
-        mean, std = (torch.tensor(c, device=self.device)[:, None, None] for c in (policy.mean, policy.std))
-        self._scale, self._shift = 1 / (255 * std), -mean / std
 
     def _fetch(self, start: Position) -> Views:
         if self.workers:
@@ -85,39 +58,15 @@ class TorchvisionLoader(Loader):
         """Ends the workers."""
         self._ahead = None
 
-    def _report(self, replacements: list[Replacement]) -> None:
-        for r in replacements:
-            self.replaced += 1
-            warnings.warn(
-                f"{self.name} loader: {self.source.name(r.bad)} cannot be read ({r.reason}); sample {r.substitute} took"
-                f" its place, {self.replaced} so far on rank {self.rank}"
-            )
-
-    def _views(self, batch: dict[str, Tensor]) -> Views:
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        crops = {
-            kind: Crops(
-                pixels=batch[f"{kind}.pixels"] * self._scale + self._shift,
-                box=batch[f"{kind}.box"],
-                flip=batch[f"{kind}.flip"],
-            )
-            for kind, _ in self.policy.kinds()
-        }
-        return Views(crops["global_crops"], crops.get("local_crops"), crops.get("query_crops"), batch["ids"])
-
 
 class _Schedule:
-    """The work items from a position on, without end: (epoch, this rank's ids)."""
+    """The loader's schedule as a sampler, which a DataLoader wants to be iterable anew."""
 
     def __init__(self, loader: Loader, start: Position):
         self.loader, self.start = loader, start
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        position = self.start
-        while True:
-            position = self.loader._start(position)
-            yield position.epoch, self.loader._ids(position)
-            position = Position(position.epoch, position.samples + self.loader.global_batch)
+        return ((position.epoch, ids) for position, ids in self.loader._schedule(self.start))
 
 
 class _Batches(Dataset):
@@ -128,50 +77,25 @@ class _Batches(Dataset):
 
     def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[dict[str, Tensor], list[Replacement]]:
         epoch, ids = item
-        images, shown, replacements = self._read(ids)
-        sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
-        batch = {"ids": torch.from_numpy(shown)}
-        for kind, table in sample_crops(self.policy, self.seed, epoch, ids, sizes).items():
-            batch[f"{kind}.pixels"] = photometric(cut(images, table), table)
-            batch[f"{kind}.box"] = torch.from_numpy(table.box).float()
-            batch[f"{kind}.flip"] = torch.from_numpy(table.flip)
-        return batch, replacements
-
-    def _read(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray, list[Replacement]]:
-        images, shown, replacements = [], [], []
-        for sample in ids.tolist():
-            image, substitute, reason = self._read_or_substitute(sample)
-            images.append(image)
-            shown.append(substitute)
-            if reason:
-                replacements.append(Replacement(sample, substitute, reason))
-        return images, np.array(shown, dtype=np.int64), replacements
-
-    def _read_or_substitute(self, sample: int) -> tuple[np.ndarray, int, str]:
-        """The image, the id that it really has, and why it is not the sample's own ("" if it is)."""
-        candidate, reason = sample, ""
-        for attempt in range(_MAX_SUBSTITUTES + 1):
-            try:
-                return self.source.read(candidate), candidate, reason
-            except Exception as error:  # decoders raise whatever they like on a damaged file
-                reason = reason or f"{type(error).__name__}: {error}"
-            candidate = int(counter_bits(self.seed, SUBSTITUTE, sample, attempt)[0] % np.uint64(len(self.source)))
-        raise OSError(
-            f"torchvision loader: one of {_MAX_SUBSTITUTES} substitutes must be readable, got none for"
-            f" {self.source.name(sample)} ({reason}); repair the data"
-        )
+        samples = read_samples(self.source, self.seed, ids, self.source.read)
+        sizes = np.array([(image.shape[1], image.shape[0]) for image in samples.contents])
+        tables = sample_crops(self.policy, self.seed, epoch, ids, sizes)
+        batch = {"ids": torch.from_numpy(samples.ids)}
+        for kind, table in tables.items():
+            batch |= host_tensors(kind, table) | {f"{kind}.pixels": cut(samples.contents, table)}
+        return batch, samples.replacements
 
 
 def cut(images: list[np.ndarray], table: CropTable) -> Tensor:
-    """Cuts and resizes the table's boxes out of images [H, W, 3] uint8, and mirrors them: [V, B, 3, S, S] uint8."""
+    """Cuts and resizes the table's boxes out of images [H, W, 3] uint8, and mirrors them: [V, B, S, S, 3] uint8."""
     views, batch = table.flip.shape
-    out = torch.empty(views, batch, 3, table.size, table.size, dtype=torch.uint8)
+    out = torch.empty(views, batch, table.size, table.size, 3, dtype=torch.uint8)
     for b, image in enumerate(images):
         tensor = torch.from_numpy(image).permute(2, 0, 1)  # channels last in memory: resizing is fastest there
         for v in range(views):
             x, y, w, h = table.box[v, b].tolist()
             crop = resize(tensor[:, y : y + h, x : x + w], (table.size, table.size))
-            out[v, b] = crop.flip(-1) if table.flip[v, b] else crop
+            out[v, b] = (crop.flip(-1) if table.flip[v, b] else crop).permute(1, 2, 0)
     return out
 
 

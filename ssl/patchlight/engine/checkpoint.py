@@ -203,11 +203,11 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 def timm_weights(branch: Branch) -> dict[str, Tensor]:
     """The whole backbone on the host under timm's names, ready for timm.create_model(checkpoint_path=...).
 
-    The mask token stays behind. A backbone that ends without a norm takes along its summary's, which every patch passed.
+    The mask token stays behind. A backbone that left its final norm to its summary gets it back.
     To be called by all ranks, as shards are put together.
     """
     weights = {name: tensor for name, tensor in branch.backbone.state_dict().items() if name != "mask_token"}
-    if not any(name.startswith("norm.") for name in weights):
+    if branch.backbone.norm_eps is not None and not any(name.startswith("norm.") for name in weights):
         weights |= {f"norm.{n}": t for n, t in getattr(branch.summary, "norm", nn.Identity()).state_dict().items()}
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.items()}

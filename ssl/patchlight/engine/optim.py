@@ -19,9 +19,10 @@ from .precision import LossScaler
 Norms = Callable[[list[Tensor]], Tensor]
 
 
-def has_decay(name: str, parameter: Tensor) -> bool:
-    """Weight decay spares biases and vectors, as released; position table, tokens and prototype lengths do decay."""
-    return not (name.endswith(".bias") or parameter.ndim == 1)
+def has_decay(name: str, parameter: Tensor, decayed: str = "matrices") -> bool:
+    """Weight decay spares biases and vectors, as most release it; position table, tokens and prototype lengths decay."""
+    bias = name.endswith(".bias")
+    return {"matrices": not bias and parameter.ndim != 1, "biases": bias or parameter.ndim != 1, "all": True}[decayed]
 
 
 def prototype_names(module: nn.Module) -> frozenset[str]:
@@ -60,7 +61,7 @@ class Update:
         """Two groups: with weight decay, then without."""
         members: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, parameter, piece in zip(self.names, self.parameters, self.pieces, strict=True):
-            members[has_decay(name, parameter)].append(piece)
+            members[has_decay(name, parameter, self.options.decayed)].append(piece)
         return [{"params": members[decayed], "decayed": decayed} for decayed in (True, False)]
 
     @torch.no_grad()

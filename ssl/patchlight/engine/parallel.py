@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..heads.projection import ProjectionHead
@@ -135,15 +137,47 @@ def checkpoint_activations(block: nn.Module) -> None:
 
 def synchronize_batch_norm(branch: Branch, mesh: Mesh) -> None:
     """BatchNorm statistics over all ranks, as the released multi-GPU runs have them; torch can do that on GPUs only."""
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in branch.modules()):
-        return
     if mesh.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(branch)
-    elif mesh.rank == 0:
-        warnings.warn(
-            "BatchNorm statistics are per process on the CPU, over all processes on GPUs: results depend on the number "
-            "of CPU processes."
-        )
+        return
+    for module in branch.modules():
+        if isinstance(module, _BatchNorm):
+            module.forward = partial(normalize_over_ranks, module)  # in place, so that parameter names stay
+
+
+def normalize_over_ranks(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """BatchNorm of x [rows, channels, ...] with the statistics of all ranks' rows, in fp32 or better."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    rows, of_channels = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
+    count = exact.new_full((1,), x.numel() / x.shape[1])
+    total, count = SumOverRanks.apply(torch.cat([exact.sum(rows), count])).split((x.shape[1], 1))
+    mean = total / count
+    centered = exact - mean.view(of_channels)
+    variance = SumOverRanks.apply(centered.square().sum(rows)) / count
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var.dtype), norm.momentum)
+    y = centered * (variance + norm.eps).rsqrt().view(of_channels)
+    if norm.affine:
+        y = y * norm.weight.view(of_channels) + norm.bias.view(of_channels)
+    return y.to(x.dtype)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks. What it does to the other ranks' losses is part of the gradient."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverRanks.apply(gradient)
 
 
 def shard(branch: Branch, grid: DeviceMesh, trained: bool) -> None:

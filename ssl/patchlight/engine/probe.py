@@ -75,6 +75,13 @@ class TeacherProbe:
     @torch.no_grad()
     def look(self, teacher: Teacher, clock: Clock) -> dict[str, float]:
         """The accuracies at this step by name, written down, and a picture of the attention."""
+        teacher.eval()  # a BatchNorm must neither see these images nor remember them
+        try:
+            return self._look(teacher, clock)
+        finally:
+            teacher.train()
+
+    def _look(self, teacher: Teacher, clock: Clock) -> dict[str, float]:
         accuracies: dict[str, float] = {}
         if self.labelled:
             gallery, queries = (self._features(teacher, part) for part in (self.gallery, self.queries))
@@ -98,8 +105,8 @@ class TeacherProbe:
                 batch, batch.new_zeros(*batch.shape[:2], 4), batch.new_zeros(batch.shape[:2], dtype=torch.bool)
             )
             with autocast(self.run.parallel.precision, self.device):
-                features, _ = teacher(Views(crops, None, None, ids))
-            rows.append(features.summary[0].float().cpu())
+                features = teacher(Views(crops, None, None, ids))
+            rows.append(features.global_crops.summary[0].float().cpu())
         return torch.cat(rows)
 
     def _draw_attention(self, teacher: Teacher, clock: Clock) -> None:

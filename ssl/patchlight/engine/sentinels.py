@@ -44,8 +44,8 @@ class Sentinels:
     def __init__(self, student: Student, teacher: Teacher, update: Update, mesh: Mesh) -> None:
         self.student, self.teacher, self.update, self.mesh = student, teacher, update, mesh
         self.prototypes = {
-            name: sorted({part.count for part in head.modules() if isinstance(part, Prototypes)})
-            for name, head in student.heads.items()
+            name: sorted({part.count for part in student.head_of(name).modules() if isinstance(part, Prototypes)})
+            for name in [*student.heads, *student.hosts]
         }
         self.lines: dict[str, int] = {}
         self.refused = 0

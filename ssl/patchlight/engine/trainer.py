@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..data import loaders
+from ..data.procedural import ProceduralSource
+from ..data.reading import REPORT_FILE as BAD_FILES
+from ..data.sources import open_source
 from ..records import Clock, Views
 from ..run import Run
 from .branches import Teacher, build_branches, build_objectives, check_teacher_student
@@ -28,6 +32,7 @@ from .checkpoint import (
     stored_tensors,
     timm_weights,
 )
+from .init_from import init_from
 from .metrics import build_metrics
 from .optim import StepState, Update
 from .parallel import Mesh, parallelize, processes, set_gradient_sync
@@ -77,7 +82,10 @@ def train(run: Run) -> None:
         trainer = Trainer(run, mesh)
         if run.output.look_every != 0:
             trainer.probe = build_probe(run, trainer)
-        trainer.fit()
+        try:
+            trainer.fit()
+        finally:
+            trainer.loader.close()
         trainer.say(
             f"Report: {trainer.folder / REPORT_FILE}; teacher: {trainer.checkpoints.latest()}/teacher.safetensors"
         )
@@ -105,11 +113,20 @@ class Trainer:
     def __init__(
         self, run: Run, mesh: Mesh | None = None, loader: Loader | None = None, metrics: Metrics | None = None
     ) -> None:
-        self.run, self.mesh = run, mesh or Mesh(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.mesh = mesh or Mesh(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         parallel, device = run.parallel, self.mesh.device
+        self.loader_choice: loaders.LoaderChoice | None = None
+        if loader is None:
+            self.loader_choice = loaders.choose_loader(run.data.loader, device)
+            run = replace(run, data=replace(run.data, loader=self.loader_choice.name))  # reports say what really ran
+        self.run = run
         torch.manual_seed(parallel.seed)  # the same weights on every rank, each of which then keeps its shard
-        self.objectives = build_objectives(run).to(device)
+        self.objectives = build_objectives(run, self.mesh.world).to(device)
         self.student, self.teacher = build_branches(run.model, self.objectives.parts)
+        if run.model.init_from:
+            taken = init_from(self.student, Path(run.model.init_from))
+            self.teacher.start_from(self.student)
+            self.say(taken.table())
         parallelize(self.student, parallel, self.mesh, trained=True)
         parallelize(self.teacher, parallel, self.mesh, trained=False)
         check_teacher_student(self.teacher, self.student)
@@ -196,9 +213,9 @@ class Trainer:
         goals = self.objectives
         with autocast(self.run.parallel.precision, self.mesh.device):
             with torch.no_grad():
-                taught = self.teacher(views, None, goals.teacher_sees_local, goals.neighbors)
-            mask = goals.mask(views, taught[0].grid, self.clock)
-            seen = self.student(views, mask)
+                taught = self.teacher(views, wanted=goals.of_teacher)
+            cues = goals.cue(views, taught[0].grid, self.clock)
+            seen = self.student(views, cues, goals.of_student)
             loss, terms = goals((self.student, seen), (self.teacher, taught), views, self.clock)
         return loss, terms | {"loss": loss, "teacher/spread": spread(taught[0])}
 
@@ -207,7 +224,8 @@ class Trainer:
         """Linear rule: base_lr per 256 images."""
         optim, clock = self.run.optim, self.clock
         warmup = int(optim.warmup_epochs * clock.steps_per_epoch)
-        return cosine(clock.step, clock.total, optim.base_lr * self.global_batch / 256, optim.min_lr, warmup)
+        peak, start, ends = optim.base_lr * self.global_batch / 256, optim.warmup_start_lr, optim.warmup_ends
+        return cosine(clock.step, clock.total, peak, optim.min_lr, warmup, start, ends)
 
     @property
     def weight_decay(self) -> float:
@@ -285,6 +303,8 @@ class Trainer:
             ("weight decay", f"{optim.weight_decay:g}", f"a cosine to {optim.weight_decay_end:g}"),
             ("teacher momentum", f"{optim.teacher_momentum:g}", f"a cosine to {optim.teacher_momentum_end:g}"),
         ]
+        if self.loader_choice:
+            rows.insert(0, ("loader", self.loader_choice.name, self.loader_choice.why))
         if clock.step:
             rows.append(("resumed at step", clock.step, f"{clock.images_seen} images seen"))
         table = Table("", "value", "from", title=f"{self.run.model.arch}/{self.run.model.patch_size}")
@@ -334,21 +354,28 @@ class Trainer:
             state["scaler"] = self.scaler.state_dict()
         return state
 
-    def say(self, sentence: str) -> None:
+    def say(self, sentence: str | Table) -> None:
         if self.mesh.rank == 0:
             Console().print(sentence)
 
 
 def build_loader(run: Run, mesh: Mesh) -> Loader:
-    """The loader of a run, for this rank. Imports late: torchvision takes seconds."""
-    from ..data.procedural import ProceduralSource
-    from ..data.sources import open_source
-    from ..data.torchvision_loader import TorchvisionLoader
-
-    data, seed = run.data, run.parallel.seed
-    source = open_source(data.path) if data.path else ProceduralSource(data.procedural_images, seed=seed)
-    return TorchvisionLoader(
-        source, data.crops, data.batch_per_rank, seed, mesh.rank, mesh.world, data.workers, mesh.device
+    """The loader of a run, for this rank."""
+    given, seed = run.data, run.parallel.seed
+    source = open_source(given.path) if given.path else ProceduralSource(given.procedural_images, seed=seed)
+    return loaders.build_loader(
+        given.loader,
+        source,
+        given.crops,
+        given.batch_per_rank,
+        photometric=given.photometric,
+        seed=seed,
+        rank=mesh.rank,
+        world=mesh.world,
+        workers=given.workers,
+        device=mesh.device,
+        most_bad=given.most_bad,
+        report=Path(run.output.folder) / BAD_FILES,
     )
 
 

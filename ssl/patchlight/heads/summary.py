@@ -33,6 +33,10 @@ class ClassTokenSummary(nn.Module):
 
     kind = "cls"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()  # a backbone with a class token ends with a norm of its own
+
     def forward(self, tokens: Tokens, neighbors: NeighborRule | None = None) -> Summary:
         if tokens.cls is None:
             raise ValueError(
@@ -47,9 +51,9 @@ class MeanSummary(nn.Module):
 
     kind = "mean"
 
-    def __init__(self, dim: int | None = None) -> None:
+    def __init__(self, dim: int | None = None, norm_eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = nn.Identity() if dim is None else nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.Identity() if dim is None else nn.LayerNorm(dim, eps=norm_eps)
 
     def forward(self, tokens: Tokens, neighbors: NeighborRule | None = None) -> Summary:
         patches = self.norm(tokens.patches)
@@ -66,7 +70,7 @@ class ClassAttentionSummary(nn.Module):
 
     kind = "class_attention"
 
-    def __init__(self, dim: int, heads: int, depth: int = 2, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, heads: int, depth: int = 2, mlp_ratio: float = 4.0, norm_eps: float = 1e-6) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(
@@ -74,7 +78,7 @@ class ClassAttentionSummary(nn.Module):
             )
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.blocks = nn.ModuleList(ClassAttentionBlock(dim, heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     def forward(self, tokens: Tokens, neighbors: NeighborRule | None = None) -> Summary:

@@ -13,11 +13,18 @@ from ..records import Clock, Cues, NeighborRule, Side, Views
 class Needs:
     """What an objective asks of data and branches; checked once, when a run is built."""
 
+    global_crops: int = 1  # at least so many
     local_crops: bool = False  # at least one local crop
     teacher_sees_local: bool = False  # the teacher runs on local crops too
     masks: bool = False  # the student's global crops are masked (Cues.mask)
     neighbors: NeighborRule | None = None  # the teacher aggregates neighbors into Features.neighbors
     summary: str | None = None  # the summary head it insists on: "cls" or "class_attention"
+    queries: bool = False  # the student is cued with queries (Cues.queries), the teacher sees the query crops
+    host: str | None = None  # the objective whose head it sees in a branch where it has none of its own
+    views_apart: bool = False  # a backbone's BatchNorm takes each view as a batch of its own
+    batch_norm: bool = False  # its heads have BatchNorm, which cannot do with a single image
+    batch_divides: int | None = None  # the global batch must divide this number
+    residual: bool = False  # both branches leave the patches before the final norm in Features.residual
 
 
 class Objective(nn.Module):
@@ -27,6 +34,9 @@ class Objective(nn.Module):
 
     def needs(self) -> Needs:
         return Needs()
+
+    def adapt(self, width: int, heads: int) -> None:
+        """Hears the width and the attention heads of the backbone, before any module is built for it."""
 
     def head(self, width: int) -> nn.Module | None:
         """The head that goes into the student and, as an EMA twin, into the teacher."""

@@ -39,9 +39,9 @@ def demo() -> Run:
         optim=Optim(
             base_lr=8e-3, warmup_epochs=1, weight_decay_end=0.1, teacher_momentum=0.98, freeze_prototypes_epochs=0
         ),
-        schedule=Schedule(epochs=12),
+        schedule=Schedule(epochs=8),
         parallel=Parallel(precision="fp32"),
-        output=Output(folder="runs/demo", log_every=16, save_every=256, look_every=96),
+        output=Output(folder="runs/demo", log_every=16, save_every=256, look_every=64),
     )
 
 
@@ -67,7 +67,7 @@ def small_data() -> Run:
     return Run(
         model=Model(arch="vit_tiny", summary="class_attention"),
         objectives=Objectives((dino, SelfPatchOptions(prototypes=2048)), weights=LAMBDA),
-        data=Data(path=YOUR_IMAGES, loader="torchvision", crops=dino_policy(6), batch_per_rank=64),
+        data=Data(path=YOUR_IMAGES, crops=dino_policy(6), batch_per_rank=64),
         optim=Optim(min_lr=1e-5, teacher_momentum=0.992),
         schedule=Schedule(epochs=200),
         parallel=Parallel(accumulate=4),

@@ -8,19 +8,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..data.masking import MaskRule
-from ..data.policy import CropPolicy, dino_policy, selfpatch_policy
+from ..data.policy import CropPolicy, dino_policy, pqcl_policy, selfpatch_policy
 from ..objectives.dino import DinoOptions
 from ..objectives.ibot import IbotOptions
+from ..objectives.moby import MobyOptions
+from ..objectives.moco_v3 import MocoV3Options
+from ..objectives.pqcl import PqclOptions
 from ..objectives.selfpatch import SelfPatchOptions
+from ..objectives.selfpatch_contrast import SelfPatchContrastOptions
+from ..objectives.sere import SereOptions, sere_weights
 from ..run import Data, Model, Objectives, Optim, Run, Schedule
 
 YOUR_IMAGES = "path/to/images"
 WARM = {"warmup_teacher_temperature": 0.04, "teacher_temperature": 0.07, "warmup_epochs": 30}
 LAMBDA = {"selfpatch/patch": 0.1}  # Eq. (8)
+HALF_MASKED = MaskRule(ratios=((0.0, 0.0), (0.3, 0.2)))  # iBOT's published rule, which PQCL calls 0.3
 
 
 def _imagenet(policy: CropPolicy, batch_per_rank: int) -> Data:
-    return Data(path=YOUR_IMAGES, loader="torchvision", crops=policy, batch_per_rank=batch_per_rank)
+    return Data(path=YOUR_IMAGES, crops=policy, batch_per_rank=batch_per_rank)
 
 
 def dino_vits16_in1k() -> Run:
@@ -52,7 +58,7 @@ def ibot_vits16_in1k() -> Run:
     """
     policy = dino_policy(10, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25))
     return Run(
-        objectives=Objectives((IbotOptions(),), masks=MaskRule(ratios=((0.0, 0.0), (0.3, 0.2)))),
+        objectives=Objectives((IbotOptions(),), masks=HALF_MASKED),
         data=_imagenet(policy, 64),
         schedule=Schedule(epochs=800),
     )
@@ -140,4 +146,303 @@ def _tiny_on_coco(run: Run) -> Run:
         run,
         model=replace(run.model, arch="vit_tiny"),
         objectives=replace(run.objectives, options=options),
+    )
+
+
+TWO_VIEWS = dino_policy(0, global_scale=(0.08, 1.0))  # both releases resize bilinearly; ours is bicubic everywhere
+
+
+def moco_v3_vits16_in1k() -> Run:
+    """MoCo v3, ViT-S/16 with 12 heads, 300 epochs on ImageNet-1k: its README, one node. 8 processes x 128 = 1024 images.
+
+    Fixed positions, frozen patch projection, everything decays, no clipping. It is the MoCo v3 row of SelfPatch's Tables
+    1 to 3 and of PQCL's Tables 1 to 4. The released lr is 1.5e-4 per 256 images, momentum 0.99 to 1 by a cosine.
+    """
+    return Run(
+        model=Model(
+            drop_path=0.0,
+            positions="sincos_rows_first",
+            start="moco_v3",
+            freeze_patch_embed=True,
+            sizes={"heads": 12},
+        ),
+        objectives=Objectives((MocoV3Options(),)),
+        data=_imagenet(TWO_VIEWS, 128),
+        optim=Optim(
+            base_lr=1.5e-4,
+            min_lr=0.0,
+            warmup_epochs=40,
+            warmup_ends="next",
+            weight_decay=0.1,
+            weight_decay_end=0.1,
+            decayed="all",
+            clip=0,
+            teacher_momentum=0.99,
+        ),
+        schedule=Schedule(epochs=300),
+    )
+
+
+def moco_v3_vits16_in1k_100ep() -> Run:
+    """MoCo v3, ViT-S/16, 100 epochs on ImageNet-1k: the shorter row of PQCL's Table 1. 8 processes x 128 = 1024 images."""
+    return replace(moco_v3_vits16_in1k(), schedule=Schedule(epochs=100))
+
+
+def moco_v3_vits16_ins300() -> Run:
+    """MoCo v3, ViT-S/16, 100 epochs on ImageNet-S300: the baseline of SERE's Table 7. 8 processes x 128 = 1024 images.
+
+    The paper keeps the baseline's own settings and names none; these are those of its README.
+    """
+    return moco_v3_vits16_in1k_100ep()
+
+
+def moco_v3_vitb16_in1k() -> Run:
+    """MoCo v3, ViT-B/16, 300 epochs on ImageNet-1k: its README, 4096 images. 32 processes x 128."""
+    run = moco_v3_vits16_in1k()
+    return replace(run, model=replace(run.model, arch="vit_base", sizes={}))
+
+
+def moco_v3_resnet50_in1k() -> Run:
+    """MoCo v3, ResNet-50, 100 epochs on ImageNet-1k: the released code's defaults, LARS. 32 processes x 128 = 4096 images.
+
+    Temperature 1, momentum 0.99 throughout, a projector of two layers, a predictor without norm at its end.
+    """
+    return Run(
+        model=Model("resnet50", patch_size=32, drop_path=0.0, summary="mean"),
+        objectives=Objectives((MocoV3Options(temperature=1.0, layers=2, predictor_last_norm=False),)),
+        data=_imagenet(TWO_VIEWS, 128),
+        optim=Optim(
+            name="lars",
+            base_lr=0.6,
+            min_lr=0.0,
+            warmup_ends="next",
+            weight_decay=1e-6,
+            weight_decay_end=1e-6,
+            clip=0,
+            teacher_momentum=0.99,
+            teacher_momentum_end=0.99,
+        ),
+    )
+
+
+def moby_vits16_in1k() -> Run:
+    """MoBY, ViT-S/16, 300 epochs on ImageNet-1k: its released recipe, 8 processes x 64 = 512 images.
+
+    Drop path 0.2 in the student only, one gradient norm of 5, lr 1e-3 per 512 images from 5e-7 to 5e-6. It is the MoBY
+    row of SelfPatch's Tables 1 to 3.
+    """
+    return Run(
+        model=Model(drop_path=0.2),
+        objectives=Objectives((MobyOptions(),)),
+        data=_imagenet(TWO_VIEWS, 64),
+        optim=Optim(
+            min_lr=5e-6,
+            warmup_epochs=5,
+            warmup_start_lr=5e-7,
+            warmup_ends="next",
+            weight_decay=0.05,
+            weight_decay_end=0.05,
+            clip=5.0,
+            clip_mode="global",
+            teacher_momentum=0.99,
+        ),
+        schedule=Schedule(epochs=300),
+    )
+
+
+def moby_swint_in1k() -> Run:
+    """MoBY, Swin-T, 300 epochs on ImageNet-1k: its released recipe, 8 processes x 64 = 512 images."""
+    run = moby_vits16_in1k()
+    return replace(run, model=replace(run.model, arch="swin_tiny", patch_size=32, summary="mean"))
+
+
+def moby_vitti16_coco() -> Run:
+    """MoBY, ViT-Ti/16, 200 epochs on COCO train2017: the baseline of SelfPatch's Table 5. 4 processes x 64 = 256 images.
+
+    Length and batch are those of all its COCO runs (PASS, appendix A), everything else MoBY's own.
+    """
+    run = moby_vits16_in1k()
+    return replace(run, model=replace(run.model, arch="vit_tiny"), schedule=Schedule(epochs=200))
+
+
+def moby_swint_coco() -> Run:
+    """MoBY, Swin-T, 200 epochs on COCO train2017: Table 5 of SelfPatch. 4 processes x 64 = 256 images."""
+    return replace(moby_swint_in1k(), schedule=Schedule(epochs=200))
+
+
+def selfpatch_moby_vitti16_coco() -> Run:
+    """MoBY + SelfPatch without negatives, ViT-Ti/16, 200 epochs on COCO: Table 5. 4 processes x 64 = 256 images.
+
+    The paper does not say which distance it takes without negatives; here it is SelfPatch's own, over prototypes.
+    """
+    return _beside_moby(moby_vitti16_coco(), SelfPatchOptions(teacher_sees_local=False, **WARM), "selfpatch/patch")
+
+
+def selfpatch_moby_vitti16_coco_negatives() -> Run:
+    """MoBY + SelfPatch with negatives, ViT-Ti/16, 200 epochs on COCO: Table 5. 4 processes x 64 = 256 images."""
+    return _beside_moby(moby_vitti16_coco(), SelfPatchContrastOptions(), "selfpatch_contrast/patch")
+
+
+def selfpatch_moby_swint_coco_negatives() -> Run:
+    """MoBY + SelfPatch with negatives, Swin-T, 200 epochs on COCO: Table 5. 4 processes x 64 = 256 images.
+
+    Class attention reads the 7 x 7 patches of the last stage; the paper does not say how it joins the two.
+    """
+    return _beside_moby(moby_swint_coco(), SelfPatchContrastOptions(), "selfpatch_contrast/patch")
+
+
+def _beside_moby(run: Run, options: SelfPatchOptions | SelfPatchContrastOptions, term: str) -> Run:
+    """Global crops only, as MoBY has no others."""
+    return replace(
+        run,
+        model=replace(run.model, summary="class_attention"),
+        objectives=Objectives((MobyOptions(), options), weights={term: LAMBDA["selfpatch/patch"]}),
+    )
+
+
+def pqcl_vits16_in1k(epochs: int = 800) -> Run:
+    """iBOT + PQCL, ViT-S/16 on ImageNet-1k: the paper's main results. 16 processes x 64 = 1024 images.
+
+    Table 1: 69.7, 73.8 and 74.4 linear after 100, 400 and 800 epochs. Tables 2 and 3 (COCO, ADE20K): 200 and 300 epochs.
+    Table 5 (DAVIS): 63.8. Two global crops and one query crop of 96 pixels, no local crops. Where paper and release
+    differ: query positions know of mirrored crops, the second crop is solarized at times as the paper says, and the
+    learning rate warms up for 10 epochs as released (the paper says 30, which the release gives the temperature).
+    """
+    return _pqcl(IbotOptions(), pqcl_policy(), epochs)
+
+
+def pqcl_vitb16_in1k() -> Run:
+    """iBOT + PQCL, ViT-B/16, 400 epochs on ImageNet-1k: Table 1, 76.9 linear. 16 processes x 64 = 1024 images."""
+    run = pqcl_vits16_in1k(400)
+    return replace(run, model=replace(run.model, arch="vit_base"))
+
+
+def pqcl_dino_vits16_in1k(epochs: int = 300) -> Run:
+    """DINO + PQCL, ViT-S/16 on ImageNet-1k: Table 5, 63.4 on DAVIS. 16 processes x 64 = 1024 images.
+
+    The paper names no number of epochs here; 300 are those of the DINO beside it (Tables 2 and 3). No masks; otherwise
+    as on iBOT, with 8192 prototypes. Not released.
+    """
+    return _pqcl(DinoOptions(prototypes=8192, train_norm=True, **WARM), pqcl_policy(), epochs)
+
+
+def pqcl_vits16_in1k_ablation(
+    query_size: int = 96,
+    query_area: float = 0.25,
+    query_count: int = 1,
+    query_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    prototypes: int = 8192,
+    heads: str = "shared",
+) -> Run:
+    """iBOT + PQCL, ViT-S/16, 100 epochs on ImageNet-1k: the paper's ablations. 8 processes x 64 = 512 images.
+
+    query_size: Fig. 3, 16, 32, 48, 64 and 96 pixels; Fig. 4 to 224. query_area: Table 4, the largest area of a query
+    crop, 0.05, 0.1, 0.15, 0.2, 0.25 and 0.4. prototypes: Table 6, 4096, 8192 and 16384. heads: Table 7, shared, semi and
+    vanilla, where iBOT's patches have prototypes of their own too. query_count, query_ratio (width / height): the
+    numbers of crops and their shapes, without a table.
+    """
+    policy = pqcl_policy(query_count, query_size, (0.05, query_area), query_ratio)
+    ibot = IbotOptions(prototypes=prototypes, patch_prototypes=prototypes if heads == "vanilla" else None)
+    return _pqcl(ibot, policy, 100, heads=heads)
+
+
+def pqcl_vits16_in1k_released() -> Run:
+    """iBOT + PQCL, ViT-S/16, 300 epochs as the released code's README runs it. 8 processes x 64 = 512 images.
+
+    Query positions ignore mirrors, both global crops look alike, and the number of masked patches varies.
+    """
+    run = _pqcl(IbotOptions(), pqcl_policy(asymmetric=False), 300, flip_aware=False)
+    return replace(run, objectives=replace(run.objectives, mask_counts="released"))
+
+
+def _pqcl(host: DinoOptions | IbotOptions, policy: CropPolicy, epochs: int, **options: str | bool) -> Run:
+    """64 images per process."""
+    return Run(
+        model=Model(positions="sincos"),
+        objectives=Objectives((host, PqclOptions(**options)), masks=HALF_MASKED),
+        data=_imagenet(policy, 64),
+        schedule=Schedule(epochs=epochs),
+    )
+
+
+def sere_vits16_in1k() -> Run:
+    """DINO + SERE, ViT-S/16, 100 epochs on ImageNet-1k: the paper's main model, Tables 1 to 6. 8 processes x 64 = 512.
+
+    Section 4.1: a learning rate of 0.001 for 512 images, 4 local crops, areas 0.35-1 and 0.05-0.35, alpha = beta = 1. What
+    it leaves open is DINO's default. Its code was never released. Its paper: 80.9 fine-tuned (DINO 79.7).
+    """
+    return _sere_dino(dino_policy(4, global_scale=(0.35, 1.0), local_scale=(0.05, 0.35)))
+
+
+def sere_vits16_ins300() -> Run:
+    """DINO + SERE, ViT-S/16, 100 epochs on ImageNet-S300, two global crops: Tables 7 to 13 and 15. 8 x 64 = 512 images.
+
+    The ablations are options of the second objective: heads 1, 3, 6, 12, 16 (Table 12), teacher_spatial_temperature 0.1,
+    0.5, 1 and teacher_channel_temperature 0.01, 0.1, 0.5 (Table 13), asymmetric (Table 15); and weights of 0 for
+    sere/spatial, sere/channel or dino/cls (Table 8). Areas as in the main model, which the paper does not say.
+    """
+    return _sere_dino(dino_policy(0, global_scale=(0.35, 1.0)))
+
+
+def _sere_dino(policy: CropPolicy) -> Run:
+    """alpha = beta = 1 leaves DINO's weight at 1, rescaled or not."""
+    return Run(
+        objectives=Objectives((DinoOptions(), SereOptions()), weights=sere_weights({"dino/cls": 1.0}, 1.0, 1.0)),
+        data=_imagenet(policy, 64),
+    )
+
+
+def sere_ibot_vits16_in1k() -> Run:
+    """iBOT + SERE, ViT-S/16, 100 epochs on ImageNet-1k: Tables 1, 3, 6 and 14, by the README. 8 processes x 128 = 1024.
+
+    Table 14 varies alpha and beta: the weights sere/spatial and sere/channel, beside which the release rescales both of
+    iBOT's (`sere_weights`). As released, biases decay. Its paper: 81.5 fine-tuned (iBOT 80.9).
+    """
+    return _sere_ibot(IbotOptions())
+
+
+def sere_ibot_vitb16_in1k() -> Run:
+    """iBOT + SERE, ViT-B/16, 100 epochs on ImageNet-1k: Tables 1 and 6, by the README. 8 processes x 128 = 1024 images.
+
+    Its paper: 83.7 fine-tuned (iBOT 83.3).
+    """
+    run = _sere_ibot(IbotOptions(train_norm=False, warmup_epochs=50), global_low=0.32)
+    return replace(
+        run,
+        model=replace(run.model, arch="vit_base"),
+        optim=replace(run.optim, base_lr=7.5e-4, min_lr=2e-6, freeze_prototypes_epochs=3),
+    )
+
+
+def sere_ibot_vitb16_in1k_200ep() -> Run:
+    """iBOT + SERE, ViT-B/16, 200 epochs on ImageNet-1k: Table 3 (a). All else as in the run of 100 epochs, the README's."""
+    return replace(sere_ibot_vitb16_in1k(), schedule=Schedule(epochs=200))
+
+
+def sere_ibot_vits16_ins300() -> Run:
+    """iBOT + SERE, ViT-S/16, 100 epochs on ImageNet-S300: Table 7. 8 processes x 128 = 1024 images.
+
+    Two global crops, as section 4.3 has it for this data set; the rest as in the README's run.
+    """
+    run = sere_ibot_vits16_in1k()
+    return replace(run, data=_imagenet(dino_policy(0), 128))
+
+
+def sere_moco_v3_vits16_ins300() -> Run:
+    """MoCo v3 + SERE, ViT-S/16, 100 epochs on ImageNet-S300: Table 7. 8 processes x 128 = 1024 images.
+
+    The baseline's settings with the paper's own alpha = beta = 1 and 6 heads, where MoCo v3's ViT-S has 12. Not released.
+    """
+    run = moco_v3_vits16_ins300()
+    weights = sere_weights({"moco_v3/contrast": 1.0}, 1.0, 1.0)
+    return replace(run, objectives=Objectives((*run.objectives.options, SereOptions(heads=6)), weights))
+
+
+def _sere_ibot(ibot: IbotOptions, global_low: float = 0.4) -> Run:
+    """The README's commands: 10 local crops, areas that meet at `global_low`, alpha 0.2, beta 0.5, a clip of 0.3."""
+    weights = sere_weights({"ibot/cls": 1.0, "ibot/patch": 1.0}, alpha=0.2, beta=0.5)
+    return Run(
+        objectives=Objectives((ibot, SereOptions()), weights, masks=HALF_MASKED),
+        data=_imagenet(dino_policy(10, global_scale=(global_low, 1.0), local_scale=(0.05, global_low)), 128),
+        optim=Optim(clip=0.3, decayed="biases"),
     )

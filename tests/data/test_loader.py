@@ -1,4 +1,4 @@
-"""The loader: one stream for any number of ranks, workers and restarts; crops that their boxes explain; bad files."""
+"""The contract of every loader: one stream for any number of ranks, workers and restarts; honest boxes; bad files."""
 
 import warnings
 from dataclasses import replace
@@ -10,14 +10,31 @@ from data.pictures import Pictures, write_pictures
 from PIL import Image
 
 from patchlight.data.crop_sheet import draw_crops
-from patchlight.data.interface import epoch_order
+from patchlight.data.interface import Loader, epoch_order
+from patchlight.data.loaders import build_loader, dali_is_there
 from patchlight.data.policy import UNCHANGED, CropPolicy, dino_policy
 from patchlight.data.procedural import ProceduralSource
 from patchlight.data.sources import ImageFolder
 from patchlight.data.torchvision_loader import TorchvisionLoader, plain_batches
 from patchlight.records import Views
 
+needs_dali = pytest.mark.skipif(not dali_is_there(), reason="NVIDIA DALI is not installed")
 POLICY = dino_policy(2, 24, 12)
+
+
+@pytest.fixture(params=["torchvision", pytest.param("dali", marks=needs_dali)])
+def build(request):
+    """Builds the loader under test, and ends it."""
+    built = []
+
+    def build(*arguments, **options) -> Loader:
+        built.append(build_loader(request.param, *arguments, **options))
+        return built[-1]
+
+    build.name = request.param
+    yield build
+    for loader in built:
+        loader.close()
 
 
 def plain(policy: CropPolicy) -> CropPolicy:
@@ -32,7 +49,7 @@ def plain(policy: CropPolicy) -> CropPolicy:
     )  # fmt: skip
 
 
-def steps(loader: TorchvisionLoader, count: int) -> list[Views]:
+def steps(loader: Loader, count: int) -> list[Views]:
     return [next(loader) for _ in range(count)]
 
 
@@ -55,8 +72,8 @@ def assert_same(one: list[list[torch.Tensor]], two: list[list[torch.Tensor]]) ->
             assert torch.equal(left, right)
 
 
-def test_shapes_and_types():
-    views = next(TorchvisionLoader(Pictures(10), POLICY, 3))
+def test_shapes_and_types(build):
+    views = next(build(Pictures(10), POLICY, 3))
     crops = views.global_crops
     assert crops.pixels.shape == (2, 3, 3, 24, 24)
     assert crops.box.shape == (2, 3, 4)
@@ -69,15 +86,15 @@ def test_shapes_and_types():
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
-def test_the_stream_does_not_depend_on_the_number_of_ranks(world):
+def test_the_stream_does_not_depend_on_the_number_of_ranks(build, world):
     source = Pictures(31)
-    alone = joined([steps(TorchvisionLoader(source, POLICY, 6, seed=5), 7)])
-    ranks = [steps(TorchvisionLoader(source, POLICY, 6 // world, 5, rank, world), 7) for rank in range(world)]
+    alone = joined([steps(build(source, POLICY, 6, seed=5), 7)])
+    ranks = [steps(build(source, POLICY, 6 // world, seed=5, rank=rank, world=world), 7) for rank in range(world)]
     assert_same(joined(ranks), alone)
 
 
-def test_every_epoch_has_another_order_and_no_sample_twice():
-    loader = TorchvisionLoader(Pictures(31), POLICY, 5)
+def test_every_epoch_has_another_order_and_no_sample_twice(build):
+    loader = build(Pictures(31), POLICY, 5)
     assert loader.steps_per_epoch == 6
     assert loader.dataset_size == 31
     epochs = [torch.cat([v.ids for v in steps(loader, 6)]) for _ in range(4)]
@@ -98,8 +115,8 @@ def test_an_order_is_a_permutation_of_its_own():
     assert np.array_equal(epoch_order(1, 2, 1000), orders[-1])
 
 
-def test_a_sample_looks_different_in_every_epoch():
-    loader = TorchvisionLoader(Pictures(6), POLICY, 6)
+def test_a_sample_looks_different_in_every_epoch(build):
+    loader = build(Pictures(6), POLICY, 6)
     first, second = steps(loader, 2)
     rows = [second.ids.tolist().index(i) for i in first.ids.tolist()]
     assert (first.global_crops.box != second.global_crops.box[:, rows]).any(-1).all()
@@ -107,16 +124,16 @@ def test_a_sample_looks_different_in_every_epoch():
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [0, 3, 6, 8])
-def test_a_resumed_stream_continues_exactly(stop, workers):
+def test_a_resumed_stream_continues_exactly(build, stop, workers):
     """Within an epoch of six steps, at its end, and in the second one; with batches read ahead or not."""
     source = Pictures(31)
-    whole = joined([steps(TorchvisionLoader(source, POLICY, 5), 11)])
-    first = TorchvisionLoader(source, POLICY, 5, workers=workers)
+    whole = joined([steps(build(source, POLICY, 5), 11)])
+    first = build(source, POLICY, 5, workers=workers)
     before = steps(first, stop)
     state = first.state_dict()
     steps(first, 1)  # a step that the crash loses
     first.close()
-    second = TorchvisionLoader(source, POLICY, 5, workers=workers)
+    second = build(source, POLICY, 5, workers=workers)
     steps(second, 1)  # something was read ahead already
     second.load_state_dict(state)
     after = steps(second, 11 - stop)
@@ -124,13 +141,13 @@ def test_a_resumed_stream_continues_exactly(stop, workers):
     assert_same(joined([before + after]), whole)
 
 
-def test_a_stream_may_be_resumed_by_another_number_of_ranks():
+def test_a_stream_may_be_resumed_by_another_number_of_ranks(build):
     source = Pictures(31)
-    alone = TorchvisionLoader(source, POLICY, 6)
+    alone = build(source, POLICY, 6)
     whole = joined([steps(alone, 7)])
-    part = TorchvisionLoader(source, POLICY, 6)
+    part = build(source, POLICY, 6)
     steps(part, 2)
-    ranks = [TorchvisionLoader(source, POLICY, 2, rank=rank, world=3) for rank in range(3)]
+    ranks = [build(source, POLICY, 2, rank=rank, world=3) for rank in range(3)]
     for loader in ranks:
         loader.load_state_dict(part.state_dict())
     assert_same(joined([steps(loader, 5) for loader in ranks]), whole[2:])
@@ -159,9 +176,31 @@ def recrop(image: np.ndarray, box: list[float], flip: bool, size: int) -> np.nda
     return pixels[:, :, ::-1] if flip else pixels
 
 
+def region(image: np.ndarray, box: list[float], flip: bool, size: int) -> np.ndarray:
+    """The same in float64 as DALI resizes a region: it sees beyond the box, and repeats the image's outermost pixels."""
+    x, y, w, h = box
+    rows, columns = weights(image.shape[0], y, h, size), weights(image.shape[1], x, w, size)
+    pixels = np.einsum("ih,hwc,jw->cij", rows, image.astype(float), columns).clip(0, 255)
+    return pixels[:, :, ::-1] if flip else pixels
+
+
+def weights(length: int, start: float, extent: float, size: int) -> np.ndarray:
+    """The matrix [size, length] of a cubic (a = -1/2), widened where it shrinks, over a part of a line of pixels."""
+    out, scale = np.zeros((size, length)), extent / size
+    for i in range(size):
+        center, reach = start + (i + 0.5) * scale, max(scale, 1)
+        k = np.arange(int(center - 2 * reach) - 2, int(center + 2 * reach) + 3)
+        t = np.abs((k + 0.5 - center) / reach)
+        near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+        tap = np.where(t < 1, near, np.where(t < 2, far, 0))
+        np.add.at(out[i], k.clip(0, length - 1), tap / tap.sum())
+    return out
+
+
 @pytest.mark.parametrize("source", [Pictures(12), ProceduralSource(12, 40)], ids=["pictures", "procedural"])
-def test_box_and_flip_explain_each_crop(source):
-    views = next(TorchvisionLoader(source, plain(POLICY), 12))
+def test_box_and_flip_explain_each_crop(build, source):
+    views = next(build(source, plain(POLICY), 12))
+    again = recrop if build.name == "torchvision" else region
     flips = 0
     for crops in (views.global_crops, views.local_crops):
         size = crops.pixels.shape[-1]
@@ -171,10 +210,10 @@ def test_box_and_flip_explain_each_crop(source):
                 box, flip = crops.box[v, b].tolist(), bool(crops.flip[v, b])
                 flips += flip
                 image = source.read(sample)
-                right = np.abs(recrop(image, box, flip, size) - pixels).max()
-                assert right <= 1.01, "Pillow and torch may round apart, no more"
-                mirrored = np.abs(recrop(image, box, not flip, size) - pixels).max()
-                moved = np.abs(recrop(image, [box[0] + 2, *box[1:]], flip, size) - pixels).max()
+                right = np.abs(again(image, box, flip, size) - pixels).max()
+                assert right <= 1.01, "libraries may round apart, no more"
+                mirrored = np.abs(again(image, box, not flip, size) - pixels).max()
+                moved = np.abs(again(image, [box[0] + 2, *box[1:]], flip, size) - pixels).max()
                 assert min(mirrored, moved) > 5, "a wrong flip or box would be seen"
     assert 10 < flips < 38
 
@@ -189,9 +228,9 @@ def test_pixels_are_normalized():
     assert (done - expected).abs().max() < 1e-5
 
 
-def test_a_damaged_sample_is_replaced_counted_and_named():
+def test_a_damaged_sample_is_replaced_counted_and_named(build):
     source = Pictures(12, bad=(3, 7))
-    loader = TorchvisionLoader(source, POLICY, 6)
+    loader = build(source, POLICY, 6, most_bad=0.5)
     with pytest.warns(UserWarning, match="cannot be read") as said:
         views = steps(loader, 2)
     sentences = [str(w.message) for w in said]
@@ -201,7 +240,7 @@ def test_a_damaged_sample_is_replaced_counted_and_named():
     ids = torch.cat([v.ids for v in views]).tolist()
     assert len(ids) == 12
     assert not {3, 7} & set(ids), "ids say what is shown"
-    again = TorchvisionLoader(source, POLICY, 6)
+    again = build(source, POLICY, 6, most_bad=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_same(joined([steps(again, 2)]), joined([views]))
@@ -210,7 +249,7 @@ def test_a_damaged_sample_is_replaced_counted_and_named():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_poisoned_folder_is_read_to_its_end(tmp_path, workers):
+def test_a_poisoned_folder_is_read_to_its_end(build, tmp_path, workers):
     names = [f"{number}.png" for number in range(12)]
     write_pictures(tmp_path, names)
     whole = (tmp_path / "1.png").read_bytes()
@@ -218,7 +257,7 @@ def test_a_poisoned_folder_is_read_to_its_end(tmp_path, workers):
     (tmp_path / "2.png").write_bytes(b"")
     (tmp_path / "5.png").write_text("no image")
     Image.open(tmp_path / "6.png").convert("RGB").save(tmp_path / "7.png", "JPEG")  # a wrong name does no harm
-    loader = TorchvisionLoader(ImageFolder(tmp_path), POLICY, 4, workers=workers)
+    loader = build(ImageFolder(tmp_path), POLICY, 4, workers=workers, most_bad=0.5)
     with pytest.warns(UserWarning, match="cannot be read") as said:
         views = steps(loader, 6)
     loader.close()
@@ -228,12 +267,12 @@ def test_a_poisoned_folder_is_read_to_its_end(tmp_path, workers):
     assert all(len(v.ids) == 4 and v.global_crops.pixels.isfinite().all() for v in views)
 
 
-def test_nothing_but_damaged_samples_is_an_error():
+def test_nothing_but_damaged_samples_is_an_error(build):
     with pytest.raises(OSError, match="must be readable, got none for picture"):
-        next(TorchvisionLoader(Pictures(20, bad=tuple(range(20))), POLICY, 4))
+        next(build(Pictures(20, bad=tuple(range(20))), POLICY, 4))
 
 
-def test_the_time_of_waiting_is_known():
+def test_the_time_of_waiting_is_known(build):
     class Slow(Pictures):
         def read(self, index):
             import time
@@ -241,7 +280,7 @@ def test_the_time_of_waiting_is_known():
             time.sleep(0.02)
             return super().read(index)
 
-    loader = TorchvisionLoader(Slow(8), POLICY, 4)
+    loader = build(Slow(8), POLICY, 4)
     assert loader.stall_seconds == 0
     next(loader)
     assert 0.08 <= loader.stall_seconds < 5

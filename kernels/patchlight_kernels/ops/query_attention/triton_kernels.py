@@ -1,0 +1,398 @@
+"""Triton kernels of query_attention. A block of rows, or of keys, lies within one segment (the raw tokens, or a crop of queries),
+so that its program knows all that it reads, and nothing else is ever touched.
+
+Scores are in units of log2. The backward computes probabilities again from the saved log-sum-exp: one kernel for the
+gradients of the rows, one whose programs own the keys and values of a block and add up what their readers say.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import hardware
+from ...tuning import autotune
+from .reference import scale_of
+
+_INTERPRETED = tl.constexpr(hardware.triton_interpreted())
+LOG2E = tl.constexpr(1 / math.log(2))
+LN2 = tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(-3.0e38)  # a finite stand-in for the maximum of scores that are all -inf
+ONE_TILE = 256  # keys of a row that fit on chip at once: a softmax without rescaling
+
+
+@triton.jit
+def _load(ptr, tokens, stride, mask, offs_e, WIDTH: tl.constexpr):
+    """The rows of some tokens [BLOCK, BLOCK_E], zeros where masked."""
+    at = tokens.to(tl.int64)[:, None] * stride + offs_e[None, :]
+    return tl.load(ptr + at, mask=mask[:, None] & (offs_e < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(ptr, tokens, stride, mask, offs_e, x, WIDTH: tl.constexpr):
+    """Stores rows in the tensor's dtype. The interpreter would cut bf16 off, so there it is rounded by hand."""
+    if _INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    at = tokens.to(tl.int64)[:, None] * stride + offs_e[None, :]
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask[:, None] & (offs_e < WIDTH)[None, :])
+
+
+@triton.jit
+def _dot(a, b, FLOAT32_PRODUCTS: tl.constexpr):
+    """a b in fp32. `a` may be fp32 beside a 16-bit b: then it is rounded."""
+    if FLOAT32_PRODUCTS:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a.to(b.dtype), b)
+
+
+@triton.jit
+def _segment(block, RAW: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    """A block's segment and its own place: first token of the segment, first and last token of the block."""
+    raw_blocks: tl.constexpr = (RAW + BLOCK - 1) // BLOCK
+    crop_blocks: tl.constexpr = (EACH + BLOCK - 1) // BLOCK
+    start, first, end = 0, block * BLOCK, RAW
+    if block >= raw_blocks:
+        start = RAW + (block - raw_blocks) // crop_blocks * EACH
+        first = start + (block - raw_blocks) % crop_blocks * BLOCK
+        end = start + EACH
+    return start, first, tl.minimum(first + BLOCK, end)
+
+
+@triton.jit
+def _key_tokens(offs_n, start, RAW: tl.constexpr, OWN: tl.constexpr):
+    """The tokens of the keys that a row reads, in its own order: the raw ones and, if OWN, those of its segment."""
+    if OWN:
+        return tl.where(offs_n < RAW, offs_n, offs_n - RAW + start)
+    return offs_n
+
+
+@triton.jit
+def _attend(
+    q, k_ptr, v_ptr, stride_t, start, scale, offs_e,
+    RAW: tl.constexpr,
+    KEYS: tl.constexpr,  # RAW, or RAW + EACH for a query that reads its segment too
+    WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FLOAT32_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """The output of a block of rows, and log2 of the sum of its powers."""
+    if KEYS <= BLOCK_N:
+        offs_n = tl.arange(0, BLOCK_N)
+        mask_n = offs_n < KEYS
+        tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
+        k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
+        scores = tl.where(mask_n[None, :], _dot(q, tl.trans(k), FLOAT32_PRODUCTS) * scale, -float("inf"))
+        top = tl.maximum(tl.max(scores, axis=1), LOWEST)
+        p = tl.exp2(scores - top[:, None])
+        total = tl.sum(p, axis=1)
+        v = _load(v_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
+        acc = _dot(p, v, FLOAT32_PRODUCTS)
+    else:
+        top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+        for first in range(0, KEYS, BLOCK_N):
+            offs_n = first + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < KEYS
+            tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
+            k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
+            scores = tl.where(mask_n[None, :], _dot(q, tl.trans(k), FLOAT32_PRODUCTS) * scale, -float("inf"))
+            higher = tl.maximum(tl.max(scores, axis=1), top)
+            p = tl.exp2(scores - higher[:, None])
+            shrink = tl.exp2(top - higher)
+            v = _load(v_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
+            acc = acc * shrink[:, None] + _dot(p, v, FLOAT32_PRODUCTS)
+            total = total * shrink + tl.sum(p, axis=1)
+            top = higher
+    return acc / total[:, None], top + tl.log2(total)
+
+
+@triton.jit
+def _fwd_kernel(
+    qkv_ptr,  # [M, TOKENS, 3, HEADS, WIDTH]
+    out_ptr,  # [M, TOKENS, HEADS, WIDTH]
+    lse_ptr,  # [M, HEADS, TOKENS] fp32
+    stride_m,
+    stride_t,
+    stride_part,
+    stride_h,
+    scale,
+    TOKENS: tl.constexpr,
+    RAW: tl.constexpr,
+    EACH: tl.constexpr,  # queries of a segment
+    OWN: tl.constexpr,  # whether they read their segment
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    FLOAT32_PRODUCTS: tl.constexpr,  # the interpreter multiplies bf16 wrongly, and fp32 must not become tf32
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M rows of one head."""
+    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_M)
+    qkv_ptr += image * stride_m + head * stride_h
+    k_ptr, v_ptr = qkv_ptr + stride_part, qkv_ptr + 2 * stride_part
+    offs_m, offs_e = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+    mask_m = offs_m < end
+    q = _load(qkv_ptr, offs_m, stride_t, mask_m, offs_e, WIDTH)
+    if start == 0 or not OWN:
+        out, log2_sum = _attend(
+            q, k_ptr, v_ptr, stride_t, start, scale * LOG2E, offs_e,
+            RAW, RAW, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
+        )  # fmt: skip
+    else:
+        out, log2_sum = _attend(
+            q, k_ptr, v_ptr, stride_t, start, scale * LOG2E, offs_e,
+            RAW, RAW + EACH, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
+        )  # fmt: skip
+    _store(out_ptr + (image * TOKENS * HEADS + head) * WIDTH, offs_m, HEADS * WIDTH, mask_m, offs_e, out, WIDTH)
+    tl.store(lse_ptr + (image * HEADS + head) * TOKENS + offs_m, log2_sum * LN2, mask=mask_m)
+
+
+@triton.jit
+def _pull(
+    q, g, delta, log2_sum, k_ptr, v_ptr, stride_t, start, scale, offs_e,
+    RAW: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FLOAT32_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """The sum of dS k over the keys that a block of rows reads."""
+    dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    for first in range(0, KEYS, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < KEYS
+        tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
+        k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
+        v = _load(v_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
+        scores = tl.where(mask_n[None, :], _dot(q, tl.trans(k), FLOAT32_PRODUCTS) * scale, -float("inf"))
+        p = tl.exp2(scores - log2_sum[:, None])
+        d_scores = p * (_dot(g, tl.trans(v), FLOAT32_PRODUCTS) - delta[:, None])
+        dq += _dot(d_scores, k, FLOAT32_PRODUCTS)
+    return dq
+
+
+@triton.jit
+def _rows_bwd_kernel(
+    grad_ptr,  # [M, TOKENS, HEADS, WIDTH]
+    qkv_ptr,  # [M, TOKENS, 3, HEADS, WIDTH]
+    out_ptr,  # [M, TOKENS, HEADS, WIDTH]
+    lse_ptr,  # [M, HEADS, TOKENS] fp32
+    delta_ptr,  # out: [M, HEADS, TOKENS] fp32, sum(g out) = sum(P dP)
+    dqkv_ptr,  # out: [M, TOKENS, 3, HEADS, WIDTH], the queries' part
+    stride_m,
+    stride_t,
+    stride_part,
+    stride_h,
+    grad_stride_m,
+    grad_stride_t,
+    grad_stride_h,
+    scale,
+    TOKENS: tl.constexpr,
+    RAW: tl.constexpr,
+    EACH: tl.constexpr,
+    OWN: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    FLOAT32_PRODUCTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M rows of one head."""
+    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_M)
+    qkv_ptr += image * stride_m + head * stride_h
+    k_ptr, v_ptr = qkv_ptr + stride_part, qkv_ptr + 2 * stride_part
+    grad_ptr += image * grad_stride_m + head * grad_stride_h
+    out_ptr += (image * TOKENS * HEADS + head) * WIDTH
+    dqkv_ptr += (image * TOKENS * 3 * HEADS + head) * WIDTH
+    offs_m, offs_e = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+    mask_m = offs_m < end
+    at = (image * HEADS + head) * TOKENS + offs_m
+    q = _load(qkv_ptr, offs_m, stride_t, mask_m, offs_e, WIDTH)
+    g = _load(grad_ptr, offs_m, grad_stride_t, mask_m, offs_e, WIDTH)
+    out = _load(out_ptr, offs_m, HEADS * WIDTH, mask_m, offs_e, WIDTH)
+    delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), axis=1)
+    tl.store(delta_ptr + at, delta, mask=mask_m)
+    log2_sum = tl.load(lse_ptr + at, mask=mask_m, other=float("inf")) * LOG2E
+    if start == 0 or not OWN:
+        dq = _pull(
+            q, g, delta, log2_sum, k_ptr, v_ptr, stride_t, start, scale * LOG2E, offs_e,
+            RAW, RAW, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
+        )  # fmt: skip
+    else:
+        dq = _pull(
+            q, g, delta, log2_sum, k_ptr, v_ptr, stride_t, start, scale * LOG2E, offs_e,
+            RAW, RAW + EACH, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
+        )  # fmt: skip
+    _store(dqkv_ptr, offs_m, 3 * HEADS * WIDTH, mask_m, offs_e, dq * scale, WIDTH)
+
+
+@triton.jit
+def _collect(
+    k, v, qkv_ptr, grad_ptr, lse_ptr, delta_ptr, stride_t, grad_stride_t, start, scale, offs_e,
+    ROWS: tl.constexpr,  # from `start` on, that read these keys
+    WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FLOAT32_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """For a block of keys the sums of dS^T q and P^T g over the rows that read them."""
+    dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    for first in range(0, ROWS, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < ROWS
+        offs_m += start
+        q = _load(qkv_ptr, offs_m, stride_t, mask_m, offs_e, WIDTH)
+        g = _load(grad_ptr, offs_m, grad_stride_t, mask_m, offs_e, WIDTH)
+        log2_sum = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        p = tl.exp2(_dot(k, tl.trans(q), FLOAT32_PRODUCTS) * scale - log2_sum[None, :])  # [keys, rows]
+        dv += _dot(p, g, FLOAT32_PRODUCTS)
+        d_scores = p * (_dot(v, tl.trans(g), FLOAT32_PRODUCTS) - delta[None, :])
+        dk += _dot(d_scores, q, FLOAT32_PRODUCTS)
+    return dk, dv
+
+
+@triton.jit
+def _keys_bwd_kernel(
+    grad_ptr,  # [M, TOKENS, HEADS, WIDTH]
+    qkv_ptr,  # [M, TOKENS, 3, HEADS, WIDTH]
+    lse_ptr,  # [M, HEADS, TOKENS] fp32
+    delta_ptr,  # [M, HEADS, TOKENS] fp32
+    dqkv_ptr,  # out: [M, TOKENS, 3, HEADS, WIDTH], the parts of keys and values
+    stride_m,
+    stride_t,
+    stride_part,
+    stride_h,
+    grad_stride_m,
+    grad_stride_t,
+    grad_stride_h,
+    scale,
+    TOKENS: tl.constexpr,
+    RAW: tl.constexpr,
+    EACH: tl.constexpr,
+    OWN: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    FLOAT32_PRODUCTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_N keys of one head: every token reads raw keys, a query's key is read by its segment or by nobody."""
+    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_N)
+    qkv_ptr += image * stride_m + head * stride_h
+    grad_ptr += image * grad_stride_m + head * grad_stride_h
+    lse_ptr += (image * HEADS + head) * TOKENS
+    delta_ptr += (image * HEADS + head) * TOKENS
+    dqkv_ptr += (image * TOKENS * 3 * HEADS + head) * WIDTH
+    offs_n, offs_e = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
+    mask_n = offs_n < end
+    k = _load(qkv_ptr + stride_part, offs_n, stride_t, mask_n, offs_e, WIDTH)
+    v = _load(qkv_ptr + 2 * stride_part, offs_n, stride_t, mask_n, offs_e, WIDTH)
+    if start == 0:
+        dk, dv = _collect(
+            k, v, qkv_ptr, grad_ptr, lse_ptr, delta_ptr, stride_t, grad_stride_t, start, scale * LOG2E, offs_e,
+            TOKENS, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
+        )  # fmt: skip
+    else:
+        dk, dv = _collect(
+            k, v, qkv_ptr, grad_ptr, lse_ptr, delta_ptr, stride_t, grad_stride_t, start, scale * LOG2E, offs_e,
+            EACH if OWN else 0, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
+        )  # fmt: skip
+    _store(dqkv_ptr + HEADS * WIDTH, offs_n, 3 * HEADS * WIDTH, mask_n, offs_e, dk * scale, WIDTH)
+    _store(dqkv_ptr + 2 * HEADS * WIDTH, offs_n, 3 * HEADS * WIDTH, mask_n, offs_e, dv, WIDTH)
+
+
+# fp32 products do not use tensor cores and keep their operands in registers: they want small tiles.
+FLOAT32_CONFIGS = [
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
+]
+CONFIGS = [
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
+    triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+]
+ONE_TILE_CONFIGS = [  # BLOCK_N holds all keys
+    triton.Config({"BLOCK_M": 64}, num_warps=4, num_stages=1),
+    triton.Config({"BLOCK_M": 64}, num_warps=8, num_stages=1),
+    triton.Config({"BLOCK_M": 16}, num_warps=4, num_stages=1),
+]
+KEY = ["TOKENS", "RAW", "EACH", "OWN", "WIDTH"]
+_float32_fwd, _fwd, _one_tile_fwd = (
+    autotune(configs, key=KEY)(_fwd_kernel) for configs in (FLOAT32_CONFIGS, CONFIGS, ONE_TILE_CONFIGS)
+)
+_float32_rows_bwd, _rows_bwd = (autotune(configs, key=KEY)(_rows_bwd_kernel) for configs in (FLOAT32_CONFIGS, CONFIGS))
+_float32_keys_bwd, _keys_bwd = (autotune(configs, key=KEY)(_keys_bwd_kernel) for configs in (FLOAT32_CONFIGS, CONFIGS))
+
+
+def _sizes(qkv: Tensor, raw: int, crop: int) -> dict[str, int]:
+    """What all kernels are compiled for."""
+    tokens, _, heads, width = qkv.shape[1:]
+    return {
+        "TOKENS": tokens,
+        "RAW": raw,
+        "EACH": crop or tokens - raw,
+        "OWN": crop > 0,
+        "HEADS": heads,
+        "WIDTH": width,
+        "BLOCK_E": max(16, triton.next_power_of_2(width)),
+        "FLOAT32_PRODUCTS": qkv.dtype == torch.float32 or hardware.triton_interpreted(),
+    }
+
+
+def _grid(qkv: Tensor, sizes: dict[str, int], block: str):
+    """Blocks of all segments, for every head of every image."""
+
+    def grid(meta):
+        each, queries = sizes["EACH"], sizes["TOKENS"] - sizes["RAW"]
+        crops = queries // each if each else 0
+        blocks = triton.cdiv(sizes["RAW"], meta[block]) + crops * triton.cdiv(each, meta[block])
+        return blocks, qkv.shape[0] * sizes["HEADS"]
+
+    return grid
+
+
+def query_attention_fwd(qkv: Tensor, raw: int, crop: int) -> tuple[Tensor, Tensor]:
+    """Raw arguments as `patchlight::query_attention_fwd`: the output [M, T, H, E] and its log-sum-exp [M, H, T]."""
+    images, tokens, _, heads, width = qkv.shape
+    sizes = _sizes(qkv, raw, crop)
+    out, lse = qkv.new_empty(images, tokens, heads, width), qkv.new_empty(images, heads, tokens, dtype=torch.float32)
+    keys = raw + crop
+    arguments = qkv, out, lse, *qkv.stride()[:4], scale_of(width)
+    if qkv.dtype == torch.float32:
+        _float32_fwd[_grid(qkv, sizes, "BLOCK_M")](*arguments, **sizes)
+    elif keys <= ONE_TILE:
+        _one_tile_fwd[_grid(qkv, sizes, "BLOCK_M")](*arguments, **sizes, BLOCK_N=max(16, triton.next_power_of_2(keys)))
+    else:
+        _fwd[_grid(qkv, sizes, "BLOCK_M")](*arguments, **sizes)
+    return out, lse
+
+
+def query_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw: int, crop: int) -> Tensor:
+    """The gradient of qkv, packed like it."""
+    sizes = _sizes(qkv, raw, crop)
+    dqkv, delta = qkv.new_empty(qkv.shape), torch.empty_like(lse)
+    strides = *qkv.stride()[:4], *grad.stride()[:3], scale_of(qkv.shape[-1])
+    rows, keys = (_float32_rows_bwd, _float32_keys_bwd) if qkv.dtype == torch.float32 else (_rows_bwd, _keys_bwd)
+    rows[_grid(qkv, sizes, "BLOCK_M")](grad, qkv, out, lse, delta, dqkv, *strides, **sizes)
+    keys[_grid(qkv, sizes, "BLOCK_N")](grad, qkv, lse, delta, dqkv, *strides, **sizes)
+    return dqkv

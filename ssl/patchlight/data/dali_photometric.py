@@ -1,0 +1,44 @@
+"""The photometric step in DALI's own operators. Not the same augmentation: docs/data.md says what differs and how much."""
+
+from __future__ import annotations
+
+import numpy as np
+from nvidia.dali import fn, types
+from nvidia.dali.data_node import DataNode
+
+from patchlight_kernels import PHOTOMETRIC_COLUMNS
+
+from .policy import CropPolicy
+
+
+def change_in_dali(crop: DataNode, looks: DataNode, policy: CropPolicy) -> DataNode:
+    """Crops [S, S, 3] uint8, each with a row of PHOTOMETRIC_COLUMNS, to [3, S, S] fp32, normalized.
+
+    Always brightness, contrast, saturation, hue, in this order; values are rounded to uint8 in between. Part of a graph
+    with conditionals: the batch is split by each `if`.
+    """
+    look = {name: looks[number] for number, name in enumerate(PHOTOMETRIC_COLUMNS)}
+    mean_gray = fn.reductions.mean(fn.color_space_conversion(crop, image_type=types.RGB, output_type=types.GRAY))
+    crop = fn.brightness_contrast(
+        crop, brightness=look["brightness"], contrast=look["contrast"], contrast_center=mean_gray
+    )
+    saturation = look["saturation"] * (look["gray"] == 0)  # no saturation is gray
+    crop = fn.color_twist(crop, saturation=saturation, hue=360 * look["hue"])
+    if look["sigma"] > 0:
+        crop = fn.gaussian_blur(crop, sigma=look["sigma"])
+    else:
+        crop = crop
+    if look["solarize"] < 256:
+        crop = fn.lookup_table(crop, keys=list(range(256)), values=_SOLARIZED, dtype=types.UINT8)
+    else:
+        crop = crop
+    return fn.crop_mirror_normalize(
+        crop,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * value for value in policy.mean],
+        std=[255 * value for value in policy.std],
+    )
+
+
+_SOLARIZED = np.minimum(np.arange(256), 255 - np.arange(256)).tolist()

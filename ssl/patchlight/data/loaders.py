@@ -1,0 +1,55 @@
+"""Which loader runs, and why; and the loader itself. Imports late: torchvision and DALI take seconds, and DALI is optional."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from .interface import Loader
+from .policy import CropPolicy
+from .sources import Source
+
+LOADERS = ("auto", "dali", "torchvision", "procedural")  # as Data.loader names them
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderChoice:
+    """A loader by its name, and a reason to say aloud."""
+
+    name: str
+    why: str
+
+
+def choose_loader(wanted: str, device: torch.device) -> LoaderChoice:
+    """The loader for a device: the one that is asked for, or with "auto" the faster one."""
+    if wanted == "dali" and not dali_is_there():
+        raise ModuleNotFoundError(
+            'Data.loader="dali" needs NVIDIA DALI, got a Python without it; pip install nvidia-dali-cuda130, or use'
+            ' loader="torchvision"'
+        )
+    if wanted != "auto":
+        return LoaderChoice(wanted, "asked for")
+    if device.type != "cuda":
+        return LoaderChoice("torchvision", "no GPU: on a CPU it takes less time than DALI (python -m bench loader)")
+    if not dali_is_there():
+        return LoaderChoice("torchvision", "NVIDIA DALI is not installed: decoding and crops stay on the CPU")
+    return LoaderChoice("dali", f"decodes and cuts on {device}")
+
+
+def dali_is_there() -> bool:
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+
+
+def build_loader(
+    name: str, source: Source, policy: CropPolicy, batch: int, *, photometric: str = "op", **options
+) -> Loader:
+    """The loader of that name; options are those of `interface.Loader`. photometric="dali" is the DALI loader's own."""
+    if name == "dali":
+        from .dali_loader import DaliLoader
+
+        return DaliLoader(source, policy, batch, photometric=photometric, **options)
+    from .torchvision_loader import TorchvisionLoader
+
+    return TorchvisionLoader(source, policy, batch, **options)

@@ -1,0 +1,57 @@
+"""What the contrastive methods share: rows of all ranks, and the cross-entropy of finding one's own key."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..records import Side
+from .dino import check_heads
+from .targets import distributed
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """l2-normalised, in fp32 or better: a bf16 cosine is off by 0.002, and / 0.2 that is 1 %."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
+
+
+@torch.no_grad()
+def gather_rows(x_VBD: Tensor) -> tuple[Tensor, int]:
+    """[V, B * world, D] the rows of all ranks, rank by rank, without gradient; and where this rank's begin."""
+    if not distributed():
+        return x_VBD.detach(), 0
+    parts = [torch.empty_like(x_VBD, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x_VBD.detach().contiguous())
+    return torch.cat(parts, dim=1), x_VBD.shape[1] * dist.get_rank()
+
+
+def queries_and_keys(name: str, student: Side, teacher: Side) -> tuple[Tensor, Tensor]:
+    """[V, B, D] each, normalised: what the student predicts of each view, and what the teacher makes of it."""
+    check_heads(name, student, teacher)
+    check_predictor(name, student)
+    with torch.no_grad():
+        keys = unit_rows(teacher.head(teacher.global_crops.summary))
+    return unit_rows(student.predictor(student.head(student.global_crops.summary))), keys
+
+
+def check_predictor(name: str, student: Side) -> None:
+    """Only the student has one."""
+    if student.predictor is None:
+        raise ValueError(f"{name}: the student needs a predictor; got none; build it with predictor(width).")
+
+
+def ordered_pairs(views: int) -> list[tuple[int, int]]:
+    """Each view's query with each other view's key."""
+    if views < 2:
+        raise ValueError("A view needs another view to be compared with; got one crop per image; use two global crops.")
+    return list(permutations(range(views), 2))
+
+
+def find_key(logits: Tensor, place: Tensor) -> Tensor:
+    """The mean cross-entropy of logits [R, keys] against the place [R] of each row's own key."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(logits, place)

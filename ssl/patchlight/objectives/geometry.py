@@ -1,0 +1,136 @@
+"""Where crops of one image lie to each other, where two of them meet, and their features read there.
+
+Boxes are [..., 4] x, y, w, h in source pixels, flips [...] bool, and leading dimensions broadcast. A position in a view is
+a part of its side, 0 to 1 from the left and from the top, in the view as it is shown: mirrored if the crop was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..records import Crops
+from .dino import check_choice
+
+ANCHORS = ("corner", "center")
+OUTSIDE = -0.5  # a position so far out that no cell has a part in it; -2 on the scale of `grid_sample`, as released
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What two boxes have in common."""
+
+    box: Tensor  # [..., 4] the common rectangle; meaningless where there is none
+    exists: Tensor  # [...] bool, whether it has an area
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """S x S points of a view: every x meets every y."""
+
+    x: Tensor  # [..., S] positions in the view
+    y: Tensor  # [..., S]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingMatrices:
+    """Bilinear sampling at S x S points of an H x W grid, as two small matrices: rows . map . columns^T."""
+
+    rows: Tensor  # [..., S, H]
+    columns: Tensor  # [..., S, W]
+
+
+def overlap(box: Tensor, other: Tensor) -> Overlap:
+    """The common rectangle of two boxes; sharing an edge is not enough."""
+    start = torch.maximum(box[..., :2], other[..., :2])
+    size = torch.minimum(box[..., :2] + box[..., 2:], other[..., :2] + other[..., 2:]) - start
+    return Overlap(torch.cat([start, size], dim=-1), (size > 0).all(dim=-1))
+
+
+def sample_points(region: Overlap, box: Tensor, flip: Tensor, count: int, points: str = "ends") -> Points:
+    """count x count points spread over a region, as positions in the view (box, flip); OUTSIDE if there is no region.
+
+    points: "ends" puts the outermost ones on the region's border, as the released code of SERE; "centers" puts one in
+        the middle of each of count x count cells, as its paper.
+    """
+    check_choice("sample_points: points", points, ("ends", "centers"))
+    steps = torch.arange(count, dtype=box.dtype, device=box.device)
+    steps = steps / (count - 1) if points == "ends" else (steps + 0.5) / count
+    offset, size = region.box[..., :2] - box[..., :2], region.box[..., 2:]
+    x, y = ((offset[..., axis, None] + steps * size[..., axis, None]) / box[..., 2 + axis, None] for axis in (0, 1))
+    exists = region.exists[..., None]
+    return Points(torch.where(exists, torch.where(flip[..., None], 1 - x, x), OUTSIDE), torch.where(exists, y, OUTSIDE))
+
+
+def bilinear_weights(positions: Tensor, cells: int) -> Tensor:
+    """[..., S] positions to [..., S, cells]: how much of each cell a point reads. Beyond the border there are zeros.
+
+    A cell's value sits in its middle (align_corners=False); a point on the border reads half of the outermost cell.
+    """
+    middles = torch.arange(cells, dtype=positions.dtype, device=positions.device)
+    return (1 - (positions[..., None] * cells - 0.5 - middles).abs()).clamp(min=0)
+
+
+def sampling_matrices(
+    region: Overlap, box: Tensor, flip: Tensor, grid: tuple[int, int], count: int, points: str = "ends"
+) -> SamplingMatrices:
+    """How to read the view (box, flip), a map on `grid`, at count x count points of a region; zeros if there is none."""
+    at = sample_points(region, box, flip, count, points)
+    return SamplingMatrices(bilinear_weights(at.y, grid[0]), bilinear_weights(at.x, grid[1]))
+
+
+def sample_patches(patches: Tensor, grid: tuple[int, int], at: SamplingMatrices) -> Tensor:
+    """Patches [..., N, D] read in R regions each, matrices [..., R, S, H or W]: [..., R, S * S, D], row by row.
+
+    Two products per map, rows first, over all its regions at once; so is the gradient. In fp32 (or fp64), also under
+    autocast: the weights of a bilinear mean would be off by 0.2 % in bf16.
+    """
+    exact = torch.promote_types(patches.dtype, torch.float32)
+    with torch.autocast(patches.device.type, enabled=False):
+        maps = patches.to(exact).unflatten(-2, grid)
+        rows, columns = at.rows.to(exact), at.columns.to(exact)
+        lines = rows.flatten(-3, -2) @ maps.flatten(-2)  # [..., R * S, W * D]
+        lines = lines.unflatten(-2, rows.shape[-3:-1]).unflatten(-1, maps.shape[-2:])
+        return (columns.unsqueeze(-3) @ lines).flatten(-3, -2)
+
+
+def relative_positions(
+    queries: Crops,
+    crops: Crops,
+    query_grid: tuple[int, int],
+    grid: tuple[int, int],
+    flip_aware: bool = True,
+    anchor: str = "corner",
+) -> Tensor:
+    """[V, B, L * n, 2] x, y of every patch of L query crops in the patch units of each of V crops, as both are displayed.
+
+    Query crop after query crop, row by row. Any real number: negative or beyond the grid where the query crop sticks
+    out. A patch of the crop itself has its column and row.
+
+    flip_aware: True takes account of both crops' mirrors; False ignores them, as PQCL's released code does.
+    anchor: "corner", the patch's top left one, as PQCL is released and written. "center": the patch's center less
+        half a unit; the same for a patch of the crop itself, and without the corner's bias for smaller ones.
+    """
+    check_choice("relative_positions: anchor", anchor, ANCHORS)
+    rows, columns = query_grid
+    near, near_size = crops.box.unflatten(-1, (2, 2)).unbind(-2)  # [V, B, 2] x, y and width, height
+    far, far_size = queries.box.unflatten(-1, (2, 2)).unbind(-2)  # [L, B, 2]
+    number = near.new_tensor([grid[1], grid[0]])
+    unit = (number / near_size)[:, None]  # [V, 1, B, 2] patches per source pixel
+    step = far_size / near.new_tensor([columns, rows]) * unit  # [V, L, B, 2] side of a query patch
+    start = (far - near[:, None]) * unit  # [V, L, B, 2] corner of the query crop
+    column = torch.arange(columns, device=near.device, dtype=near.dtype)
+    row = torch.arange(rows, device=near.device, dtype=near.dtype)
+    if flip_aware:
+        column = torch.where(queries.flip[..., None], columns - 1 - column, column)  # [L, B, columns]
+    x = start[..., :1] + column * step[..., :1]  # [V, L, B, columns]
+    y = start[..., 1:] + row * step[..., 1:]  # [V, L, B, rows]
+    if flip_aware:
+        x = torch.where(crops.flip[:, None, :, None], number[0] - x - step[..., :1], x)
+    if anchor == "center":
+        x, y = x + (step[..., :1] - 1) / 2, y + (step[..., 1:] - 1) / 2
+    shape = (*x.shape[:3], rows, columns)
+    positions = torch.stack([x[..., None, :].expand(shape), y[..., :, None].expand(shape)], dim=-1)
+    return positions.flatten(3, 4).transpose(1, 2).flatten(2, 3)

@@ -1,0 +1,72 @@
+"""MoCo v3: the student's query of one view finds the teacher's key of the other among the keys of the whole batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..heads.contrast import ContrastHead
+from ..records import Clock, Side, Views
+from .contrast import find_key, gather_rows, ordered_pairs, queries_and_keys
+from .interface import Needs, Objective
+
+
+@dataclass(frozen=True, slots=True)
+class MocoV3Options:
+    """The defaults are those of the ViT recipes. The released ResNet-50 has temperature=1, layers=2,
+    predictor_last_norm=False.
+
+    hidden, out, layers: of the projector; the predictor has `predictor_layers` of the same widths.
+    predictor_last_norm: BatchNorm (without scale and shift) ends the predictor too, as it always ends the projector.
+
+    The released code moves the teacher at the start of the next step, with that step's momentum, which is the same but
+    for the momentum's schedule being one step ahead of ours.
+    """
+
+    temperature: float = 0.2
+    hidden: int = 4096
+    out: int = 256
+    layers: int = 3
+    predictor_layers: int = 2
+    predictor_last_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"MocoV3Options.temperature must be positive; got {self.temperature}; 0.2 is usual.")
+
+
+class MocoV3(Objective):
+    """The term "moco_v3/contrast": the sum over both directions of cross-entropy x 2 x temperature."""
+
+    name = "moco_v3"
+
+    def __init__(self, options: MocoV3Options | None = None) -> None:
+        super().__init__()
+        self.options = options or MocoV3Options()
+
+    def needs(self) -> Needs:
+        return Needs(global_crops=2, views_apart=True, batch_norm=True)
+
+    def head(self, width: int) -> nn.Module:
+        o = self.options
+        return ContrastHead(width, o.hidden, o.out, o.layers, bias=False, last_norm=True)
+
+    def predictor(self, width: int) -> nn.Module:
+        o = self.options
+        last_norm = o.predictor_last_norm
+        return ContrastHead(o.out, o.hidden, o.out, o.predictor_layers, bias=False, last_norm=last_norm)
+
+    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
+        queries, keys = queries_and_keys(self.name, student, teacher)
+        return {"moco_v3/contrast": self.contrast(queries, keys)}
+
+    def contrast(self, queries_VBD: Tensor, keys_VBD: Tensor) -> Tensor:
+        """Queries and keys are normalised. Two views have two directions; more have twice the mean over all."""
+        keys, first = gather_rows(keys_VBD)
+        place = first + torch.arange(queries_VBD.shape[1], device=keys.device)
+        pairs, temperature = ordered_pairs(len(keys)), self.options.temperature
+        with torch.autocast(keys.device.type, enabled=False):
+            losses = [find_key(queries_VBD[q] @ keys[k].T / temperature, place) for q, k in pairs]
+        return 2 * torch.stack(losses).mean() * 2 * temperature

@@ -1,0 +1,132 @@
+"""PQCL: the student guesses, from where a query crop lies, what the teacher sees in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..heads.projection import ProjectionHead
+from ..heads.prototypes import Prototypes
+from ..records import Clock, Cues, Queries, Side, SoftTarget, Views
+from .dino import DinoOptions, check_choice, check_heads
+from .geometry import ANCHORS, relative_positions
+from .ibot import IbotOptions
+from .interface import Needs, Objective
+from .targets import TeacherTemperature, build_target
+
+HEADS = ("shared", "semi", "vanilla")
+QUERY_KEYS = ("all", "crop", "raw")
+
+
+@dataclass(frozen=True, slots=True)
+class PqclOptions:
+    """The defaults are those of the released code, but for `flip_aware`.
+
+    heads: "shared", as released: the host's head (iBOT's or DINO's) serves the queries too. "semi": the student has a
+        head of its own for them, the teacher does not. "vanilla": both have one. Heads of its own are built as the
+        host's. The paper (Table 7) finds shared > semi > vanilla.
+    query_keys: what a query attends to besides the raw tokens: "all" queries, as released; those of its own "crop"; or
+        nothing but the "raw" tokens, the narrow reading of Eq. (6).
+    flip_aware: whether positions take account of mirrored crops. False as released: it mirrors half of the global crops
+        and ignores it, so that half of its positions are those of the opposite patches.
+    anchor: which point of a patch its position is: "corner" as released and written, or "center".
+    student_temperature: 0.1 as released; the paper writes 0.04.
+    """
+
+    heads: str = "shared"
+    query_keys: str = "all"
+    flip_aware: bool = True
+    anchor: str = "corner"
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    warmup_teacher_temperature: float = 0.04
+    warmup_epochs: int = 30
+    warmup_by: str = "epoch"
+    target: str = "centering"
+    center_momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_choice("PqclOptions.heads", self.heads, HEADS)
+        check_choice("PqclOptions.query_keys", self.query_keys, QUERY_KEYS)
+        check_choice("PqclOptions.anchor", self.anchor, ANCHORS)
+
+
+class Pqcl(Objective):
+    """The term "pqcl/query": each patch of the query crops, as each global view's queries guess it, over views."""
+
+    name = "pqcl"
+
+    def __init__(self, host: DinoOptions | IbotOptions, options: PqclOptions | None = None) -> None:
+        super().__init__()
+        self.host, self.options = host, options or PqclOptions()
+        o, self.prototypes = self.options, host.prototypes  # as many as the host has for patches
+        if isinstance(host, IbotOptions) and host.patch_prototypes:
+            self.prototypes = host.patch_prototypes
+        self.temperature = TeacherTemperature(
+            o.warmup_teacher_temperature, o.teacher_temperature, o.warmup_epochs, o.warmup_by
+        )
+        self.target = build_target(o.target, self.prototypes, host.bottleneck, o.center_momentum)
+
+    def needs(self) -> Needs:
+        return Needs(queries=True, host="ibot" if isinstance(self.host, IbotOptions) else "dino")
+
+    def head(self, width: int) -> nn.Module | None:
+        return self._own_head(width) if self.options.heads == "vanilla" else None
+
+    def predictor(self, width: int) -> nn.Module | None:
+        return self._own_head(width) if self.options.heads == "semi" else None
+
+    def _own_head(self, width: int) -> nn.Module:
+        o = self.host
+        norm = o.hidden_norm if isinstance(o, DinoOptions) else None
+        prototypes = Prototypes(o.bottleneck, self.prototypes, o.train_norm)
+        return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, hidden_norm=norm)
+
+    def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+        patch = views.global_crops.pixels.shape[-1] // grid[1]
+        rows, columns = (side // patch for side in views.query_crops.pixels.shape[-2:])
+        o = self.options
+        positions = relative_positions(
+            views.query_crops, views.global_crops, (rows, columns), grid, o.flip_aware, o.anchor
+        )
+        keys, crop = ("raw", None) if o.query_keys == "raw" else ("all", rows * columns)
+        return Cues(queries=Queries(positions, keys, crop if o.query_keys == "crop" else None))
+
+    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
+        check_heads(self.name, student, teacher)
+        if student.global_crops.queries is None or teacher.query_crops is None:
+            raise ValueError(
+                "pqcl: the student needs queries beside its global crops, and the teacher the query crops; got none in "
+                f"the {'student' if student.global_crops.queries is None else 'teacher'}; pass the cue, and "
+                "query_crops=True."
+            )
+        target = self.teach(teacher, self.temperature.at(clock))
+        head = student.predictor or student.head
+        z = head(student.global_crops.queries.flatten(1, 2))  # [V, B * L * n, bottleneck]
+        pairs = z.new_full((1, len(z)), 1 / len(z))  # the one teacher view of a query crop serves every student view
+        return {"pqcl/query": head.patch_prototypes(z, target, self.options.student_temperature, pairs)}
+
+    @torch.no_grad()
+    def teach(self, teacher: Side, temperature: float) -> SoftTarget:
+        """One target per patch of the query crops, image by image as the queries are."""
+        patches = teacher.query_crops.patches.transpose(0, 1).flatten(0, 2)  # [B * L * n, D]
+        z = teacher.head(patches)
+        directions = teacher.head.patch_prototypes.directions()
+        return SoftTarget(z.unsqueeze(0), directions, temperature, self.target(z, directions, temperature))
+
+    def after_step(self, clock: Clock) -> None:
+        self.target.after_step()
+
+
+def choose_host(options: Sequence[object]) -> DinoOptions | IbotOptions:
+    """Among the options of a run's objectives those of the one that PQCL rides on: iBOT, or else DINO."""
+    hosts = [one for kind in (IbotOptions, DinoOptions) for one in options if isinstance(one, kind)]
+    if not hosts:
+        raise ValueError(
+            f"pqcl: it rides on iBOT or DINO; got {', '.join(type(one).__name__ for one in options)} only; "
+            "add IbotOptions() or DinoOptions()."
+        )
+    return hosts[0]

@@ -1,0 +1,95 @@
+"""SelfPatch with negatives: a student patch finds its aggregated neighbors among the summaries of other images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..heads.contrast import ContrastHead
+from ..records import Clock, NeighborRule, Side, Views
+from .contrast import check_predictor, find_key, gather_rows, unit_rows
+from .dino import check_heads
+from .interface import Needs, Objective
+
+
+@dataclass(frozen=True, slots=True)
+class SelfPatchContrastOptions:
+    """SelfPatch beside MoBY (section 5.2): "negative pairs by sampling global representations of different images".
+
+    That sentence is all the paper says of it and nothing is released. Here every other image of the global batch gives
+    its teacher summaries of all views, seen through the same head as the neighbors; temperature and heads are MoBY's.
+
+    neighbors: the window, how many neighbors, what lies beyond the border and how they are pooled.
+    """
+
+    temperature: float = 0.2
+    hidden: int = 4096
+    out: int = 256
+    layers: int = 2
+    predictor_layers: int = 2
+    neighbors: NeighborRule = field(default_factory=NeighborRule)
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(
+                f"SelfPatchContrastOptions.temperature must be positive; got {self.temperature}; 0.2 is usual."
+            )
+
+
+class SelfPatchContrast(Objective):
+    """The term "selfpatch_contrast/patch", over the global crops."""
+
+    name = "selfpatch_contrast"
+
+    def __init__(self, options: SelfPatchContrastOptions | None = None) -> None:
+        super().__init__()
+        self.options = options or SelfPatchContrastOptions()
+
+    def needs(self) -> Needs:
+        rule = self.options.neighbors
+        summary = "class_attention" if rule.pool == "class_attention" else None
+        return Needs(neighbors=rule, summary=summary, views_apart=True, batch_norm=True)
+
+    def head(self, width: int) -> nn.Module:
+        o = self.options
+        return ContrastHead(width, o.hidden, o.out, o.layers, bias=True, last_norm=False)
+
+    def predictor(self, width: int) -> nn.Module:
+        o = self.options
+        return ContrastHead(o.out, o.hidden, o.out, o.predictor_layers, bias=True, last_norm=False)
+
+    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
+        check_heads(self.name, student, teacher)
+        check_predictor(self.name, student)
+        patches = student.global_crops.patches
+        queries = unit_rows(student.predictor(student.head(patches.flatten(1, 2))))
+        keys, others, first = self.teach(teacher)
+        return {"selfpatch_contrast/patch": self.contrast(queries.view(*patches.shape[:3], -1), keys, others, first)}
+
+    @torch.no_grad()
+    def teach(self, teacher: Side) -> tuple[Tensor, Tensor, int]:
+        """Keys [V, B, N, D], the summaries [V, B * world, D] of all ranks, and where this rank's images begin there."""
+        crops = teacher.global_crops
+        if crops.neighbors is None:
+            raise ValueError(
+                "selfpatch_contrast: the teacher must aggregate each patch's neighbors; got features without them; "
+                "build the teacher with this objective's needs().neighbors."
+            )
+        shape = crops.neighbors.shape
+        rows = unit_rows(teacher.head(torch.cat([crops.neighbors.flatten(1, 2), crops.summary], dim=1)))
+        keys, summaries = rows.split((shape[1] * shape[2], shape[1]), dim=1)
+        return keys.reshape(*shape[:3], -1), *gather_rows(summaries)
+
+    def contrast(self, queries_VBND: Tensor, keys_VBND: Tensor, others_VMD: Tensor, first: int) -> Tensor:
+        """All normalised. An image's own summaries, at `first` + its number, do not count as others."""
+        batch = queries_VBND.shape[1]
+        own_image = torch.arange(batch, device=others_VMD.device) + first
+        with torch.autocast(others_VMD.device.type, enabled=False):
+            own = (queries_VBND * keys_VBND).sum(dim=-1, keepdim=True)
+            scores = torch.einsum("vbnd,umd->vbnum", queries_VBND, others_VMD)
+            same = (own_image[:, None] == torch.arange(others_VMD.shape[1], device=own_image.device))[:, None, None, :]
+            logits = torch.cat([own, scores.masked_fill(same, -torch.inf).flatten(3)], dim=-1).flatten(0, 2)
+        place = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        return find_key(logits / self.options.temperature, place)

@@ -1,0 +1,126 @@
+"""Which objectives go with which and with which backbone, asked of the code: `python -m patchlight.recipes.compatibility`.
+
+It prints docs/compatibility.md. A pairing is allowed when a run of it builds; otherwise the error is the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import get_args
+
+from ..data.policy import CropSpec, dino_policy
+from ..engine.branches import build_objective, build_objectives
+from ..objectives.dino import DinoOptions
+from ..objectives.ibot import IbotOptions
+from ..objectives.moby import MobyOptions
+from ..objectives.moco_v3 import MocoV3Options
+from ..run import Data, Model, Objectives, Optim, Options, Parallel, Run, Schedule
+
+HOSTS = (DinoOptions, IbotOptions, MocoV3Options, MobyOptions)
+PLUG_INS = tuple(kind for kind in get_args(Options) if kind not in HOSTS)
+SUMMARIES = ("cls", "mean", "class_attention")  # the first that works is taken
+
+# Small enough to be trained in a test; every grid is 4 x 4, and 3 x 3 for local and query crops.
+SMALL = {"prototypes": 32, "bottleneck": 8, "hidden": 16, "out": 8, "queue": 16}
+BACKBONES = {
+    "ViT": Model("vit_tiny", 8, 32, sizes={"width": 16, "depth": 2, "heads": 2}),
+    "Swin": Model("swin_tiny", 8, 32, sizes={"stem_width": 4, "depth": 1, "head_width": 4, "window": 4}),
+    "ResNet": Model("resnet18", 32, 128, sizes={"stem_width": 4}),
+}
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Objectives on a backbone: the small run that works, or the reason why none does."""
+
+    backbone: str
+    options: tuple[Options, ...]
+    run: Run | None
+    reason: str
+
+
+def pairings() -> list[list[Pairing]]:
+    """A row per backbone and host: alone, with each plug-in, and with all of those that it takes."""
+    return [_row_of(backbone, host) for backbone in BACKBONES for host in HOSTS]
+
+
+def _row_of(backbone: str, host: type) -> list[Pairing]:
+    single = {kind: pairing(backbone, (host, kind)) for kind in PLUG_INS}
+    taken = (kind for kind, one in single.items() if one.run is not None)
+    return [pairing(backbone, (host,)), *single.values(), pairing(backbone, (host, *taken))]
+
+
+def pairing(backbone: str, kinds: tuple[type, ...]) -> Pairing:
+    """Tries the summaries one by one."""
+    options, reason = tuple(_small(kind) for kind in kinds), ""
+    for summary in SUMMARIES:
+        try:
+            run = _small_run(replace(BACKBONES[backbone], summary=summary, drop_path=0.0), options)
+            build_objectives(run)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            return Pairing(backbone, options, run, "")
+    return Pairing(backbone, options, None, reason)
+
+
+def _small_run(model: Model, options: tuple[Options, ...]) -> Run:
+    """With local crops, and with query crops and the fixed positions that they take where an objective asks for them."""
+    side = 3 * model.patch_size
+    run = Run(
+        model,
+        Objectives(options),
+        Data(loader="procedural", crops=dino_policy(2, model.image_size, side), batch_per_rank=4, workers=0),
+        Optim(warmup_epochs=0, freeze_prototypes_epochs=0),
+        Schedule(epochs=1, steps_per_epoch=2),
+        Parallel(precision="fp32"),
+    )
+    if not any(build_objective(one, run).needs().queries for one in options):
+        return run
+    crops = replace(run.data.crops, query_crops=(CropSpec(1, side, (0.05, 0.25), flip=0.0),))
+    return replace(run, model=replace(model, positions="sincos"), data=replace(run.data, crops=crops))
+
+
+def page() -> str:
+    """docs/compatibility.md."""
+    reasons: list[str] = []
+    lines = [
+        "# What goes with what",
+        "",
+        "Printed by `python -m patchlight.recipes.compatibility`; a test compares this page with the code and trains every",
+        "pairing that is allowed. A word is the `Model.summary` that a pairing was built with, the first that works of",
+        f"{', '.join(SUMMARIES)}; a number is a reason below.",
+    ]
+    heading = ["", "alone", *(f"+ {_name(kind)}" for kind in PLUG_INS), "+ all that go"]
+    for row in pairings():
+        if type(row[0].options[0]) is HOSTS[0]:
+            lines += ["", f"## {row[0].backbone}", "", _line(heading), _line(["---"] * len(heading))]
+        lines.append(_line([_name(type(row[0].options[0])), *(_cell(one, reasons) for one in row)]))
+    lines += ["", "## Why not", "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(one: Pairing, reasons: list[str]) -> str:
+    if one.run is not None:
+        return one.run.model.summary
+    if one.reason not in reasons:
+        reasons.append(one.reason)
+    return f"no ({reasons.index(one.reason) + 1})"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _name(kind: type) -> str:
+    """As in the names of its loss terms."""
+    return build_objective(_small(kind), Run()).name
+
+
+def _small(kind: type) -> Options:
+    names = {field.name for field in fields(kind)}
+    return kind(**{name: size for name, size in SMALL.items() if name in names})
+
+
+if __name__ == "__main__":
+    print(page(), end="")

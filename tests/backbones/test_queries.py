@@ -1,0 +1,125 @@
+"""Queries in the vision transformer: the same numbers as two separate streams, and nothing changes for raw tokens."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from patchlight.backbones.positions import sincos
+from patchlight.backbones.vit import DropPath, VisionTransformer
+from patchlight.records import Queries
+
+CROPS, EACH = 3, 4  # query crops, patches of each
+
+
+def small_vit(**options) -> VisionTransformer:
+    sizes = {"width": 16, "depth": 3, "heads": 2, "patch_size": 4, "image_size": 16, "positions": "sincos"}
+    vit = VisionTransformer(**{**sizes, **options}).double()
+    nn.init.normal_(vit.mask_token)
+    for parameter in vit.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # biases and norms too
+    return vit
+
+
+def inputs(images: int = 2) -> tuple[Tensor, Tensor]:
+    pixels = torch.randn(images, 3, 16, 16, dtype=torch.float64)
+    return pixels, 8 * torch.rand(images, CROPS * EACH, 2, dtype=torch.float64) - 2
+
+
+def attend(block: nn.Module, reader: Tensor, *read: Tensor) -> Tensor:
+    """The block's attention branch for one stream that reads some others, by explicit probabilities."""
+    heads = block.attn.num_heads
+    q, _, _ = block.attn.qkv(block.norm1(reader)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    _, k, v = block.attn.qkv(block.norm1(torch.cat(read, 1))).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    probabilities = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    return block.attn.proj((probabilities @ v).transpose(1, 2).flatten(2))
+
+
+def two_streams(vit: VisionTransformer, pixels: Tensor, queries: Queries) -> tuple[Tensor, Tensor]:
+    """Raw tokens and queries, each as a stream of its own in every block."""
+    x, y = vit.embed(pixels), vit.mask_token + sincos(queries.positions, vit.width)
+    for block in vit.blocks:
+        if queries.keys == "raw":
+            attended = attend(block, y, x)
+        elif queries.crop:
+            attended = torch.cat([attend(block, part, x, part) for part in y.split(queries.crop, 1)], 1)
+        else:
+            attended = attend(block, y, x, y)
+        x, y = x + attend(block, x, x), y + attended
+        x, y = (s + block.mlp(block.norm2(s)) for s in (x, y))
+    return vit.norm(x), vit.norm(y)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(("keys", "crop"), [("all", None), ("all", EACH), ("raw", None)])
+def test_one_sequence_is_two_streams(keys, crop, class_token):
+    vit, (pixels, positions) = small_vit(class_token=class_token), inputs()
+    queries = Queries(positions, keys, crop)
+    tokens = vit(pixels, queries=queries)
+    raw, expected = two_streams(vit, pixels, queries)
+    torch.testing.assert_close(tokens.patches, raw[:, int(class_token) :], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(tokens.queries, expected, rtol=1e-10, atol=1e-12)
+    weights = [p for p in vit.parameters() if p.requires_grad]
+    cotangent = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad((q * cotangent).sum(), weights) for q in (tokens.queries, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_queries_are_not_seen(dtype):
+    vit, (pixels, positions) = small_vit().to(dtype), inputs()
+    pixels, mask = pixels.to(dtype), torch.rand(2, 16) < 0.3
+    asked, alone = vit(pixels, mask, (0, 2), Queries(positions.to(dtype))), vit(pixels, mask, (0, 2))
+    near = {"rtol": 0, "atol": 50 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(asked.cls, alone.cls, **near)
+    torch.testing.assert_close(asked.patches, alone.patches, **near)
+    torch.testing.assert_close(asked.layers, alone.layers, **near)
+    assert alone.queries is None
+    asked.patches.square().sum().backward()
+    others = Queries(positions.to(dtype) + 1)
+    torch.testing.assert_close(vit(pixels, mask, queries=others).patches, asked.patches, **near)
+
+
+def test_the_order_of_queries_is_that_of_their_answers():
+    vit, (pixels, positions) = small_vit(), inputs()
+    order = torch.randperm(CROPS * EACH)
+    there, back = vit(pixels, queries=Queries(positions)), vit(pixels, queries=Queries(positions[:, order]))
+    torch.testing.assert_close(back.queries, there.queries[:, order])
+
+
+def test_both_streams_drop_their_paths_apart():
+    """Of many samples, each stream loses a branch at the rate, and one does not tell of the other."""
+    vit = small_vit(drop_path=0.4, depth=2)
+    assert isinstance(vit.blocks[1].drop_path1, DropPath)
+    block, raw = vit.blocks[1], 3
+    x = torch.randn(1, 5, 16, dtype=torch.float64).expand(4000, -1, -1)
+    with torch.no_grad():
+        block.mlp.fc2.weight.zero_(), block.mlp.fc2.bias.zero_()
+        moved = block(x, raw) - x
+        kept = moved.abs().sum(-1) > 0  # [samples, tokens]
+        full = block.eval()(x[:1], raw) - x[:1]
+    first, second = kept[:, 0], kept[:, -1]
+    assert torch.equal(kept, torch.stack([first] * raw + [second] * 2, 1))
+    error = 4 * (0.24 / 4000) ** 0.5
+    assert abs(first.double().mean() - 0.6) < error
+    assert abs(second.double().mean() - 0.6) < error
+    assert abs((first & second).double().mean() - 0.36) < error
+    torch.testing.assert_close(moved[kept], (full / 0.6).expand_as(moved)[kept])
+
+
+def test_queries_work_compiled_and_under_autocast():
+    vit, (pixels, positions) = small_vit().float(), inputs()
+    pixels, queries = pixels.float(), Queries(positions.float())
+    plain = vit(pixels, queries=queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = vit(pixels, queries=queries).queries.float()
+    assert 0 < (rounded - plain.queries).abs().max() < 0.1
+    for block in vit.blocks:
+        block.compile(dynamic=False, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(vit(pixels, queries=queries).queries, plain.queries)
+
+
+def test_learned_positions_have_none_between_patches():
+    vit, (pixels, positions) = small_vit(positions="learned"), inputs()
+    with pytest.raises(ValueError, match=r'got a learned table; build it with positions="sincos"'):
+        vit(pixels, queries=Queries(positions))

@@ -1,0 +1,67 @@
+"""Whole runs over files: each loader, a poisoned folder, stop and resume with the same images, the loader named."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from data.pictures import write_pictures
+from engine.tiny_run import tiny_run
+
+from patchlight.data.loaders import dali_is_there
+from patchlight.engine.trainer import Trainer, train
+
+needs_dali = pytest.mark.skipif(not dali_is_there(), reason="NVIDIA DALI is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be read")
+
+
+@pytest.fixture
+def images(tmp_path):
+    write_pictures(tmp_path / "images", [f"{number:02}.jpg" for number in range(32)])
+    (tmp_path / "images" / "05.jpg").write_bytes(b"")
+    return tmp_path / "images"
+
+
+def run_over(images, folder, loader: str, **parts):
+    data = {"path": str(images), "loader": loader, "workers": 1, **parts.pop("data", {})}
+    return tiny_run(folder, data=data, schedule={"epochs": 2, "steps_per_epoch": 4}, **parts)
+
+
+@pytest.mark.parametrize(("asked", "ran"), [("auto", "torchvision"), pytest.param("dali", "dali", marks=needs_dali)])
+def test_a_poisoned_folder_trains_to_the_end_and_the_run_says_how(images, tmp_path, capsys, asked, ran):
+    if torch.cuda.is_available():
+        ran = "dali"
+    folder = tmp_path / "run"
+    train(run_over(images, folder, asked, output={"folder": str(folder), "look_every": 0, "log_every": 4}))
+    assert json.loads((folder / "run.json").read_text())["data"]["loader"] == ran
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"loader {ran} " in said
+    assert ("asked for" if asked == ran else "no GPU") in said or torch.cuda.is_available()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 8
+    assert lines[-1]["data/replaced"] == 2, "once in each of two epochs"
+    assert all(line["data/wait_seconds"] > 0 for line in lines)
+    assert (folder / "bad_files.tsv").read_text().split("\t")[0].endswith("05.jpg")
+
+
+@needs_dali
+def test_a_stopped_run_continues_with_the_same_images(images, tmp_path):
+    def ids(trainer, count):
+        seen, look = [], trainer.look
+        trainer.look = lambda views: (seen.append((views.ids, views.global_crops.pixels)), look(views))[1]
+        for _ in range(count):
+            trainer.step()
+        trainer.loader.close()
+        return seen
+
+    whole = ids(Trainer(run_over(images, tmp_path / "a", "dali")), 7)
+    first = Trainer(run_over(images, tmp_path / "b", "dali"))
+    before = ids(first, 3)
+    first.save()
+    first.checkpoints.finish()
+    run = run_over(images, tmp_path / "b", "dali")
+    second = Trainer(replace(run, output=replace(run.output, resume=True)))
+    second.begin()
+    for (left, pixels), (right, again) in zip(before + ids(second, 4), whole, strict=True):
+        assert torch.equal(left, right)
+        assert torch.equal(pixels, again)

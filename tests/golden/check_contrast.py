@@ -1,0 +1,242 @@
+"""MoCo v3 and MoBY against the recorded released ones: heads, losses, schedules, positions, whole steps."""
+
+import json
+import re
+
+import torch
+from harness import Case, check
+from objective_cases import (
+    clock_of,
+    moco_loss_and_gradient,
+    moco_on_a_rank,
+    one_direction,
+    recorded_in_two_processes,
+    views_of,
+)
+from torch import Tensor, nn
+
+from patchlight.backbones.vit import VisionTransformer
+from patchlight.engine.branches import Student, Teacher, WeightedObjectives
+from patchlight.engine.schedules import cosine
+from patchlight.heads.contrast import ContrastHead
+from patchlight.heads.summary import ClassTokenSummary
+from patchlight.objectives.contrast import unit_rows
+from patchlight.objectives.interface import Objective
+from patchlight.objectives.moby import Moby, MobyOptions
+from patchlight.objectives.moco_v3 import MocoV3, MocoV3Options
+from patchlight.records import Crops, Tokens, Views
+
+FORWARD, LOSS, GRADIENT = 2e-5, 1e-5, 5e-4
+NOISE = 1e-5  # the gradient of a bias in front of a BatchNorm is zero on paper
+
+
+def our_name(recorded: str, layers: int = 2) -> str:
+    """Within a head: MoCo v3 counts its modules as we do, MoBY's begin with an unused one and end in one of their own."""
+    if recorded[0].isdigit():
+        return f"mlp.{recorded}"
+    recorded = re.sub(r"linear_hidden\.(\d)", lambda found: f"mlp.{int(found[1]) - 1}", recorded)
+    return recorded.replace("linear_out", f"mlp.{3 * (layers - 1)}")
+
+
+def zero_on_paper(module: nn.Module, name: str) -> bool:
+    """The bias of a linear layer that meets a BatchNorm: right behind it or, for a projector's last, in the predictor."""
+    path, _, last = name.rpartition(".")
+    before, _, number = path.rpartition(".")
+    modules = dict(module.named_modules())
+    meets_norm = name.startswith("heads.") or isinstance(modules.get(f"{before}.{int(number) + 1}"), nn.BatchNorm1d)
+    return last == "bias" and isinstance(modules[path], nn.Linear) and meets_norm
+
+
+@check("mocov3_mlp", "moby_head")
+def contrast_head(case: Case) -> None:
+    layers, moco = int(case.meta["num_layers"]), case.name.startswith("moco")
+    weights = {our_name(name, layers): value for name, value in case.under("weight.").items()}
+    head = ContrastHead(
+        case["x"].shape[1],
+        hidden=len(weights["mlp.0.weight"]),
+        out=case["y"].shape[1],
+        layers=layers,
+        bias=not moco,
+        last_norm=case.meta.get("last_bn") == "true",
+    )
+    head.load_state_dict(weights, strict=True)
+    x = case["x"].clone().requires_grad_()
+    y = head(x.unsqueeze(0))[0]
+    case.close("y", y, rel=FORWARD)
+    y.backward(case["cotangent"])
+    case.close("grad_x", x.grad, rel=FORWARD)
+    gradients = {name: parameter.grad for name, parameter in head.named_parameters()}
+    recorded = {our_name(name, layers): f"grad.{name}" for name in case.under("grad.")}
+    assert gradients.keys() == recorded.keys()
+    for name, key in recorded.items():
+        case.close(key, gradients[name], rel=FORWARD, floor=NOISE if zero_on_paper(head, name) else 0.0)
+    for name in case.under("after."):
+        case.close(f"after.{name}", head.state_dict()[our_name(name, layers)], rel=FORWARD)
+
+
+@check("mocov3_loss")
+def moco_loss(case: Case) -> None:
+    loss, gradient = moco_loss_and_gradient(case["q"], case["k"], float(case.meta["T"]))
+    case.close("loss", loss, rel=LOSS)
+    case.close("grad_q", gradient, rel=FORWARD)
+
+
+@check("mocov3_loss_2rank")
+def moco_loss_on_ranks(case: Case) -> None:
+    losses, gradients = zip(*recorded_in_two_processes(case, moco_on_a_rank), strict=True)
+    case.close("loss", torch.stack(losses), rel=LOSS)
+    case.close("grad_q", torch.stack(gradients), rel=FORWARD)
+
+
+@check("moby_loss")
+def moby_loss(case: Case) -> None:
+    width, length = case["queue"].shape
+    objective = Moby(MobyOptions(queue=length, out=width, temperature=float(case.meta["T"])))
+    objective.queue.copy_(case["queue"].T)
+    for name, normalise in (("q", lambda x: x), ("q_unnormalized", unit_rows)):
+        q = case[name].clone().requires_grad_()
+        loss = one_direction(objective, normalise(q), case["k"])
+        loss.backward()
+        case.close("loss", loss, rel=LOSS)
+        case.close(f"grad_{name}", q.grad, rel=FORWARD)
+
+
+@check("moby_schedule")
+def moby_schedule(case: Case) -> None:
+    total, base = int(case.meta["K"]), float(case.meta["contrast_momentum"])
+    momentum = [cosine(step, total, base, 1.0) for step in range(total + 1)]
+    case.close("momentum", torch.tensor(momentum, dtype=torch.float64), rel=0.0, floor=1e-12)
+
+
+@check("mocov3_schedule")
+def moco_schedule(case: Case) -> None:
+    per_epoch, epochs, warmup = (int(case.meta[key]) for key in ("iters_per_epoch", "epochs", "warmup_epochs"))
+    total, peak = per_epoch * epochs, float(case.meta["lr_after_linear_scaling"])
+    momentum = [cosine(step, total, float(case.meta["moco_m"]), 1.0) for step in range(total)]
+    lr = [cosine(step, total, peak, 0.0, warmup * per_epoch, ends="next") for step in range(total)]
+    case.close("momentum", torch.tensor(momentum, dtype=torch.float64), rel=0.0, floor=1e-12)
+    case.close("lr", torch.tensor(lr, dtype=torch.float64), rel=0.0, floor=1e-12)
+
+
+@check("mocov3_posembed")
+def moco_positions(case: Case) -> None:
+    side, width = int(case.meta["grid_h"]), int(case.meta["dim"])
+    vit = VisionTransformer(width, 1, 2, 4, image_size=4 * side, positions="sincos_rows_first")
+    case.close("pos_embed", vit.pos_embed, rel=0.0, floor=1e-6)
+    assert not vit.pos_embed.requires_grad
+
+
+class Vectors(nn.Module):
+    """The recorded encoder, Linear and GELU, as a backbone whose images are vectors."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(width, out), nn.GELU()
+
+    def forward(self, pixels: Tensor, mask: None) -> Tokens:
+        x = self.act(self.fc(pixels))
+        return Tokens(x, x.unsqueeze(1), (1, 1))
+
+
+class RecordedSteps:
+    """Both branches around the recorded encoder; a recorded step; the recorded SGD between steps.
+
+    names: prefixes of recorded names, and what they are called in the branches, whose own name comes first.
+    """
+
+    def __init__(self, case: Case, objective: Objective, encoder: str, names: dict[str, str]) -> None:
+        self.case, self.objective, self.names = case, objective, names
+        out, width = case[f"weight.{encoder}.weight"].shape
+        heads, predictors = {objective.name: objective.head(out)}, {objective.name: objective.predictor(out)}
+        twins = {objective.name: objective.head(out)}
+        self.student = Student(Vectors(width, out), ClassTokenSummary(), heads, predictors)
+        self.teacher = Teacher(Vectors(width, out), ClassTokenSummary(), twins).requires_grad_(False)
+        self.objectives = WeightedObjectives([objective])
+        weights = {name: value for name, value in case.under("weight.").items() if not name.startswith("queue")}
+        for branch in (self.student, self.teacher):
+            ours = {self.place(name)[1]: value for name, value in weights.items() if self.place(name)[0] is branch}
+            state = branch.load_state_dict(ours, strict=False)
+            assert not state.unexpected_keys
+            assert all("running" in key or "tracked" in key for key in state.missing_keys)
+
+    def place(self, recorded: str) -> tuple[nn.Module, str]:
+        """The branch of a recorded tensor, and its name there."""
+        prefix = next(old for old in self.names if recorded.startswith(old))
+        branch, _, path = self.names[prefix].partition(".")
+        rest = recorded.removeprefix(prefix)
+        return getattr(self, branch), path + (our_name(rest) if "backbone" not in path else rest)
+
+    def take(self, number: int) -> None:
+        """One step: the loss, the gradients that are recorded, then SGD."""
+        case, clock = self.case, clock_of(0)
+        pixels = torch.stack([case[f"step{number}.x{view}"] for view in (1, 2)])
+        shape = views_of(pixels.shape[1])
+        views = Views(Crops(pixels, shape.global_crops.box, shape.global_crops.flip), None, None, shape.ids)
+        with torch.no_grad():
+            taught = self.teacher(views)
+        loss, _ = self.objectives((self.student, self.student(views)), (self.teacher, taught), views, clock)
+        case.close(f"step{number}.loss", loss, rel=LOSS)
+        loss.backward()
+        parameters = dict(self.student.named_parameters())
+        for recorded in case.under(f"step{number}.grad."):
+            _, ours = self.place(recorded)
+            floor = NOISE if "mlp" in ours and zero_on_paper(self.student, ours) else 0.0
+            case.close(f"step{number}.grad.{recorded}", parameters[ours].grad, rel=GRADIENT, floor=floor)
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter -= float(case.meta["sgd_lr_between_steps"]) * parameter.grad
+                parameter.grad = None
+        self.objectives.after_step(clock)
+
+    def compare(self, prefix: str) -> None:
+        """Everything recorded under the prefix against ours."""
+        assert self.case.under(prefix)
+        for recorded in self.case.under(prefix):
+            branch, ours = self.place(recorded)
+            rounding = 1e-7 if ours.endswith("running_mean") else 0.0  # what follows a BatchNorm has none on paper
+            self.case.close(prefix + recorded, branch.state_dict()[ours], rel=FORWARD, floor=rounding)
+
+
+@check("mocov3_step")
+def moco_steps(case: Case) -> None:
+    first, last = case["weight.base_encoder.head.0.weight"], case["weight.base_encoder.head.6.weight"]
+    options = MocoV3Options(float(case.meta["T"]), hidden=len(first), out=len(last))
+    names = {
+        "base_encoder.trunk.": "student.backbone.fc.",
+        "base_encoder.head.": "student.heads.moco_v3.",
+        "predictor.": "student.predictors.moco_v3.",
+        "momentum_encoder.trunk.": "teacher.backbone.fc.",
+        "momentum_encoder.head.": "teacher.heads.moco_v3.",
+    }
+    steps = RecordedSteps(case, MocoV3(options), "base_encoder.trunk", names)
+    for number, momentum in enumerate(json.loads(case.meta["momentum"])):
+        steps.teacher.follow(steps.student, momentum)  # the release moves the teacher at the start of a step
+        steps.take(number)
+        steps.compare(f"step{number}.after.")
+    steps.compare("final.")
+
+
+@check("moby_step")
+def moby_steps(case: Case) -> None:
+    """Queues and pointer are recorded as a step leaves them."""
+    width, length = case["weight.queue1"].shape
+    hidden = len(case["weight.projector.linear_hidden.1.weight"])
+    objective = Moby(MobyOptions(length, float(case.meta["T"]), hidden, width))
+    names = {
+        "encoder.": "student.backbone.",
+        "projector.": "student.heads.moby.",
+        "predictor.": "student.predictors.moby.",
+        "encoder_k.": "teacher.backbone.",
+        "projector_k.": "teacher.heads.moby.",
+    }
+    steps = RecordedSteps(case, objective, "encoder.fc", names)
+    objective.queue.copy_(torch.stack([case["weight.queue1"].T, case["weight.queue2"].T]))
+    total, base = int(case["total_iters_K"]), float(case.meta["contrast_momentum"])
+    for number in range(4):
+        steps.teacher.follow(steps.student, cosine(number, total, base, 1.0))
+        steps.take(number)
+        steps.compare(f"step{number}.after.")
+        for view in (1, 2):
+            case.close(f"step{number}.queue{view}", objective.queue[view - 1].T, rel=FORWARD)
+        case.equal(f"step{number}.queue_ptr", objective.oldest[None])
+    steps.compare("final.")

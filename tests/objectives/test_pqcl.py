@@ -1,0 +1,168 @@
+"""PQCL against loops over views, images and patches, its heads, and what it asks of a run."""
+
+import dataclasses
+
+import objective_cases as cases
+import pytest
+import torch
+
+from patchlight.objectives.dino import DinoOptions
+from patchlight.objectives.geometry import relative_positions
+from patchlight.objectives.ibot import IbotOptions
+from patchlight.objectives.pqcl import Pqcl, PqclOptions, choose_host
+from patchlight.objectives.selfpatch import SelfPatchOptions
+from patchlight.records import Crops, Features, Side, Views
+
+WIDTH, BATCH, CROPS, GRID = 10, 3, 2, (2, 3)
+QUERIES = CROPS * 6
+HOST = DinoOptions(prototypes=14, bottleneck=6, hidden=12)
+
+
+def build(**options):
+    objective = Pqcl(HOST, PqclOptions(warmup_epochs=0, **options)).double()
+    heads = [Pqcl(HOST, PqclOptions(heads="vanilla")).head(WIDTH).double() for _ in range(2)]
+    return objective, *heads
+
+
+def features(*shape: int, queries: int = 0) -> Features:
+    summary, patches, asked = (torch.randn(*shape[:2], n, WIDTH, dtype=torch.float64) for n in (1, shape[2], queries))
+    return Features(summary[:, :, 0], patches, GRID, queries=asked if queries else None)
+
+
+def sides(student_head, teacher_head, predictor=None):
+    student = Side(features(2, BATCH, 8, queries=QUERIES), head=student_head, predictor=predictor)
+    return student, Side(features(2, BATCH, 8), query_crops=features(CROPS, BATCH, 6), head=teacher_head)
+
+
+def run(objective, student, teacher):
+    return objective(student, teacher, cases.views_of(BATCH), cases.clock_of(0))["pqcl/query"]
+
+
+def loop(objective, student, teacher, head, temperature=0.07):
+    total, center = 0.0, objective.target.center
+    for view in range(2):
+        for image in range(BATCH):
+            for crop in range(CROPS):
+                for patch in range(6):
+                    taught = teacher.query_crops.patches[crop, image, patch]
+                    t = teacher.head.prototypes.logits(teacher.head(taught))
+                    s = student.global_crops.queries[view, image, crop * 6 + patch]
+                    s = (head.prototypes.logits(head(s)) / 0.1).log_softmax(-1)
+                    total -= (((t - center) / temperature).softmax(-1) * s).sum()
+    return total / (2 * BATCH * QUERIES)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_loss_and_gradient_are_those_of_the_loop(own):
+    """With a head of its own (the predictor slot) the student's queries go through that one."""
+    objective, student_head, teacher_head = build()
+    predictor = build()[1] if own else None
+    objective.target.center.normal_()
+    student, teacher = sides(student_head, teacher_head.requires_grad_(False), predictor)
+    student.global_crops.queries.requires_grad_()
+    used = predictor or student_head
+    leaves = [student.global_crops.queries, *(p for p in used.parameters() if p.requires_grad)]
+    ours, theirs = run(objective, student, teacher), loop(objective, student, teacher, used)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_the_center_is_its_own_and_counts_every_query_patch_once():
+    objective, *heads = build()
+    student, teacher = sides(*heads)
+    run(objective, student, teacher)
+    objective.after_step(cases.clock_of(0))
+    rows = teacher.query_crops.patches.flatten(0, 2)
+    expected = 0.1 * heads[1].prototypes.logits(heads[1](rows)).mean(dim=0)
+    torch.testing.assert_close(objective.target.center, expected, rtol=1e-9, atol=0)
+
+
+def test_nothing_flows_into_the_teacher():
+    objective, student_head, teacher_head = build()
+    student, teacher = sides(student_head, teacher_head.requires_grad_(True))
+    teacher.query_crops.patches.requires_grad_()
+    run(objective, student, teacher).backward()
+    assert teacher.query_crops.patches.grad is None
+    assert all(parameter.grad is None for parameter in teacher_head.parameters())
+
+
+def test_a_host_with_patch_prototypes_lends_those():
+    host = IbotOptions(prototypes=9, patch_prototypes=14, bottleneck=6, hidden=12)
+    objective = Pqcl(host, PqclOptions(warmup_epochs=0))
+    assert objective.target.center.shape == (14,)
+    head = cases.LogitsHead(14, 9, 14)
+    student = Side(
+        Features(torch.zeros(2, 1, 14), torch.zeros(2, 1, 4, 14), GRID, queries=torch.randn(2, 1, 6, 14)), head=head
+    )
+    taught = torch.randn(1, 1, 6, 14)
+    teacher = Side(student.global_crops, query_crops=Features(taught[:, :, 0], taught, GRID), head=head)
+    objective.target = torch.nn.Identity()
+    objective.target.forward = lambda z, directions, temperature: torch.zeros(14)
+    expected = -((taught / 0.07).softmax(-1) * (student.global_crops.queries / 0.1).log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(run(objective, student, teacher), expected)
+
+
+@pytest.mark.parametrize(("heads", "own", "student_only"), [("shared", 0, 0), ("semi", 0, 1), ("vanilla", 1, 0)])
+def test_heads_of_its_own(heads, own, student_only):
+    objective = build(heads=heads)[0]
+    head, predictor = objective.head(WIDTH), objective.predictor(WIDTH)
+    assert (head is not None, predictor is not None) == (own, student_only)
+    for module in filter(None, (head, predictor)):
+        assert module(torch.zeros(1, WIDTH)).shape == (1, HOST.bottleneck)
+        assert module.prototypes.count == HOST.prototypes
+
+
+def views() -> Views:
+    def crops(count: int, height: int, width: int) -> Crops:
+        box = 10 + 50 * torch.rand(count, BATCH, 4)
+        return Crops(torch.zeros(count, BATCH, 3, height, width), box, torch.rand(count, BATCH) < 0.5)
+
+    return Views(crops(2, 16, 16), None, crops(CROPS, 8, 12), torch.arange(BATCH))
+
+
+@pytest.mark.parametrize(
+    ("query_keys", "keys", "crop"), [("all", "all", None), ("crop", "all", 6), ("raw", "raw", None)]
+)
+@pytest.mark.parametrize(("flip_aware", "anchor"), [(True, "corner"), (False, "center")])
+def test_the_cue_says_where_and_what_to_look_at(query_keys, keys, crop, flip_aware, anchor):
+    objective, seen = build(query_keys=query_keys, flip_aware=flip_aware, anchor=anchor)[0], views()
+    cue = objective.cue(seen, (4, 4), cases.clock_of(0))
+    assert (cue.mask, cue.queries.keys, cue.queries.crop) == (None, keys, crop)
+    expected = relative_positions(seen.query_crops, seen.global_crops, GRID, (4, 4), flip_aware, anchor)
+    assert torch.equal(cue.queries.positions, expected)
+
+
+def test_the_defaults_are_those_of_the_methods_table():
+    objective = Pqcl(IbotOptions())
+    options = objective.options
+    assert (options.heads, options.query_keys, options.flip_aware, options.anchor) == ("shared", "all", True, "corner")
+    assert objective.target.center.shape == (8192,)
+    epochs = [objective.temperature.at(cases.clock_of(epoch)) for epoch in (0, 29, 300)]
+    assert epochs == pytest.approx([0.04, 0.07, 0.07])
+    assert objective.needs().host == "ibot"
+    assert build()[0].needs().host == "dino"
+
+
+def test_ibot_is_the_host_before_dino():
+    assert choose_host((HOST, IbotOptions())) == IbotOptions()
+    assert choose_host((SelfPatchOptions(), HOST)) is HOST
+    with pytest.raises(
+        ValueError, match=r"rides on iBOT or DINO; got SelfPatchOptions, PqclOptions only; add IbotOptions"
+    ):
+        choose_host((SelfPatchOptions(), PqclOptions()))
+
+
+def test_what_is_missing_is_named():
+    objective, *heads = build()
+    student, teacher = sides(*heads)
+    with pytest.raises(ValueError, match=r"pqcl: its head .* got none in the teacher"):
+        run(objective, student, dataclasses.replace(teacher, head=None))
+    with pytest.raises(ValueError, match="got none in the teacher; pass"):
+        run(objective, student, dataclasses.replace(teacher, query_crops=None))
+    blind = dataclasses.replace(student, global_crops=dataclasses.replace(student.global_crops, queries=None))
+    with pytest.raises(ValueError, match="got none in the student; pass"):
+        run(objective, blind, teacher)
+    for field, value in (("heads", "own"), ("query_keys", "none"), ("anchor", "middle")):
+        with pytest.raises(ValueError, match=f"PqclOptions.{field}"):
+            PqclOptions(**{field: value})

@@ -1,0 +1,248 @@
+"""SERE against the released formulation: whole relations, sampled twice by grid_sample, in float64 and by loops."""
+
+import dataclasses
+import math
+
+import objective_cases as cases
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from patchlight.objectives.sere import Sere, SereOptions, sere_weights
+from patchlight.records import Crops, Features, Side, Views
+
+WIDTH, BATCH = 12, 3
+GRID, LOCAL_GRID = (4, 5), (3, 2)
+SMALL = SereOptions(heads=3, global_points=4, local_points=3)
+
+
+def build(views=2, local=4, dtype=torch.float64, seed=0, **options):
+    """The objective, both sides with features as a backbone would leave them, and the views."""
+    torch.manual_seed(seed)
+    objective = Sere(dataclasses.replace(SMALL, **options), local=local > 0)
+    student_head, teacher_head = objective.head(WIDTH).to(dtype), objective.head(WIDTH).to(dtype).requires_grad_(False)
+    predictor = objective.predictor(WIDTH)
+    for module in filter(None, (student_head, teacher_head, predictor)):
+        for parameter in module.to(dtype).parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+
+    def features(count, grid, learns):
+        x = torch.randn(count, BATCH, grid[0] * grid[1], WIDTH, dtype=dtype).requires_grad_(learns)
+        return Features(x[:, :, 0], torch.full_like(x, torch.nan), grid, residual=x)
+
+    student = Side(
+        features(views, GRID, True), features(local, LOCAL_GRID, True) if local else None, head=student_head,
+        predictor=predictor,
+    )  # fmt: skip
+    return objective, student, Side(features(views, GRID, False), head=teacher_head), some_views(views, local, dtype)
+
+
+def some_views(views, local, dtype):
+    """Random boxes; some pairs do not overlap."""
+
+    def crops(count, low, high):
+        corner, size = torch.randint(0, 45, (count, BATCH, 2)), torch.randint(low, high, (count, BATCH, 2))
+        box = torch.cat([corner, size], dim=-1).to(dtype)
+        return Crops(torch.zeros(count, BATCH, 3, 1, 1), box, torch.rand(count, BATCH) < 0.5)
+
+    return Views(crops(views, 25, 60), crops(local, 10, 30) if local else None, None, torch.arange(BATCH))
+
+
+def grid_of(crops, view, image, other, count, points):
+    """[S, S, 2] for grid_sample: where this crop shows the points of its overlap with another box; -2 if there is none."""
+    (x, y, w, h), (ox, oy, ow, oh) = crops.box[view, image].tolist(), other.tolist()
+    left, top, right, bottom = max(x, ox), max(y, oy), min(x + w, ox + ow), min(y + h, oy + oh)
+    grid = torch.full((count, count, 2), -2.0, dtype=torch.float64)
+    if right <= left or bottom <= top:
+        return grid
+    for j in range(count):
+        for i in range(count):
+            a, b = (n / (count - 1) if points == "ends" else (n + 0.5) / count for n in (i, j))
+            u, v = (left + a * (right - left) - x) / w, (top + b * (bottom - top) - y) / h
+            u = 1 - u if crops.flip[view, image] else u
+            grid[j, i] = torch.tensor([2 * u - 1, 2 * v - 1], dtype=torch.float64)
+    return grid
+
+
+def sampled(relation, grid, size):
+    """[M, N, N] sampled at the points along keys, then along queries: [M, S * S, S * S]."""
+    for _ in range(2):
+        maps = relation.unflatten(2, size)  # of each query
+        relation = F.grid_sample(maps, grid.to(maps.dtype).expand(len(maps), -1, -1, -1), align_corners=False)
+        relation = relation.flatten(2).mT
+    return relation
+
+
+def cross_entropy(teacher, student):
+    return -(teacher.softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
+
+
+def official(objective, student, teacher, views):
+    """Both terms, pair by pair and image by image."""
+    o, predictor = objective.options, student.predictor
+    taught, seen = teacher.head(teacher.global_crops.residual), student.head(student.global_crops.residual)
+    local = None
+    if o.asymmetric:
+        seen = predictor.prediction(seen)
+    if student.local_crops is not None:
+        local = predictor.local_head(student.local_crops.residual)
+        local = predictor.local_prediction(local) if o.asymmetric else local
+    spatial, channel, met = [], [], []
+    globals_ = views.global_crops
+    for q in range(len(globals_.box)):
+        pairs = [(seen, globals_, v, GRID, o.global_points) for v in range(len(globals_.box)) if v != q]
+        if local is not None:
+            pairs += [(local, views.local_crops, v, LOCAL_GRID, o.local_points) for v in range(len(local.spatial))]
+        for shown, crops, v, size, count in pairs:
+            for image in range(BATCH):
+                grids = [
+                    grid_of(*place, image, box, count, o.points)
+                    for place, box in (((globals_, q), crops.box[v, image]), ((crops, v), globals_.box[q, image]))
+                ]
+                met.append(bool((grids[0] > -2).any()))
+                relations = [relation(x, o) for x in (taught.spatial[q, image], shown.spatial[v, image])]
+                t, s = (sampled(r, g, z) for r, g, z in zip(relations, grids, (GRID, size), strict=True))
+                spatial.append(cross_entropy(t / o.teacher_spatial_temperature, s / o.student_spatial_temperature))
+                t, s = taught.channel[q, image] / 20**0.5, shown.channel[v, image] / math.prod(size) ** 0.5
+                channel.append(
+                    cross_entropy(t.T @ t / o.teacher_channel_temperature, s.T @ s / o.student_channel_temperature)
+                )
+    assert any(met)
+    if o.no_overlap == "skip":
+        assert not all(met)
+        spatial = [loss for loss, overlaps in zip(spatial, met, strict=True) if overlaps]
+    return {"sere/spatial": torch.stack(spatial).mean(), "sere/channel": torch.stack(channel).mean()}
+
+
+def relation(x, options):
+    """[M, N, N] of [N, D]."""
+    heads = x.unflatten(-1, (options.heads, -1)).transpose(0, 1)
+    return heads @ heads.mT / math.sqrt(WIDTH if options.scale == "width" else WIDTH // options.heads)
+
+
+def run(objective, student, teacher, views):
+    return objective(student, teacher, views, cases.clock_of(0))
+
+
+def leaves_of(student):
+    leaves = [student.global_crops.residual, *student.head.parameters()]
+    leaves += [] if student.local_crops is None else [student.local_crops.residual]
+    return leaves + ([] if student.predictor is None else list(student.predictor.parameters()))
+
+
+def test_the_random_crops_include_some_that_do_not_meet():
+    *_, views = build()
+    corners = torch.cat([views.global_crops.box, views.local_crops.box])[..., :2]
+    assert len(corners.unique(dim=0)) == 6
+    objective, student, teacher, views = build(no_overlap="skip")
+    official(objective, student, teacher, views)  # asserts it
+
+
+@pytest.mark.parametrize(
+    ("views", "local", "options"),
+    [
+        (2, 4, {}),
+        (2, 0, {}),
+        (3, 1, {"heads": 1}),
+        (2, 2, {"points": "centers", "scale": "width"}),
+        (2, 4, {"no_overlap": "skip"}),
+        (2, 1, {"asymmetric": False, "heads": 12}),
+        (2, 0, {"asymmetric": False, "teacher_spatial_temperature": 1.0, "student_spatial_temperature": 0.5}),
+        (2, 1, {"teacher_channel_temperature": 1.0, "student_channel_temperature": 0.1}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_terms_and_gradients_are_those_of_the_released_formulation(views, local, options):
+    objective, student, teacher, seen = build(views, local, **options)
+    ours, theirs = run(objective, student, teacher, seen), official(objective, student, teacher, seen)
+    assert ours.keys() == theirs.keys()
+    leaves = leaves_of(student)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=0)
+        pair = [
+            torch.autograd.grad(term[name], leaves, retain_graph=True, allow_unused=True) for term in (ours, theirs)
+        ]
+        assert any(gradient is not None and gradient.abs().max() > 1e-6 for gradient in pair[1])
+        for a, b in zip(*pair, strict=True):
+            a, b = (torch.zeros(()) if x is None else x for x in (a, b))
+            torch.testing.assert_close(a, b.expand_as(a).to(a), rtol=1e-8, atol=1e-11)
+
+
+def test_crops_that_do_not_meet_cost_a_constant_without_a_gradient():
+    for rule, expected in (("count", math.log(16)), ("skip", 0.0)):
+        objective, student, teacher, views = build(local=0, no_overlap=rule)
+        views.global_crops.box[0, :, 0] += 1000
+        term = run(objective, student, teacher, views)["sere/spatial"]
+        assert term.item() == pytest.approx(expected, rel=1e-12)
+        (gradient,) = torch.autograd.grad(term, student.global_crops.residual)
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_bf16_is_no_further_off_than_the_released_formulation():
+    """Over a few batches: a single number's error is luck."""
+    errors = {(term, which): 0.0 for term in ("sere/spatial", "sere/channel") for which in ("ours", "theirs")}
+    with torch.no_grad():
+        for seed in range(8):
+            objective, *parts = build(local=2, dtype=torch.float32, seed=seed)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = {"ours": run(objective, *parts), "theirs": official(objective, *parts)}
+            exact = run(objective, *(mapped(part, torch.Tensor.double) for part in parts))
+            for term, which in errors:
+                errors[term, which] += abs(found[which][term].item() - exact[term].item())
+    for term in ("sere/spatial", "sere/channel"):
+        assert 0 < errors[term, "ours"] <= 2 * errors[term, "theirs"], errors
+
+
+def mapped(part, change):
+    """The same with every floating tensor changed; modules are moved to float64 in place."""
+    if isinstance(part, torch.nn.Module):
+        return part.double()
+    if dataclasses.is_dataclass(part):
+        values = {field.name: mapped(getattr(part, field.name), change) for field in dataclasses.fields(part)}
+        return dataclasses.replace(part, **values)
+    return change(part) if isinstance(part, torch.Tensor) and part.is_floating_point() else part
+
+
+@pytest.mark.parametrize("rule", ["count", "skip"])
+def test_a_step_never_asks_the_device(rule):
+    """Fake tensors have no values: whatever would wait for one, or shape a result by it, raises."""
+    objective, *parts = build(no_overlap=rule)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        student, teacher, views = (mapped(part, mode.from_tensor) for part in parts)
+        crops = student.global_crops.residual
+        (gradient,) = torch.autograd.grad(sum(run(objective, student, teacher, views).values()), crops)
+    assert gradient.shape == crops.shape
+
+
+def test_what_cannot_work_is_refused():
+    objective, student, teacher, views = build()
+    bare = dataclasses.replace(student.global_crops, residual=None)
+    one = dataclasses.replace(views.global_crops, box=views.global_crops.box[:1])
+    for wrong, sentence in (
+        (
+            lambda: run(objective, dataclasses.replace(student, global_crops=bare), teacher, views),
+            "residual stream; got",
+        ),
+        (lambda: run(objective, dataclasses.replace(student, predictor=None), teacher, views), "predictor must be in"),
+        (lambda: run(objective, student, dataclasses.replace(teacher, head=None), views), "got none in the teacher"),
+        (lambda: run(objective, student, teacher, dataclasses.replace(views, global_crops=one)), "got one per image"),
+        (lambda: run(Sere(SMALL, local=False), student, teacher, views), "got crops but no heads"),
+        (lambda: Sere(SereOptions(heads=5)).head(12), "heads must divide the backbone's width; got 5 and 12"),
+        (lambda: Sere().head(12), "got None and 12; set SereOptions.heads"),
+        (lambda: SereOptions(heads=0), "heads must be at least 1; got 0"),
+        (lambda: SereOptions(global_points=1), "global_points must be at least 2; got 1"),
+        (lambda: SereOptions(teacher_channel_temperature=0.0), "teacher_channel_temperature must be .*got 0.0"),
+        (lambda: SereOptions(no_overlap="drop"), "got 'drop'"),
+        (lambda: sere_weights({}, 3.0, 2.0), "nor sum to more than 4.*got 3.0 and 2.0"),
+        (lambda: sere_weights({}, -1.0, 2.0, rescale_base=False), "must not be negative.*got -1.0 and 2.0"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            wrong()
+
+
+def test_weights_rescale_the_host_as_released_unless_told_not_to():
+    host = {"ibot/cls": 1.0, "ibot/patch": 0.5}
+    released = sere_weights(host, 0.2, 0.5)
+    assert released == pytest.approx({"ibot/cls": 1.65, "ibot/patch": 0.825, "sere/spatial": 0.2, "sere/channel": 0.5})
+    assert sere_weights(host, 0.2, 0.5, rescale_base=False) == host | {"sere/spatial": 0.2, "sere/channel": 0.5}

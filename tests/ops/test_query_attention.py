@@ -1,0 +1,243 @@
+"""What is particular to query_attention: who reads whom, packed projections, sizes beyond one tile, precision, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
+
+from patchlight_kernels import force, query_attention, registry
+from patchlight_kernels.ops.query_attention.op import OP
+
+SPEC = registry.spec("query_attention")
+READS = {"all": {}, "raw": {"query_keys": "raw"}, "crop": {"crop": 2}}
+every_reading = pytest.mark.parametrize("reading", READS)
+
+
+def arguments(device="cpu", images=2, raw=5, queries=4, heads=2, width=8, dtype=torch.float32, **reading) -> dict:
+    qkv = torch.randn(images, raw + queries, 3, heads, width, dtype=dtype).to(device)
+    return {"qkv": qkv, "raw": raw, "query_keys": "all", "crop": None, **reading}
+
+
+def may_read(raw: int, tokens: int, query_keys: str, crop: int | None) -> torch.Tensor:
+    """Who reads whom, token by token."""
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for row in range(tokens):
+        for key in range(tokens):
+            siblings = crop is None or (row - raw) // crop == (key - raw) // crop
+            mask[row, key] = key < raw or (row >= raw and query_keys == "all" and siblings)
+    return mask
+
+
+def masked(qkv: torch.Tensor, raw: int, query_keys: str, crop: int | None) -> torch.Tensor:
+    """PyTorch's attention under the mask."""
+    mask = may_read(raw, qkv.shape[1], query_keys, crop).to(qkv.device)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def run(device, name, given: dict) -> dict:
+    with running(device, name):
+        return outcome(SPEC, given)
+
+
+@every_reading
+def test_the_reference_is_attention_under_a_mask(reading):
+    """Forward and gradient in float64, against PyTorch's own."""
+    given = arguments(dtype=torch.float64, **READS[reading])
+    qkv, upstream = given["qkv"].requires_grad_(), torch.randn(2, 9, 2, 8, dtype=torch.float64)
+    mine, theirs = query_attention(**given), masked(**given)
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(out, qkv, upstream)[0] for out in (mine, theirs)))
+
+
+@every_reading
+def test_the_reference_gradient_is_the_derivative(reading):
+    given = arguments(images=1, raw=2, heads=1, width=2, dtype=torch.float64, **READS[reading])
+    qkv = given.pop("qkv").requires_grad_()
+    with force("reference"):
+        torch.autograd.gradcheck(lambda x: query_attention(x, **given), qkv)
+
+
+def test_raw_tokens_do_not_feel_queries():
+    """Without queries the raw rows are the same, bit for bit; and with crops each crop is as if it were alone."""
+    given = arguments(crop=2)
+    whole = query_attention(**given)
+    alone = query_attention(given["qkv"][:, :5], 5)
+    assert torch.equal(whole[:, :5], alone)
+    for first in (5, 7):
+        tokens = [*range(5), first, first + 1]
+        assert torch.equal(whole[:, tokens], query_attention(given["qkv"][:, tokens], 5))
+
+
+def test_queries_behind_one_another_are_one_crop():
+    given = arguments()
+    assert torch.equal(query_attention(**given), query_attention(**given | {"crop": 4}))
+
+
+@every_runner
+@every_reading
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_read_does_not_matter(device, name, reading, poison):
+    """A poisoned query reaches its readers and nobody else, forward or backward."""
+    given = arguments(device, images=1, raw=3, heads=1, **READS[reading])
+    readers = may_read(3, 7, given["query_keys"], given["crop"])[:, 6]
+    readers[6] = True
+    clean = run(device, name, given)
+    given["qkv"][0, 6] = poison
+    found = run(device, name, given)
+    assert torch.equal(found["out"][0, ~readers], clean["out"][0, ~readers])
+    assert found["out"][0, 6].isnan().all()
+    others = ~may_read(3, 7, given["query_keys"], given["crop"])[readers].any(dim=0) & ~readers
+    assert torch.equal(found["gradient of qkv"][0, others], clean["gradient of qkv"][0, others])
+    queries = found["gradient of qkv"][0, ~readers, 0]
+    assert torch.equal(queries, clean["gradient of qkv"][0, ~readers, 0])
+
+
+@every_runner
+def test_far_apart_scores(device, name):
+    """Probabilities from 1 down to nothing."""
+    given = arguments(device, images=1, heads=1, width=16)
+    given["qkv"] *= 20
+    found = run(device, name, given)
+    assert all(value.isfinite().all() for value in found.values())
+    assert_as_exact_as_pytorch(SPEC, given, found, f"{name} on {device}")
+
+
+@every_runner
+@pytest.mark.parametrize("raw", [1, 16, 17])
+def test_keys_behind_the_last_do_not_count(device, name, raw):
+    """Scores all far below zero: an absent key, whose score would be 0, must not win. And the other way round."""
+    for sign in (-1, 1):
+        given = arguments(device, images=1, raw=raw, queries=2, heads=1)
+        given["qkv"][:, :, 0], given["qkv"][:, :, 1] = 10.0, 10.0 * sign
+        found = run(device, name, given)
+        mean = given["qkv"][0, :raw, 2].double().mean(dim=0)
+        torch.testing.assert_close(found["out"][0, 0], mean, rtol=1e-5, atol=1e-6)
+        assert found["gradient of qkv"].isfinite().all()
+
+
+@every_runner
+def test_strides_of_the_projection_need_no_copy(device, name):
+    """A slice of a wider product, image and token dimensions exchanged."""
+    given = arguments(device)
+    wide = torch.randn(9, 2, 3 * 2 * 8 + 5, device=device)
+    view = wide[..., 3:-2].unflatten(-1, (3, 2, 8)).transpose(0, 1)
+    view.copy_(given["qkv"])
+    raw = OP.bind(**given | {"qkv": view})
+    assert raw[0].data_ptr() == view.data_ptr()
+    dense = run(device, name, given)
+    for key, value in run(device, name, given | {"qkv": view}).items():
+        assert torch.equal(value, dense[key]), key
+
+
+@every_runner
+def test_takes_a_gradient_of_any_layout(device, name):
+    """`out.sum()` hands back a single one with strides of 0; a transposed gradient has no dense rows."""
+    given = arguments(device, images=1, heads=1)
+    given["qkv"].requires_grad_()
+    with running(device, name):
+        out = query_attention(**given)
+        ones = torch.autograd.grad(out, given["qkv"], torch.ones_like(out), retain_graph=True)[0]
+        summed = torch.autograd.grad(out.sum(), given["qkv"], retain_graph=True)[0]
+        tilted = torch.ones_like(out).transpose(1, 3).contiguous().transpose(1, 3)
+        assert torch.equal(ones, summed)
+        assert torch.equal(ones, torch.autograd.grad(out, given["qkv"], tilted)[0])
+
+
+@pytest.mark.parametrize("sizes", [(197, 36, None), (785, 8, 4), (64, 128, 32)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sizes_of_training_on_the_cpu(sizes, threads):
+    raw, queries, crop = sizes
+    given = arguments(images=1, raw=raw, queries=queries, heads=3, width=64, crop=crop)
+    torch.set_num_threads(threads)
+    found = run("cpu", "cpp", given)
+    assert_as_exact_as_pytorch(SPEC, given, found, f"{sizes}, {threads} threads")
+    again = run("cpu", "cpp", given)
+    assert all(torch.equal(found[key], again[key]) for key in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_yardstick_is_no_laxer_than_pytorchs_own_attention(dtype):
+    """In 16 bits the reference rounds probabilities, as PyTorch does: it must not be less exact than that."""
+    given = arguments(raw=37, queries=8, width=64, dtype=dtype)
+    exact = outcome(SPEC, given | {"qkv": given["qkv"].double()})
+    leaf, generator = given["qkv"].requires_grad_(), torch.Generator().manual_seed(1)
+    upstream = torch.randn(2, 45, 2, 64, generator=generator, dtype=torch.float64).to(dtype)
+    with force("reference"):
+        mine = outcome(SPEC, given)
+    q, k, v = (x.transpose(1, 2) for x in leaf.unbind(2))
+    mask = may_read(37, 45, "all", None)
+    scores = (q @ k.mT * 64**-0.5).float().masked_fill(~mask, -torch.inf)  # as autocast runs the release
+    out = (scores.softmax(dim=-1).to(dtype) @ v).transpose(1, 2)
+    theirs = {"out": out, "gradient of qkv": torch.autograd.grad(out, leaf, upstream)[0]}
+    for key, value in exact.items():
+        assert (mine[key] - value).abs().max() <= (theirs[key].double() - value).abs().max(), key
+
+
+@every_reading
+def test_opcheck_of_the_backward(reading):
+    raw = OP.bind(**arguments(**READS[reading]))
+    out, lse = torch.ops.patchlight.query_attention_fwd(*raw)
+    given = (torch.randn_like(out), raw[0], out, lse, *raw[1:])
+    torch.library.opcheck(torch.ops.patchlight.query_attention_bwd.default, given)
+
+
+def test_autocast_does_not_reach_into_the_reference():
+    given = arguments()
+    with force("reference"):
+        outside = outcome(SPEC, given)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = outcome(SPEC, given)
+    assert all(torch.equal(outside[key], inside[key]) for key in outside)
+
+
+def test_benchmark_peers_agree():
+    """What the op is measured against computes the same."""
+    peers = pytest.importorskip("bench.peers", reason="run from the repository root")
+    for reading in READS.values():
+        given = arguments(dtype=torch.float64, **reading)
+        for peer in (peers.query_attention_official, peers.query_attention_sdpa, peers.query_attention_masked):
+            torch.testing.assert_close(peer(**given), query_attention(**given), msg=peer.__name__)
+    given = arguments(queries=0)
+    torch.testing.assert_close(peers.query_attention_sdpa(**given), query_attention(**given))
+
+
+WRONG = {
+    "rank": ({"qkv": torch.zeros(2, 9, 48)}, ValueError, r"\[images, tokens, 3, heads, width\], got shape \(2, 9, 48\)"),
+    "parts": ({"qkv": torch.zeros(2, 9, 2, 2, 8)}, ValueError, r"got shape \(2, 9, 2, 2, 8\)"),
+    "integers": ({"qkv": torch.zeros(2, 9, 3, 2, 8, dtype=torch.long)}, TypeError, "got torch.int64; cast it"),
+    "no raw token": ({"raw": 0}, ValueError, "raw must be between 1 and the 9 tokens, got 0"),
+    "too many": ({"raw": 10}, ValueError, "raw must be between 1 and the 9 tokens, got 10"),
+    "half a token": ({"raw": 4.5}, TypeError, "raw must be a Python integer, got float"),
+    "a tensor": ({"raw": torch.tensor(5)}, TypeError, "raw must be a Python integer, got Tensor"),
+    "reading": ({"query_keys": "none"}, ValueError, r"one of \('all', 'raw'\), got 'none'"),
+    "part of a crop": ({"crop": 3}, ValueError, "divide the 4 queries, got 3"),
+    "no crop": ({"crop": 0}, ValueError, "divide the 4 queries, got 0"),
+    "crops unread": ({"crop": 2, "query_keys": "raw"}, ValueError, "crop must be None .*, got 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_errors_say_rule_got_and_remedy(wrong):
+    changed, kind, words = WRONG[wrong]
+    with pytest.raises(kind, match=words) as caught:
+        query_attention(**arguments() | changed)
+    assert str(caught.value).startswith("query_attention: ")
+    assert ";" in str(caught.value), "no remedy"
+
+
+@pytest.mark.parametrize(("name", "width", "limit"), [("cuda", 65, 64), ("triton", 129, 128)])
+def test_heads_too_wide_for_a_gpu(name, width, limit):
+    with pytest.raises(RuntimeError, match=f"width {width} exceed the {limit}"), running("cpu", name):
+        query_attention(**arguments(width=width))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_gpu) for name in ("triton", "cuda")])
+def test_offsets_beyond_32_bits(name):
+    rows = torch.randn(1, 233, 3, 6, 64, device="cuda", dtype=torch.bfloat16)
+    rows = rows.expand(8100, -1, -1, -1, -1).contiguous()  # 2.2e9 values
+    with running("cuda", name):
+        out = query_attention(rows, 197)
+    assert torch.equal(out[0], out[-1])

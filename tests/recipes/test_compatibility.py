@@ -1,0 +1,72 @@
+"""Every pairing that builds also trains, and the page says what the code says."""
+
+from functools import cache
+
+import pytest
+import torch
+from engine.tiny_run import Notebook
+from parity import ROOT
+
+from patchlight.data.policy import CropPolicy
+from patchlight.engine.parallel import Mesh
+from patchlight.engine.trainer import Trainer, build_loader
+from patchlight.recipes.compatibility import BACKBONES, Pairing, page, pairings
+from patchlight.records import Views
+
+ALL = [one for row in pairings() for one in row]
+ALLOWED = list({(*one.options, one.backbone): one for one in ALL if one.run is not None}.values())
+
+
+def name(one: Pairing) -> str:
+    return "-".join([one.backbone, *(type(options).__name__.removesuffix("Options") for options in one.options)])
+
+
+@cache
+def batch(backbone: str, crops: CropPolicy) -> Views:
+    run = next(one.run for one in ALLOWED if one.backbone == backbone and one.run.data.crops == crops)
+    return next(build_loader(run, Mesh(torch.device("cpu"))))
+
+
+class SameBatch:
+    """Real crops, drawn once per backbone and kinds of crops."""
+
+    dataset_size, stall_seconds, replaced = 8, 0.0, 0
+
+    def __init__(self, one: Pairing) -> None:
+        self.views = batch(one.backbone, one.run.data.crops)
+
+    def __next__(self) -> Views:
+        return self.views
+
+
+@pytest.mark.parametrize("one", ALLOWED, ids=name)
+def test_an_allowed_pairing_trains(one):
+    """Two steps: all terms finite, and every part that can learn has moved."""
+    metrics = Notebook()
+    trainer = Trainer(one.run, None, SameBatch(one), metrics)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.student.named_parameters()}
+    for _ in range(2):
+        trainer.step()
+    for step in metrics.steps:
+        assert all(value.isfinite().all() for value in step.values())
+        assert step["step/refused"] == 0
+        for part in trainer.objectives.parts:
+            assert any(term.startswith(f"{part.name}/") for term in step)
+    learning = [(n, p) for n, p in trainer.student.named_parameters() if p.requires_grad]
+    still = {
+        n for n, p in learning if torch.equal(p, before[n]) and not n.endswith(".k.bias")
+    }  # shifts all scores alike
+    if not (trainer.objectives.masking or trainer.objectives.querying):
+        still.discard("backbone.mask_token")
+    assert not still
+
+
+def test_the_page_is_what_the_code_says():
+    assert (ROOT / "docs/compatibility.md").read_text() == page(), (
+        "run python -m patchlight.recipes.compatibility > docs/compatibility.md"
+    )
+
+
+def test_every_backbone_carries_something_and_what_is_refused_has_a_reason():
+    assert {one.backbone for one in ALLOWED} == set(BACKBONES)
+    assert all(one.reason for one in ALL if one.run is None)
