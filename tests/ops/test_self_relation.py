@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import FOLDER
+from harness import Case as Recorded
 from parity import ROOT, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
 
 from patchlight_kernels import force, registry, self_relation
@@ -131,6 +133,24 @@ def test_sampling_the_features_samples_the_relation():
     torch.testing.assert_close(
         torch.autograd.grad(ours, features, retain_graph=True), torch.autograd.grad(released, features)
     )
+
+
+@every_runner
+@pytest.mark.parametrize("kind", ["pixel", "channel"])
+@pytest.mark.parametrize("recorded", ["sere_step_globals_a", "sere_step_globals_nooverlap_b"])
+def test_the_recorded_relations_cost_what_was_recorded(recorded, kind, device, name):
+    """The released code's relations of two views as those of their square roots, each view against the other's teacher."""
+    case = Recorded(FOLDER / f"{recorded}.safetensors")
+    features = {}
+    for side in ("student", "teacher"):
+        relation = case[f"{side}_relation_{kind}" + ("_sampled" if kind == "pixel" else "")].double()
+        values, vectors = torch.linalg.eigh(relation if kind == "pixel" else relation[:, None])
+        roots = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+        features[side] = roots.unflatten(0, (2, -1)).to(device, torch.float32)
+    scale = 1 / float(case.meta[f"temperature_{kind}"])
+    with running(device, name):
+        losses = [self_relation(features["student"][[1 - v]], features["teacher"][v], 1.0, scale) for v in (0, 1)]
+    case.close(f"loss_{kind}", torch.stack(losses).mean(), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- strips and blocks
