@@ -1,4 +1,4 @@
-"""`python -m bench ops`, `step` and `loader` measure; `report` draws; `readme` publishes what is in results/."""
+"""`python -m bench ops|step|loader|evaluation|study` measures; `report` draws; `readme` publishes what is in results/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from . import loader, ops, report, step
+from . import evaluation, loader, ops, report, step, study
 
 OUT = Path("bench/out")
 
@@ -38,6 +38,9 @@ def main() -> None:
             "ops": measure_ops,
             "step": step.measure_step,
             "loader": loader.measure_loader,
+            "evaluation": evaluation.measure_evaluation,
+            "study": study.measure_study,
+            "study-report": study.draw,
             "report": report.draw,
             "readme": report.readme,
         },

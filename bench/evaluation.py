@@ -1,0 +1,112 @@
+"""Offline k-NN and label propagation against the naive and the released mathematics, on features drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchlight.evaluation.knn import NearestNeighbors
+from patchlight.evaluation.propagation import Propagation, propagate_frame
+
+from .machine import provenance
+from .ops import show, write
+from .timing import interleaved, peak_extra_bytes
+
+TOLERANCE = 1e-5
+KNN_CHUNK = 512  # queries per product of the naive form
+
+
+def measure_evaluation(
+    out: Path = Path("bench/out/evaluation.csv"), small: bool = False, threads: int = 2, seconds: float = 30.0
+) -> None:
+    """Time k-NN at 10k x 100k (k=200) and one DAVIS frame at 480p, patch 8; refuses to time a wrong result.
+
+    Args:
+        out: the CSV to write.
+        small: a size that only shows that it works.
+        threads: CPU threads of all.
+        seconds: per provider.
+    """
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for op, case, calls, error in (_knn(device, small), _davis(device, small)):
+        if error > TOLERANCE:
+            raise SystemExit(f"{op}: results differ by {error:.1e}, more than {TOLERANCE:g}: nothing is timed")
+        common = {
+            "op": op,
+            "case": case,
+            "dtype": "fp32",
+            "device": device,
+            "mode": "forward",
+            "status": "ok",
+            "error": error,
+        }
+        memory = {name: (peak_extra_bytes(call, device) or 0) / 1e6 for name, call in calls.items()}
+        timings = interleaved({name: [call] for name, call in calls.items()}, device, seconds)
+        rows += [
+            common
+            | {"provider": name, "median_ms": t.median, "p20_ms": t.p20, "p80_ms": t.p80, "rounds": t.rounds}
+            | {"peak_extra_mb": memory[name], **provenance(device).columns()}
+            for name, t in timings.items()
+        ]
+    write(rows, out)
+    show(rows)
+    print(f"rows: {out}")
+
+
+def _knn(device: str, small: bool) -> tuple[str, str, dict[str, Callable], float]:
+    queries, bank, width, k = (500, 5_000, 64, 20) if small else (10_000, 100_000, 384, 200)
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(1000, width, generator=generator)
+    labels = torch.randint(0, 1000, (bank,), generator=generator)
+    draw = lambda names: centers[names] + 2 * torch.randn(len(names), width, generator=generator)
+    features, asked = draw(labels), draw(torch.randint(0, 1000, (queries,), generator=generator))
+    features, asked, labels = features.to(device), asked.to(device), labels.to(device)
+
+    def naive() -> Tensor:
+        rows, columns = F.normalize(asked, dim=1), F.normalize(features, dim=1).T
+        found = [(part @ columns).topk(k, dim=1) for part in rows.split(KNN_CHUNK)]
+        torch.cat([labels[f.indices] for f in found])
+        return torch.cat([f.values for f in found])
+
+    def ours() -> Tensor:
+        nearest = NearestNeighbors(asked, k)
+        nearest.add(features, labels)
+        return nearest.result().similarity
+
+    error = (naive() - ours()).abs().max().item()
+    return "knn", f"{queries} x {bank} x {width}, k={k}", {"naive matmul + topk": naive, "patchlight": ours}, error
+
+
+def _davis(device: str, small: bool) -> tuple[str, str, dict[str, Callable], float]:
+    height, width, channels = (20, 30, 64) if small else (60, 104, 384)
+    rule, classes = Propagation(), 4
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(height, width, channels, generator=generator)
+    frame = lambda: F.normalize(base + torch.randn(base.shape, generator=generator), dim=-1).to(device)
+    labels = lambda: torch.randn(height, width, classes, generator=generator).softmax(-1).to(device)
+    context, target = [(frame(), labels()) for _ in range(rule.context_frames + 1)], frame()
+    rows, columns = torch.arange(height), torch.arange(width)
+    near_rows = (rows[:, None] - rows).abs() <= rule.radius
+    near_columns = (columns[:, None] - columns).abs() <= rule.radius
+    near = (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(0, 1).flatten(1).float().to(device)
+
+    def official() -> Tensor:
+        """All scores at once: exponentials, the neighborhood's mask, top-k over the sources, sums."""
+        sources = torch.stack([f.flatten(0, 1).T for f, _ in context])
+        scores = torch.exp(torch.bmm(target.flatten(0, 1).expand(len(context), -1, -1), sources) / rule.temperature)
+        scores *= near
+        scores = scores.transpose(2, 1).flatten(0, 1)
+        scores[scores < scores.topk(rule.neighbors, dim=0).values[-1:]] = 0
+        scores /= scores.sum(0, keepdim=True)
+        return (torch.cat([m.flatten(0, 1) for _, m in context]).T @ scores).T
+
+    ours = lambda: propagate_frame(target, context, rule).flatten(0, 1)
+    error = (official() - ours()).abs().max().item()
+    case = f"{height} x {width} x {channels}, {len(context)} context frames"
+    return "label_propagation", case, {"official eager": official, "patchlight": ours}, error

@@ -1,0 +1,326 @@
+"""Does the method work? The host alone against host + SelfPatch, + SERE, + PQCL: same images, steps, crops and seeds.
+
+Only the objectives differ, and what an objective cannot do without: SelfPatch sums up an image by class attention, so the
+host has a second control with that summary; PQCL brings a query crop. k-NN accuracy on unseen images and J&F on videos are
+measured by the code of `python -m patchlight.evaluation`, on what no cell has trained on.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from patchlight.data.policy import CropSpec
+from patchlight.data.procedural_video import write_davis
+from patchlight.engine.trainer import train
+from patchlight.evaluation.checkpoints import open_checkpoint
+from patchlight.evaluation.davis import DavisFolder, DavisProtocol, evaluate_davis
+from patchlight.evaluation.features import Reading
+from patchlight.evaluation.knn import KnnProtocol, evaluate_knn
+from patchlight.evaluation.labelled import open_labelled
+from patchlight.evaluation.ranks import Ranks
+from patchlight.objectives.dino import DinoOptions
+from patchlight.objectives.pqcl import PqclOptions
+from patchlight.objectives.selfpatch import SelfPatchOptions
+from patchlight.objectives.sere import SereOptions, sere_weights
+from patchlight.recipes.ours import demo
+from patchlight.run import Objectives, Optim, Parallel, Run, Schedule
+
+from .machine import provenance
+
+MEASURES = {"k10": "k-NN, k=10", "k20": "k-NN, k=20", "J&F": "J&F", "J_mean": "J", "F_mean": "F"}
+COLUMNS = ("size", "method", "seed", "steps", *MEASURES, "train_seconds", "settings", "hardware", "threads", "torch",
+           "triton", "commit", "date")  # fmt: skip
+RESULTS = Path("bench/results/study")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a cell is, and what it is measured on."""
+
+    run: Run
+    videos: int
+    frames: int
+    video_size: int
+    short_side: int
+
+
+def cpu() -> Size:
+    """The demo's model and 256 steps: at most about two minutes per cell on two cores."""
+    run = demo()
+    return Size(replace(run, schedule=Schedule(epochs=8)), videos=8, frames=16, video_size=192, short_side=96)
+
+
+def gpu() -> Size:
+    """ViT-Ti/8 at 96 pixels on 20,480 images, 8,000 steps of 256."""
+    run = demo()
+    crops = replace(
+        run.data.crops,
+        global_crops=tuple(replace(spec, size=96) for spec in run.data.crops.global_crops),
+        local_crops=tuple(replace(spec, size=48) for spec in run.data.crops.local_crops),
+    )
+    run = replace(
+        run,
+        model=replace(run.model, image_size=96, sizes={}, drop_path=0.1),
+        data=replace(run.data, crops=crops, batch_per_rank=256, procedural_images=20_480, workers=8),
+        optim=Optim(base_lr=1e-3, warmup_epochs=10, teacher_momentum=0.996, freeze_prototypes_epochs=1),
+        schedule=Schedule(epochs=100),
+        parallel=Parallel(precision="bf16"),
+    )
+    return Size(run, videos=30, frames=48, video_size=384, short_side=192)
+
+
+SIZES: dict[str, Callable[[], Size]] = {"cpu": cpu, "gpu": gpu}
+QUERY_SHARE = 2 / 3  # a query crop's side in local crops' sides, at least 2 patches
+
+
+def _host(run: Run) -> Run:
+    """DINO as in the demo, with a class token and a fixed position table, which PQCL needs and all share."""
+    dino = next(one for one in run.objectives.options if isinstance(one, DinoOptions))
+    model = replace(run.model, summary="cls", positions="sincos")
+    return replace(run, model=model, objectives=Objectives((dino,)))
+
+
+def _with(run: Run, options: object, weights: dict[str, float]) -> Run:
+    return replace(run, objectives=Objectives((*run.objectives.options, options), weights=weights))
+
+
+def _host_class_attention(run: Run) -> Run:
+    run = _host(run)
+    return replace(run, model=replace(run.model, summary="class_attention"))
+
+
+def _selfpatch(run: Run) -> Run:
+    options = next(one for one in run.objectives.options if isinstance(one, SelfPatchOptions))
+    return _with(_host_class_attention(run), options, run.objectives.weights)
+
+
+def _sere(run: Run) -> Run:
+    return _with(_host(run), SereOptions(), sere_weights({"dino/cls": 1.0}, 1.0, 1.0))
+
+
+def _pqcl(run: Run) -> Run:
+    run, crops = _host(run), run.data.crops
+    side = max(2, round(QUERY_SHARE * crops.local_crops[0].size / run.model.patch_size)) * run.model.patch_size
+    look = crops.local_crops[0].photometric
+    query = CropSpec(1, side, crops.local_crops[0].scale, flip=0.0, photometric=look)
+    run = replace(run, data=replace(run.data, crops=replace(crops, query_crops=(query,))))
+    target = run.objectives.options[0].target
+    return _with(run, PqclOptions(target=target, teacher_temperature=0.04, warmup_epochs=0), {})
+
+
+METHODS: dict[str, Callable[[Run], Run]] = {
+    "host": _host,
+    "host, class attention": _host_class_attention,
+    "host + SelfPatch": _selfpatch,
+    "host + SERE": _sere,
+    "host + PQCL": _pqcl,
+}
+
+
+def measure_study(
+    size: str = "cpu",
+    seeds: tuple[int, ...] = (10, 11, 12),
+    methods: tuple[str, ...] = tuple(METHODS),
+    steps: int | None = None,
+    work: Path = Path("runs/study"),
+    out: Path | None = None,
+    threads: int = 2,
+) -> None:
+    """Train and measure every cell of the study that is not measured yet, then draw its table and plot.
+
+    Args:
+        size: cpu or gpu.
+        seeds: one cell each per method; 0 and 1 are those of the test images.
+        methods: which of them.
+        steps: fewer steps, to try the script; such cells are never mixed with others.
+        work: folder of runs; an interrupted cell resumes there.
+        out: the CSV to add to; by default bench/results/study/<size>.csv.
+        threads: CPU threads.
+    """
+    if size not in SIZES or not set(methods) <= set(METHODS) or {0, 1} & set(seeds):
+        raise SystemExit(
+            f"study: size must be one of {tuple(SIZES)}, methods among {tuple(METHODS)} and seeds other than 0 and 1, got"
+            f" {size!r}, {methods} and {seeds}"
+        )
+    torch.set_num_threads(threads)
+    scale, out = SIZES[size](), out or RESULTS / f"{size}.csv"
+    videos = work / size / f"videos-{scale.videos}-{scale.frames}-{scale.video_size}"
+    if not (videos / "ImageSets").exists():  # written last
+        write_davis(videos, scale.videos, scale.frames, scale.video_size, seed=1)
+    for seed in seeds:  # all methods of a seed before the next one, so that an early stop compares like with like
+        for method in methods:
+            run = _cell(METHODS[method](scale.run), seed, steps, work / size)
+            settings = _settings(run, scale)
+            if _done(out, size, method, seed, settings):
+                print(f"skip: {method}, seed {seed}: finished, in {out}")
+                continue
+            print(f"cell: {method}, seed {seed}: {run.output.folder}", flush=True)
+            began = time.perf_counter()
+            train(run)
+            seconds = time.perf_counter() - began
+            row = {
+                "size": size,
+                "method": method,
+                "seed": seed,
+                "settings": settings,
+                "train_seconds": round(seconds, 1),
+            }
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            row |= _measure(run, scale, videos) | provenance(device).columns()
+            _append(out, row)
+    draw(out)
+
+
+def _cell(run: Run, seed: int, steps: int | None, folder: Path) -> Run:
+    """A run of one cell: no looks on the way, a checkpoint at the end."""
+    schedule = Schedule(epochs=1, steps_per_epoch=steps) if steps else run.schedule
+    kinds = [type(one).__name__.removesuffix("Options").lower() for one in run.objectives.options]
+    name = "-".join([*kinds, run.model.summary, f"seed{seed}", *([f"{steps}steps"] if steps else [])])
+    output = replace(run.output, folder=str(folder / name), look_every=0, save_every=10**6, resume=True, keep=1)
+    warmup = min(run.optim.warmup_epochs, schedule.epochs)
+    return replace(
+        run,
+        schedule=schedule,
+        optim=replace(run.optim, warmup_epochs=warmup if not steps else 0),
+        parallel=replace(run.parallel, seed=seed),
+        output=output,
+    )
+
+
+def _measure(run: Run, scale: Size, videos: Path) -> dict[str, float]:
+    """k-NN accuracy and J&F of the trained teacher."""
+    here = Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    encoder = open_checkpoint(run.output.folder).to(here.device)
+    facts = json.loads((Path(encoder.name) / "facts.json").read_text())
+    knn = evaluate_knn(encoder, open_labelled("procedural"), KnnProtocol(k=(10, 20)), here, Reading(workers=0))
+    protocol = DavisProtocol(short_side=scale.short_side, std=None)
+    found = evaluate_davis(encoder, DavisFolder(videos), protocol, here, Path(run.output.folder) / "davis", previews=2)
+    if found.failed:
+        raise SystemExit(f"study: every video must be scored, got {found.failed}")
+    scores = knn | found.metrics()
+    return {"steps": facts["clock"]["step"], **{name: round(scores[name], 5) for name in MEASURES}}
+
+
+def _settings(run: Run, scale: Size) -> str:
+    """A digest of everything but the folder and the seed: rows with another one are another study's."""
+    plain = run.to_dict()
+    del plain["output"], plain["parallel"]["seed"]
+    rest = {name: value for name, value in asdict(scale).items() if name != "run"}
+    return hashlib.sha256(json.dumps([plain, rest], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _rows(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def _done(path: Path, size: str, method: str, seed: int, settings: str) -> bool:
+    cell = (size, method, str(seed), settings)
+    return any((row["size"], row["method"], row["seed"], row["settings"]) == cell for row in _rows(path))
+
+
+def _append(path: Path, row: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def draw(rows: Path = RESULTS / "cpu.csv", out: Path = Path("bench/out")) -> None:
+    """Draw the study's table and plot from its CSV.
+
+    Args:
+        rows: the CSV of `python -m bench study`.
+        out: where the table and the picture go.
+    """
+    measured = _rows(rows)
+    if not measured:
+        raise SystemExit(f"study: {rows} holds no finished cell; nothing to draw")
+    longest = max(measured, key=lambda row: int(row["steps"]))["steps"]  # trial cells stay out
+    latest = {row["method"]: row["settings"] for row in measured if row["steps"] == longest}
+    chosen = {
+        method: [r for r in measured if (r["method"], r["steps"], r["settings"]) == (method, longest, latest[method])]
+        for method in METHODS
+        if method in latest
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    text = markdown(chosen, rows)
+    (out / f"study_{rows.stem}.md").write_text(text)
+    show(chosen)
+    picture(chosen, out / f"study_{rows.stem}.png")
+    print(f"table: {out / f'study_{rows.stem}.md'}\nplot: {out / f'study_{rows.stem}.png'}")
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation in percent; the deviation of a single value is unknown."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean} (one seed)"
+
+
+def markdown(cells: dict[str, list[dict]], source: Path) -> str:
+    first = next(iter(cells.values()))[0]
+    lines = [
+        f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, {first['date']}"
+        f" ([`{source.name}`]({source.as_posix()})); {first['steps']} steps each; mean ± standard deviation over seeds, percent.",
+        "",
+        f"| method | seeds | {' | '.join(MEASURES.values())} | training, s |",
+        f"| --- | --- | {' | '.join('---' for _ in MEASURES)} | --- |",
+    ]
+    for method, rows in cells.items():
+        values = (spread([float(row[name]) for row in rows]) for name in MEASURES)
+        seconds = statistics.median(float(row["train_seconds"]) for row in rows)
+        lines.append(f"| {method} | {len(rows)} | {' | '.join(values)} | {seconds:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def show(cells: dict[str, list[dict]]) -> None:
+    table = Table("method", "seeds", *MEASURES.values())
+    for method, rows in cells.items():
+        table.add_row(method, str(len(rows)), *(spread([float(row[name]) for row in rows]) for name in MEASURES))
+    Console().print(table)
+
+
+def picture(cells: dict[str, list[dict]], path: Path) -> None:
+    """A dot per seed, a line at the mean, the host's mean across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {"k20": "k-NN accuracy (k=20), %", "J&F": "J&F on procedural videos, %"}
+    figure, axes = plt.subplots(1, len(shown), figsize=(11, 0.6 * len(cells) + 1.6), layout="constrained", sharey=True)
+    for axis, (name, title) in zip(axes, shown.items(), strict=True):
+        for place, (method, rows) in enumerate(cells.items()):
+            values = [100 * float(row[name]) for row in rows]
+            color = "#868e96" if method.startswith("host") and "+" not in method else "#d9480f"
+            axis.plot(values, [place] * len(values), "o", color=color, markersize=7, alpha=0.75)
+            axis.plot([statistics.mean(values)] * 2, [place - 0.28, place + 0.28], color=color, linewidth=2.5)
+            if method == "host":
+                axis.axvline(statistics.mean(values), color="#adb5bd", linestyle="--", linewidth=1, zorder=0)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_yticks(range(len(cells)), list(cells))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    first = next(iter(cells.values()))[0]
+    figure.suptitle(
+        f"{first['size']} size, {first['steps']} steps; {first['hardware']}, commit {first['commit']}, {first['date']}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
