@@ -189,6 +189,27 @@ def prototype_ce_smart(
     return (cross_entropy * row_weight).sum()
 
 
+def prototype_ce_lightly(
+    z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, pair_weight, row_weight, bias
+):
+    """lightly's DINOLoss, or its IBOTPatchLoss for one view, on logits; all pairs and rows weigh the same there."""
+    try:
+        from lightly.loss import DINOLoss, IBOTPatchLoss
+    except ImportError as problem:
+        raise NotImplementedError("lightly is missing: pip install 'patchlight[peers]'") from problem
+    logits = z @ prototypes.T
+    with torch.no_grad():
+        wanted = teacher_z @ teacher_prototypes.T
+    if len(z) == len(teacher_z) == 1:
+        loss = IBOTPatchLoss(len(prototypes), teacher_temperature, temperature).to(z.device)
+        loss.center.center.copy_(-bias)
+        mask = torch.ones(1, 1, z.shape[1], dtype=torch.bool, device=z.device)
+        return loss(wanted[0], logits[0], mask)
+    loss = DINOLoss(len(prototypes), teacher_temp=teacher_temperature, student_temp=temperature).to(z.device)
+    loss.center.copy_(-bias)
+    return loss(list(wanted), list(logits), teacher_temp=teacher_temperature)
+
+
 def _query_parts(qkv: Tensor, raw: int, query_keys: str, crop: int | None) -> tuple[Tensor, ...]:
     """Heads first; the queries of crops that do not see each other become images of their own, beside the raw tokens."""
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -259,6 +280,54 @@ def query_attention_flex(qkv, raw, query_keys, crop):
     return _compiled_flex()(q, k, v, block_mask=mask).transpose(1, 2)
 
 
+MAP = 14  # positions along a side of a global view
+
+
+def self_relation_official(student, teacher, student_scale, teacher_scale, weight):
+    """As released: the relations of whole maps, several heads' sampled along keys and then along queries, softmax for every pair.
+
+    It starts from maps that hold the given features in a corner, and samples at those: the released sizes and work, and the
+    numbers of an op that gets sampled features. So the double sampling is in its time, and the sampling of features, two small
+    products, is in nobody's. A global map has 14 x 14 positions, a local one what it is sampled at. One head is a channel
+    relation, which is not sampled.
+    """
+    points = math.isqrt(student.shape[3])
+    sampled = student.shape[2] > 1 and points**2 == student.shape[3] and points < MAP
+    loss = 0
+    for s in range(len(student)):
+        with torch.no_grad():
+            wanted = _official_relation(teacher, teacher_scale, points, MAP if sampled else 0).softmax(dim=-1)
+        local = points < MAP - 1
+        relation = _official_relation(student[s], student_scale, points, (points if local else MAP) if sampled else 0)
+        cross_entropy = -(wanted * relation.log_softmax(dim=-1)).sum(dim=-1)
+        loss = loss + (weight[s] * cross_entropy.mean(dim=(-1, -2))).sum()
+    return loss
+
+
+def _official_relation(features: Tensor, scale: float, points: int, side: int) -> Tensor:
+    """In fp32, sampled at the first points x points positions of a side x side map, or of the features as they are."""
+    if not side:
+        return (features @ features.mT).float() * scale
+    maps = features.unflatten(-2, (points, points))
+    maps = F.pad(maps, (0, 0, 0, side - points, 0, side - points)).flatten(-3, -2)
+    relation = (maps @ maps.mT * scale).float()
+    at = (2 * torch.arange(points, dtype=torch.float32, device=features.device) + 1) / side - 1
+    grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), dim=-1).expand(len(features), -1, -1, -1)
+    for _ in range(2):
+        planes = relation.flatten(1, 2).unflatten(-1, (side, side))
+        relation = F.grid_sample(planes, grid, align_corners=False).flatten(2).unflatten(1, (features.shape[1], -1)).mT
+    return relation
+
+
+def self_relation_smart(student, teacher, student_scale, teacher_scale, weight):
+    """From sampled features: one softmax of the teacher for all views, and of the student only the log-sum-exp."""
+    with torch.no_grad():
+        wanted = (teacher_scale * (teacher @ teacher.mT)).softmax(dim=-1, dtype=torch.float32)
+    relation = student_scale * (student @ student.mT).float()
+    cross_entropy = relation.logsumexp(dim=-1) - (wanted * relation).sum(dim=-1)
+    return (weight * cross_entropy.mean(dim=(-1, -2))).sum()
+
+
 # The first peer is the official mathematics; the speedups of a table are against it.
 PEERS: dict[str, dict[str, Callable]] = {
     "class_attention": {
@@ -285,6 +354,7 @@ PEERS: dict[str, dict[str, Callable]] = {
     "prototype_ce": {
         "official eager": prototype_ce_official,
         "smart eager": prototype_ce_smart,
+        "lightly": prototype_ce_lightly,
         "compile(official)": torch.compile(prototype_ce_official, dynamic=False),
         "compile(smart)": torch.compile(prototype_ce_smart, dynamic=False),
     },
@@ -295,5 +365,11 @@ PEERS: dict[str, dict[str, Callable]] = {
         "FlexAttention": query_attention_flex,
         "compile(official)": torch.compile(query_attention_official, dynamic=False),
         "compile(SDPA)": torch.compile(query_attention_sdpa, dynamic=False),
+    },
+    "self_relation": {
+        "official eager": self_relation_official,
+        "smart eager": self_relation_smart,
+        "compile(official)": torch.compile(self_relation_official, dynamic=False),
+        "compile(smart)": torch.compile(self_relation_smart, dynamic=False),
     },
 }

@@ -1,7 +1,7 @@
 // self_relation on the CPU. One image and head at a time, of which a strip of relations (all of them up to 1024 rows) lies in
 // a thread's cache; the teacher's are made once for all views of the student.
 //   relate     the strip's products; what is its own mirror image is multiplied once
-//   teach      the teacher's relations to probabilities
+//   teach      the teacher's relations to powers of two, and their sums
 //   learn      cross-entropy, and the student's relations to D = Q - P
 //   symmetrise D + D^T where the strip has both
 //   pull       (D + D^T) f; where the mirror image of D lies outside the strip, its part of the rows there
@@ -71,47 +71,46 @@ void add_mirrored(float* x, float* y) {
 
 // ------------------------------------------------------------------------------------------------ softmax
 
-// Products of one panel to relations in units of log2, and the largest of every lane.
-CLONES void scale_panel(float* __restrict panel, int64_t rows, float scale, float* __restrict highest) {
-  float top[kPanel];
-  for (int i = 0; i < kPanel; ++i) top[i] = -FLT_MAX;
+// The teacher's relations of one panel to powers of two: highest and sum of every lane.
+CLONES void teach_panel(float* __restrict panel, int64_t rows, float* __restrict highest, float* __restrict sum) {
+  float top[kPanel], total[kPanel];
+  for (int i = 0; i < kPanel; ++i) top[i] = -FLT_MAX, total[i] = 0;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int i = 0; i < kPanel; ++i) top[i] = panel[m * kPanel + i] > top[i] ? panel[m * kPanel + i] : top[i];
   for (int64_t m = 0; m < rows; ++m)
     for (int i = 0; i < kPanel; ++i) {
-      const float value = panel[m * kPanel + i] * scale;
-      panel[m * kPanel + i] = value;
-      top[i] = value > top[i] ? value : top[i];
-    }
-  for (int i = 0; i < kPanel; ++i) highest[i] = top[i];
-}
-
-CLONES void teach_panel(float* __restrict panel, int64_t rows, const float* __restrict highest, float* __restrict sum) {
-  float total[kPanel] = {};
-  for (int64_t m = 0; m < rows; ++m)
-    for (int i = 0; i < kPanel; ++i) total[i] += panel[m * kPanel + i] = exp2_inline(panel[m * kPanel + i] - highest[i]);
-  for (int i = 0; i < kPanel; ++i) sum[i] = total[i], total[i] = 1 / total[i];
-  for (int64_t m = 0; m < rows; ++m)
-    for (int i = 0; i < kPanel; ++i) panel[m * kPanel + i] *= total[i];
-}
-
-// `expected` is the mean of relation - highest under the teacher's probabilities.
-CLONES void learn_panel(float* __restrict panel, const float* __restrict wanted, int64_t rows, const float* __restrict highest,
-                        float* __restrict sum, float* __restrict expected) {
-  float total[kPanel] = {}, mean[kPanel] = {};
-  for (int64_t m = 0; m < rows; ++m)
-    for (int i = 0; i < kPanel; ++i) {
-      const float below = panel[m * kPanel + i] - highest[i], power = exp2_inline(below);
-      mean[i] += wanted[m * kPanel + i] * below;
-      total[i] += power;
+      const float power = exp2_inline(panel[m * kPanel + i] - top[i]);
       panel[m * kPanel + i] = power;
+      total[i] += power;
     }
-  for (int i = 0; i < kPanel; ++i) sum[i] = total[i], expected[i] = mean[i];
+  for (int i = 0; i < kPanel; ++i) highest[i] = top[i], sum[i] = total[i];
 }
 
-CLONES void subtract_panel(float* __restrict panel, const float* __restrict wanted, int64_t rows, const float* __restrict sum) {
-  float inverse[kPanel];
-  for (int i = 0; i < kPanel; ++i) inverse[i] = 1 / sum[i];
+// The student's; `expected` adds up relation - highest times the teacher's powers.
+CLONES void learn_panel(float* __restrict panel, const float* __restrict wanted, int64_t rows, float* __restrict highest,
+                        float* __restrict sum, float* __restrict expected) {
+  float top[kPanel], total[kPanel], mean[kPanel];
+  for (int i = 0; i < kPanel; ++i) top[i] = -FLT_MAX, total[i] = mean[i] = 0;
   for (int64_t m = 0; m < rows; ++m)
-    for (int i = 0; i < kPanel; ++i) panel[m * kPanel + i] = panel[m * kPanel + i] * inverse[i] - wanted[m * kPanel + i];
+    for (int i = 0; i < kPanel; ++i) top[i] = panel[m * kPanel + i] > top[i] ? panel[m * kPanel + i] : top[i];
+  for (int64_t m = 0; m < rows; ++m)
+    for (int i = 0; i < kPanel; ++i) {
+      const float below = panel[m * kPanel + i] - top[i], power = exp2_inline(below);
+      mean[i] += wanted[m * kPanel + i] * below;
+      panel[m * kPanel + i] = power;
+      total[i] += power;
+    }
+  for (int i = 0; i < kPanel; ++i) highest[i] = top[i], sum[i] = total[i], expected[i] = mean[i];
+}
+
+// D = Q - P from both sides' powers and their sums.
+CLONES void subtract_panel(float* __restrict panel, const float* __restrict wanted, int64_t rows, const float* __restrict sum,
+                           const float* __restrict wanted_sum) {
+  float inverse[kPanel], wanted_inverse[kPanel];
+  for (int i = 0; i < kPanel; ++i) inverse[i] = 1 / sum[i], wanted_inverse[i] = 1 / wanted_sum[i];
+  for (int64_t m = 0; m < rows; ++m)
+    for (int i = 0; i < kPanel; ++i)
+      panel[m * kPanel + i] = panel[m * kPanel + i] * inverse[i] - wanted[m * kPanel + i] * wanted_inverse[i];
 }
 
 // ------------------------------------------------------------------------------------------------ a sample
@@ -128,7 +127,7 @@ struct Rows {  // of one image and head
 
 struct Problem {
   int64_t views, images, heads, rows, width, teacher_width;
-  float scale, teacher_scale;  // in units of log2
+  float root, teacher_root;  // of the scale in units of log2: features times it have relations in those units
   double student_scale;
   const float* weight;  // [views, images]
   float* log2_student;  // [views, images, heads, rows]
@@ -151,7 +150,7 @@ class Sample {
   explicit Sample(const Problem& problem)
       : p(problem), panels(p.panels()), strip(std::clamp<int64_t>(kStrip / (panels * kBlock), 1, panels)),
         student(panels * p.width * kPanel), teacher(panels * p.teacher_width * kPanel), relations(strip * panels * kBlock),
-        probabilities(strip * panels * kBlock) {}
+        powers(strip * panels * kBlock), powers_sum(strip * kPanel) {}
 
   // `losses` is [views, panels] and gets the sum of a panel's rows.
   template <class T, class Views>
@@ -163,27 +162,27 @@ class Sample {
     if (!counts) std::fill_n(log2_teacher, p.rows, 0.0f);
     for (first = 0; counts && first < panels; first += strip) {
       last = std::min(first + strip, panels);
-      if (first == 0) pack(teacher_rows, teacher, p.teacher_width);
-      relate(teacher, p.teacher_width, probabilities);
+      if (first == 0) pack(teacher_rows, teacher, p.teacher_width, p.teacher_root);
+      relate(teacher, p.teacher_width, powers);
       in_parallel(last - first, [&](int64_t i) { teach(first + i, log2_teacher); });
       for (int64_t s = 0; s < p.views; ++s) {
         if (p.of(s, image) == 0) continue;
         const int64_t of_view = s * p.images * p.heads + at;
-        pack(student_rows(s), student, p.width);
+        pack(student_rows(s), student, p.width, p.root);
         relate(student, p.width, relations);
         in_parallel(last - first, [&](int64_t i) {
           losses[s * panels + first + i] = learn(first + i, p.log2_student + of_view * p.rows);
         });
         if (!p.dstudent) continue;
         in_parallel(last - first, [&](int64_t i) { symmetrise(spread(i)); });
-        const float factor = float(p.student_scale * p.of(s, image) / double(p.heads * p.rows));
+        const float factor = float(p.student_scale * p.of(s, image) / (double(p.heads * p.rows) * p.root));
         in_parallel(panels, [&](int64_t q) { pull(q, factor, p.dstudent + of_view * p.rows * p.width); });
       }
     }
   }
 
  private:
-  // Of relations or of the teacher's probabilities.
+  // Of the student's relations or the teacher's.
   float* block(const Buffer& strip_of, int64_t panel, int64_t other) const {
     return strip_of.at(((panel - first) * panels + other) * kBlock);
   }
@@ -198,15 +197,15 @@ class Sample {
     if (p.dstudent) std::fill_n(p.dstudent + of_view * p.rows * p.width, p.rows * p.width, 0.0f);
   }
 
-  // To panels of 32 rows, [width][32] each; lanes without a row are zero.
+  // To panels of 32 rows, [width][32] each, times `root`; lanes without a row are zero.
   template <class T>
-  void pack(const Rows<T>& from, const Buffer& to, int64_t width) const {
+  void pack(const Rows<T>& from, const Buffer& to, int64_t width, float root) const {
     in_parallel(panels, [&](int64_t q) {
       const T* data = from.data + q * kPanel * from.row_stride;
       float* out = to.at(q * width * kPanel);
       const int64_t lanes = p.in_panel(q);
       for (int64_t e = 0; e < width; ++e) {
-        for (int64_t i = 0; i < lanes; ++i) out[e * kPanel + i] = value_of(data[i * from.row_stride + e * from.channel_stride]);
+        for (int64_t i = 0; i < lanes; ++i) out[e * kPanel + i] = root * value_of(data[i * from.row_stride + e * from.channel_stride]);
         for (int64_t i = lanes; i < kPanel; ++i) out[e * kPanel + i] = 0;
       }
     });
@@ -225,24 +224,21 @@ class Sample {
   }
 
   void teach(int64_t panel, float* log2_teacher) const {
-    float highest[kPanel], sum[kPanel];
-    float* tile = block(probabilities, panel, 0);
-    scale_panel(tile, p.rows, p.teacher_scale, highest);
+    float highest[kPanel], *sum = powers_sum.at((panel - first) * kPanel), *tile = block(powers, panel, 0);
     teach_panel(tile, p.rows, highest, sum);
     for (int64_t i = 0; i < p.in_panel(panel); ++i) log2_teacher[panel * kPanel + i] = highest[i] + std::log2(sum[i]);
   }
 
   double learn(int64_t panel, float* log2_student) const {
     float highest[kPanel], sum[kPanel], expected[kPanel];
-    float *tile = block(relations, panel, 0), *wanted = block(probabilities, panel, 0);
-    scale_panel(tile, p.rows, p.scale, highest);
+    float *tile = block(relations, panel, 0), *wanted = block(powers, panel, 0), *wanted_sum = powers_sum.at((panel - first) * kPanel);
     learn_panel(tile, wanted, p.rows, highest, sum, expected);
-    if (p.dstudent) subtract_panel(tile, wanted, p.rows, sum);
+    if (p.dstudent) subtract_panel(tile, wanted, p.rows, sum, wanted_sum);
     double loss = 0;
     for (int64_t i = 0; i < p.in_panel(panel); ++i) {
       const double log2_sum = std::log2(sum[i]);
       log2_student[panel * kPanel + i] = float(highest[i] + log2_sum);
-      loss += log2_sum - expected[i];
+      loss += log2_sum - double(expected[i]) / wanted_sum[i];
     }
     return loss * kLn2;
   }
@@ -282,7 +278,8 @@ class Sample {
   int64_t panels, strip;        // of all rows; of those whose relations are there at a time
   int64_t first = 0, last = 0;  // panels of the strip
   Buffer student, teacher;      // features in panels
-  Buffer relations, probabilities;
+  Buffer relations;             // of the student
+  Buffer powers, powers_sum;    // of the teacher
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> self_relation_fwd(const Tensor& student, const Tensor& teacher, double student_scale,
@@ -292,8 +289,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> self_relation_fwd(const Tensor& stude
   const auto pointer = [](const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); };
   Tensor loss = allocate({}), log2_student = allocate({views, images, heads, rows}), log2_teacher = allocate({images, heads, rows});
   Tensor dstudent = allocate(gradients ? std::vector<int64_t>{views, images, heads, rows, student.size(4)} : std::vector<int64_t>{0});
-  const Problem p{views, images, heads, rows, student.size(4), teacher.size(3), float(student_scale * kLog2e),
-                  float(teacher_scale * kLog2e), student_scale, static_cast<const float*>(weight.data_ptr()), pointer(log2_student),
+  const Problem p{views, images, heads, rows, student.size(4), teacher.size(3), float(std::sqrt(student_scale * kLog2e)),
+                  float(std::sqrt(teacher_scale * kLog2e)), student_scale, static_cast<const float*>(weight.data_ptr()), pointer(log2_student),
                   pointer(log2_teacher), gradients ? pointer(dstudent) : nullptr};
   const int64_t samples = images * heads, panels = p.panels();
   std::vector<double> losses(samples * views * panels, 0.0);

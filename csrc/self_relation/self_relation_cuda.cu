@@ -14,11 +14,16 @@ namespace {
 
 constexpr int kWarpLanes = 32;
 constexpr int kStages = 3;
-constexpr int kMaxWarps = 8;  // leaves 255 registers a thread
+constexpr int kWarpRows = 16;  // half of what a warp could hold, so that more warps hide what one waits for
+constexpr int kMaxWarps = 12;  // leaves 168 registers a thread
+constexpr int kWideWarps = 8;  // 255
 constexpr int kStageBytes = kTileColumns * kChunkBytes;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kUnit = 16384;  // D + D^T lies in [-2, 2]; in these units it uses the whole range of fp16
+
+template <class T>
+using Tile = WarpTile<T, 1>;  // a warp's 16 rows against 64
 
 template <class T>
 struct Side {
@@ -125,14 +130,14 @@ size_t own_bytes(const Problem<T>& p, int slots) {
 }
 
 // A tile's relations: chunks from `first` on of the block's own rows with those that come next.
-template <class T, int M>
-__device__ __forceinline__ void relate(WarpTile<T, M>& tile, const Own<T>& own, Stream<T>& stream, int first, int chunks, float scale) {
+template <class T>
+__device__ __forceinline__ void relate(Tile<T>& tile, const Own<T>& own, Stream<T>& stream, int first, int chunks, float scale) {
   tile.clear();
-  for (int c = 0; c < chunks; ++c) tile.multiply(own.chunk(first + c), int(threadIdx.x) / kWarpLanes * 16 * M, stream.next());
+  for (int c = 0; c < chunks; ++c) tile.multiply(own.chunk(first + c), int(threadIdx.x) / kWarpLanes * kWarpRows, stream.next());
 #pragma unroll
-  for (int i = 0; i < WarpTile<T, M>::kRows; ++i)
+  for (int i = 0; i < Tile<T>::kRows; ++i)
 #pragma unroll
-    for (int j = 0; j < WarpTile<T, M>::kColumns; ++j) tile.at(i, j) *= scale;
+    for (int j = 0; j < Tile<T>::kColumns; ++j) tile.at(i, j) *= scale;
 }
 
 // ------------------------------------------------------------------------------------------------- score
@@ -157,12 +162,12 @@ __device__ __forceinline__ float raise(Tile& tile, int i, float& highest, int le
 
 template <class T>
 __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) score_kernel(Problem<T> p, int rows_of_block, Scores out) {
-  using Tile = WarpTile<T>;
+  using Tile = Tile<T>;
   const Where where(p);
   const Own<T> own(shared_memory(), p, where, rows_of_block);
   char* stages = shared_memory() + (p.teacher.chunks() + p.student.chunks()) * rows_of_block * kChunkBytes;
   Stream<T> stream(p, where, stages, 0, 0);
-  const int warp = int(threadIdx.x) / kWarpLanes, first_row = own.first_row + warp * kTileRows;
+  const int warp = int(threadIdx.x) / kWarpLanes, first_row = own.first_row + warp * kWarpRows;
   float highest[Tile::kRows], sum[Tile::kRows], teacher_highest[Tile::kRows], teacher_sum[Tile::kRows], expected[Tile::kRows];
 #pragma unroll
   for (int i = 0; i < Tile::kRows; ++i) {
@@ -222,27 +227,24 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) score_kernel(Proble
 // -------------------------------------------------------------------------------------------------- pull
 
 // A warp's rows of one chunk of channels of the gradient, and the factor D + D^T that they are the product of.
-template <class T, int M>
-struct Pulled {  // 16-bit values: the factor stays in the registers of the tile, as fragments
-  using Tile = WarpTile<T, M>;
+template <class T>
+struct Pulled {  // 16-bit values: the factor stays in the registers of the tile, as fragments of 16 columns each
   static constexpr int kColumns = 16;
   static constexpr size_t kScratchBytes = 0;
-  float sum[M][8][4] = {};
-  __device__ __forceinline__ float at(int i, int j) const { return sum[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+  float sum[8][4] = {};
+  __device__ __forceinline__ float at(int i, int j) const { return sum[j / 2][i * 2 + j % 2]; }
 
   struct Factor {
-    uint32_t a[M][4][4];  // of 16 columns each
-    __device__ __forceinline__ Factor(const Tile& tile, char*) {
+    uint32_t a[4][4];
+    __device__ __forceinline__ Factor(const Tile<T>& tile, char*) {
 #pragma unroll
-      for (int m = 0; m < M; ++m)
+      for (int k = 0; k < 4; ++k)
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float* pair = &tile.sum[m][2 * k + i / 2][i % 2 * 2];
-            const T rounded[2] = {T(pair[0]), T(pair[1])};
-            memcpy(&a[m][k][i], rounded, 4);
-          }
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &tile.sum[0][2 * k + i / 2][i % 2 * 2];
+          const T rounded[2] = {T(pair[0]), T(pair[1])};
+          memcpy(&a[k][i], rounded, 4);
+        }
     }
   };
 
@@ -254,32 +256,28 @@ struct Pulled {  // 16-bit values: the factor stays in the registers of the tile
       for (int pair = 0; pair < 4; ++pair) {
         uint32_t b[4];
         load_transposed(b, chunk + chunk_offset(k * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * pair + lane / 16));
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          multiply_add<T>(sum[m][2 * pair], factor.a[m][k], b[0], b[1]);
-          multiply_add<T>(sum[m][2 * pair + 1], factor.a[m][k], b[2], b[3]);
-        }
+        multiply_add<T>(sum[2 * pair], factor.a[k], b[0], b[1]);
+        multiply_add<T>(sum[2 * pair + 1], factor.a[k], b[2], b[3]);
       }
   }
 };
 
-template <int M>
-struct Pulled<float, M> {  // fp32 values: lanes need each other's columns, so the factor goes through shared memory
-  using Tile = WarpTile<float, M>;
+template <>
+struct Pulled<float> {  // fp32 values: lanes need each other's columns, so the factor goes through shared memory
   static constexpr int kColumns = 4, kStride = kTileColumns + 8;
-  static constexpr size_t kScratchBytes = 16 * M * kStride * sizeof(float);
-  float sum[Tile::kRows][kColumns] = {};
+  static constexpr size_t kScratchBytes = kWarpRows * kStride * sizeof(float);
+  float sum[Tile<float>::kRows][kColumns] = {};
   __device__ __forceinline__ float at(int i, int j) const { return sum[i][j]; }
 
   struct Factor {
     const float* shared;
-    __device__ __forceinline__ Factor(Tile& tile, char* scratch) : shared(reinterpret_cast<float*>(scratch)) {
+    __device__ __forceinline__ Factor(Tile<float>& tile, char* scratch) : shared(reinterpret_cast<float*>(scratch)) {
       __syncwarp();  // everyone is done with the tile before
 #pragma unroll
-      for (int i = 0; i < Tile::kRows; ++i)
+      for (int i = 0; i < Tile<float>::kRows; ++i)
 #pragma unroll
-        for (int j = 0; j < Tile::kColumns; ++j)
-          reinterpret_cast<float*>(scratch)[Tile::row(i) * kStride + Tile::column(j)] = tile.at(i, j);
+        for (int j = 0; j < Tile<float>::kColumns; ++j)
+          reinterpret_cast<float*>(scratch)[Tile<float>::row(i) * kStride + Tile<float>::column(j)] = tile.at(i, j);
       __syncwarp();
     }
   };
@@ -290,12 +288,12 @@ struct Pulled<float, M> {  // fp32 values: lanes need each other's columns, so t
       float b[kColumns];
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        const int channel = Tile::column(j);
+        const int channel = Tile<float>::column(j);
         b[j] = *reinterpret_cast<const float*>(chunk + chunk_offset(m, channel / 4) + channel % 4 * 4);
       }
 #pragma unroll
-      for (int i = 0; i < Tile::kRows; ++i) {
-        const float a = factor.shared[Tile::row(i) * kStride + m];
+      for (int i = 0; i < Tile<float>::kRows; ++i) {
+        const float a = factor.shared[Tile<float>::row(i) * kStride + m];
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) sum[i][j] += a * b[j];
       }
@@ -311,51 +309,47 @@ struct Pull {
   bool exact;              // fp32
 };
 
-// p_nm + p_mn of a tile's relations.
-template <class Tile>
-__device__ __forceinline__ void both_probabilities(Tile& tile, const float* log2_sums, const float (&of_row)[Tile::kRows], int first,
-                                                   int rows) {
+// p_nm + p_mn of a tile's relations. The sums are read anew for every tile, as registers are short.
+template <class T>
+__device__ __forceinline__ void both_probabilities(Tile<T>& tile, const float* log2_sums, int first_row, int first_column, int rows) {
 #pragma unroll
-  for (int j = 0; j < Tile::kColumns; ++j) {
-    const float of_column = log2_sums[min_int(first + Tile::column(j), rows - 1)];
+  for (int j = 0; j < Tile<T>::kColumns; ++j) {
+    const float of_column = log2_sums[min_int(first_column + Tile<T>::column(j), rows - 1)];
 #pragma unroll
-    for (int i = 0; i < Tile::kRows; ++i) tile.at(i, j) = exp2f(tile.at(i, j) - of_row[i]) + exp2f(tile.at(i, j) - of_column);
+    for (int i = 0; i < Tile<T>::kRows; ++i) {
+      const float of_row = log2_sums[min_int(first_row + Tile<T>::row(i), rows - 1)];
+      tile.at(i, j) = exp2f(tile.at(i, j) - of_row) + exp2f(tile.at(i, j) - of_column);
+    }
   }
 }
 
-// CHUNKS of the channels, of rows in groups of 16 M a warp.
-template <class T, int M, int CHUNKS>
-__global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) pull_kernel(Problem<T> p, int rows_of_block, Pull out) {
-  using Tile = WarpTile<T, M>;
+// CHUNKS of the channels.
+template <class T, int CHUNKS, int WARPS>
+__global__ void __launch_bounds__(WARPS * kWarpLanes, 1) pull_kernel(Problem<T> p, int rows_of_block, Pull out) {
+  using Tile = Tile<T>;
   const Where where(p);
   const Own<T> own(shared_memory(), p, where, rows_of_block);
   char* stages = shared_memory() + (p.teacher.chunks() + p.student.chunks()) * rows_of_block * kChunkBytes;
-  const int warp = int(threadIdx.x) / kWarpLanes, first_row = own.first_row + warp * 16 * M;
-  char* scratch = stages + kStages * kStageBytes + warp * Pulled<T, M>::kScratchBytes;
+  const int warp = int(threadIdx.x) / kWarpLanes, first_row = own.first_row + warp * kWarpRows;
+  char* scratch = stages + kStages * kStageBytes + warp * Pulled<T>::kScratchBytes;
   const int first_chunk = int(blockIdx.z) * CHUNKS, chunks = min_int(CHUNKS, p.student.chunks() - first_chunk);
   Stream<T> stream(p, where, stages, first_chunk, chunks);
   const float* log2_student = out.log2_student + int64_t(blockIdx.x) * p.rows;
   const float* log2_teacher = out.log2_teacher + where.teacher_row(p);
-  float of_row[Tile::kRows], teacher_of_row[Tile::kRows];
-#pragma unroll
-  for (int i = 0; i < Tile::kRows; ++i) {
-    const int row = min_int(first_row + Tile::row(i), p.rows - 1);
-    of_row[i] = log2_student[row], teacher_of_row[i] = log2_teacher[row];
-  }
-  Pulled<T, M> pulled[CHUNKS];
+  Pulled<T> pulled[CHUNKS];
   for (int t = 0; t < p.tiles(); ++t) {
     const int first = t * kTileColumns;
     Tile wanted, tile;
     relate(wanted, own, stream, 0, p.teacher.chunks(), p.teacher.scale);
-    both_probabilities(wanted, log2_teacher, teacher_of_row, first, p.rows);
+    both_probabilities(wanted, log2_teacher, first_row, first, p.rows);
     relate(tile, own, stream, p.teacher.chunks(), p.student.chunks(), p.student.scale);
-    both_probabilities(tile, log2_student, of_row, first, p.rows);
+    both_probabilities(tile, log2_student, first_row, first, p.rows);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i)
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j)
         tile.at(i, j) = first + Tile::column(j) < p.rows ? (tile.at(i, j) - wanted.at(i, j)) * kUnit : 0.0f;
-    const typename Pulled<T, M>::Factor factor(tile, scratch);
+    const typename Pulled<T>::Factor factor(tile, scratch);
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c)
       if (c < chunks) pulled[c].add(factor, stream.next());
@@ -367,7 +361,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) pull_kernel(Problem
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < Pulled<T, M>::kColumns; ++j) {
+      for (int j = 0; j < Pulled<T>::kColumns; ++j) {
         const int row = first_row + Tile::row(i), channel = (first_chunk + c) * kChunkChannels<T> + Tile::column(j);
         if (c >= chunks || row >= p.rows || channel >= p.student.channels) continue;
         const int64_t at = (int64_t(blockIdx.x) * p.rows + row) * p.student.channels + channel;
@@ -408,10 +402,10 @@ Problem<T> problem_of(const Tensor& student, const Tensor& teacher, double stude
 
 // As many warps as fit, each with rows of its own, and blocks of like size.
 template <class T>
-int warps_for(const Problem<T>& p, int rows_of_warp, size_t scratch_bytes, size_t limit) {
-  const int all = (p.rows + rows_of_warp - 1) / rows_of_warp;
-  int warps = std::min(all, kMaxWarps);
-  const auto bytes = [&](int count) { return own_bytes(p, count * rows_of_warp) + kStages * kStageBytes + count * scratch_bytes; };
+int warps_for(const Problem<T>& p, int most, size_t scratch_bytes, size_t limit) {
+  const int all = (p.rows + kWarpRows - 1) / kWarpRows;
+  int warps = std::min(all, most);
+  const auto bytes = [&](int count) { return own_bytes(p, count * kWarpRows) + kStages * kStageBytes + count * scratch_bytes; };
   while (warps > 1 && bytes(warps) > limit) --warps;
   STD_TORCH_CHECK(bytes(warps) <= limit, "self_relation: rows of ", p.student.channels, " and ", p.teacher.channels,
                   " channels need ", bytes(warps), " bytes of shared memory and this GPU has ", limit,
@@ -431,7 +425,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> self_relation_fwd(const Tensor& stude
   with_float_type(student, "self_relation", [&](auto type) {
     using T = typename decltype(type)::type;
     const auto p = problem_of<T>(student, teacher, student_scale, teacher_scale, weight);
-    const int warps = warps_for(p, kTileRows, 0, device.shared_memory_limit()), rows = warps * kTileRows;
+    const int warps = warps_for(p, kMaxWarps, 0, device.shared_memory_limit()), rows = warps * kWarpRows;
     const int blocks = (p.rows + rows - 1) / rows;
     losses = allocate({p.samples(), blocks});
     launch(device, score_kernel<T>, dim3{unsigned(p.samples()), unsigned(blocks), 1}, warps * kWarpLanes,
@@ -440,13 +434,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> self_relation_fwd(const Tensor& stude
   return {losses, log2_student, log2_teacher, allocate({0})};
 }
 
-template <class T, int M, int CHANNELS>
+template <class T, int CHANNELS, int WARPS>
 void launch_pull(const OnDevice& device, const Problem<T>& p, const Pull& out) {
   constexpr int kChunks = CHANNELS / kChunkChannels<T>;
-  constexpr size_t kScratch = Pulled<T, M>::kScratchBytes;
-  const int warps = warps_for(p, 16 * M, kScratch, device.shared_memory_limit()), rows = warps * 16 * M;
+  constexpr size_t kScratch = Pulled<T>::kScratchBytes;
+  const int warps = warps_for(p, WARPS, kScratch, device.shared_memory_limit()), rows = warps * kWarpRows;
   const dim3 grid{unsigned(p.samples()), unsigned((p.rows + rows - 1) / rows), unsigned((p.student.chunks() + kChunks - 1) / kChunks)};
-  launch(device, pull_kernel<T, M, kChunks>, grid, warps * kWarpLanes, own_bytes(p, rows) + kStages * kStageBytes + warps * kScratch, p,
+  launch(device, pull_kernel<T, kChunks, WARPS>, grid, warps * kWarpLanes, own_bytes(p, rows) + kStages * kStageBytes + warps * kScratch, p,
          rows, out);
 }
 
@@ -460,7 +454,7 @@ Tensor self_relation_bwd(const Tensor& student, const Tensor& teacher, double st
   with_float_type(student, "self_relation", [&](auto type) {
     using T = typename decltype(type)::type;
     const auto p = problem_of<T>(student, teacher, student_scale, teacher_scale, weight);
-    p.student.channels <= 64 ? launch_pull<T, 2, 64>(device, p, out) : launch_pull<T, 1, 256>(device, p, out);
+    p.student.channels <= 64 ? launch_pull<T, 64, kMaxWarps>(device, p, out) : launch_pull<T, 256, kWideWarps>(device, p, out);
   });
   return gradient;
 }

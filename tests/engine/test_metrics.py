@@ -12,12 +12,12 @@ from rich.console import Console
 
 from patchlight.engine import metrics as metrics_module
 from patchlight.engine.console import Display
-from patchlight.engine.metrics import Cost, Metrics, build_metrics, flops_per_image, prototype_counts, vit_flops
+from patchlight.engine.metrics import Cost, Metrics, backbone_flops, build_metrics, flops_per_image, prototype_counts
 from patchlight.engine.parallel import Mesh, processes
 from patchlight.engine.run_folder import append_line, read_lines
 from patchlight.engine.sentinels import Diagnosis
 from patchlight.records import Clock
-from patchlight.run import Parallel
+from patchlight.run import Model, Parallel
 
 ALONE = Mesh(torch.device("cpu"))
 
@@ -239,14 +239,29 @@ def test_what_build_metrics_knows_of_a_run(tmp_path):
     metrics = build_metrics(run, ALONE)
     assert metrics.folder == tmp_path
     assert metrics.cost.peak_flops is None
-    globals_, locals_ = vit_flops(16, 4, 20, 2), vit_flops(12, 4, 20, 2)
+    globals_, locals_ = (backbone_flops(run.model, size) for size in (16, 12))
     assert flops_per_image(run) == pytest.approx(4 * 2 * globals_ + 3 * 2 * locals_)
 
 
-def test_flops_of_published_networks():
-    """ViT-S/16: 9.2 and 1.62 GFLOP (twice the multiply-adds) on crops of 224 and 96 pixels."""
-    assert vit_flops(224, 16, 384, 12) == pytest.approx(9.20e9, rel=0.01)
-    assert vit_flops(96, 16, 384, 12) == pytest.approx(1.62e9, rel=0.01)
+@pytest.mark.parametrize(
+    ("model", "size", "expected"),
+    [
+        (Model(), 224, 9.20e9),
+        (Model(), 96, 1.62e9),
+        (Model("swin_tiny", 32, summary="mean"), 224, 8.98e9),
+        (Model("resnet50", 32, summary="mean"), 224, 8.18e9),
+    ],
+)
+def test_flops_of_published_networks(model, size, expected):
+    """Twice the published multiply-adds (4.6, 0.8, 4.5 and 4.1 G)."""
+    assert backbone_flops(model, size) == pytest.approx(expected, rel=0.01)
+
+
+def test_flops_of_a_vit_are_those_of_the_formula():
+    tokens, patches, width, depth = 17, 16, 20, 2
+    by_hand = depth * (24 * tokens * width**2 + 4 * tokens**2 * width) + 6 * patches * 4**2 * width
+    model = Model(image_size=16, patch_size=4, sizes={"width": width, "depth": depth, "heads": 2})
+    assert backbone_flops(model, 16) == by_hand
 
 
 def test_nothing_is_written_before_the_first_line(tmp_path):

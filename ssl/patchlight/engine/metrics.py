@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..backbones.vit import ARCHITECTURES
+from ..backbones.interface import build_backbone
 from ..records import Clock
-from ..run import Run
+from ..run import Model, Run
 from .console import Display
 from .environment import peak_memory, write_environment
 from .parallel import Mesh
@@ -210,7 +211,8 @@ class Metrics:
 def build_metrics(run: Run, mesh: Mesh) -> Metrics:
     """The metrics of a run: files in its folder, a progress bar, and TensorBoard where that is installed."""
     display = Display() if mesh.rank == 0 else None
-    cost = Cost(flops_per_image(run), peak_flops(mesh.device, run.parallel.precision))
+    peak = peak_flops(mesh.device, run.parallel.precision)
+    cost = Cost(None if peak is None else flops_per_image(run), peak)
     tensorboard = importlib.util.find_spec("tensorboard") is not None
     return Metrics(run.output.folder, mesh, prototype_counts(run), cost, display, tensorboard)
 
@@ -230,25 +232,21 @@ def prototype_counts(run: Run) -> dict[str, int]:
 def flops_per_image(run: Run) -> float:
     """Useful operations of one training step per image: the student forward and backward, the teacher forward on global
     crops. Backbones only, so MFU is a lower bound."""
-    model = run.model
-    sizes = ARCHITECTURES[model.arch] | model.sizes
     forward = {
-        kind: sum(spec.count for spec in specs) * vit_flops(specs[0].size, model.patch_size, **_vit_sizes(sizes))
+        kind: sum(spec.count for spec in specs) * backbone_flops(run.model, specs[0].size)
         for kind, specs in run.data.crops.kinds()
     }
     return 3 * sum(forward.values()) + forward["global_crops"]
 
 
-def vit_flops(image_size: int, patch_size: int, width: int, depth: int) -> float:
-    """Operations (2 per multiply-add) of a ViT's forward pass on one image, with a class token and MLP ratio 4."""
-    patches = (image_size // patch_size) ** 2
-    tokens = patches + 1
-    block = 24 * tokens * width**2 + 4 * tokens**2 * width
-    return depth * block + 6 * patches * patch_size**2 * width
-
-
-def _vit_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    return {"width": sizes["width"], "depth": sizes["depth"]}
+def backbone_flops(model: Model, image_size: int) -> float:
+    """Operations (2 per multiply-add) of a backbone's forward pass on one image, counted without computing it."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone = build_backbone(
+            model.arch, patch_size=model.patch_size, image_size=model.image_size, **model.sizes
+        ).eval()
+        backbone(torch.empty(1, 3, image_size, image_size))
+    return counter.get_total_flops()
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

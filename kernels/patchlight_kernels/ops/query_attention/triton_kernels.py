@@ -321,27 +321,24 @@ def _keys_bwd_kernel(
     _store(dqkv_ptr + 2 * HEADS * WIDTH, offs_n, 3 * HEADS * WIDTH, mask_n, offs_e, dv, WIDTH)
 
 
-# fp32 products do not use tensor cores and keep their operands in registers: they want small tiles.
-FLOAT32_CONFIGS = [
-    triton.Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2),
-]
-CONFIGS = [
-    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3),
-    triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
-]
-ONE_TILE_CONFIGS = [  # BLOCK_N holds all keys
-    triton.Config({"BLOCK_M": 64}, num_warps=4, num_stages=1),
-    triton.Config({"BLOCK_M": 64}, num_warps=8, num_stages=1),
-    triton.Config({"BLOCK_M": 16}, num_warps=4, num_stages=1),
-]
+def _configs(*tiles: tuple[int, int | None, int, int]) -> list[triton.Config]:
+    """Of (BLOCK_M, BLOCK_N or None if the launcher says it, warps, stages)."""
+    return [
+        triton.Config({"BLOCK_M": m} | ({"BLOCK_N": n} if n else {}), num_warps=warps, num_stages=stages)
+        for m, n, warps, stages in tiles
+    ]
+
+
+# fp32 products do not use tensor cores, and older tensor cores keep their operands in registers: tiles are small where several
+# products follow one another.
 KEY = ["TOKENS", "RAW", "EACH", "OWN", "WIDTH"]
-_float32_fwd, _fwd, _one_tile_fwd = (
-    autotune(configs, key=KEY)(_fwd_kernel) for configs in (FLOAT32_CONFIGS, CONFIGS, ONE_TILE_CONFIGS)
-)
-_float32_rows_bwd, _rows_bwd = (autotune(configs, key=KEY)(_rows_bwd_kernel) for configs in (FLOAT32_CONFIGS, CONFIGS))
-_float32_keys_bwd, _keys_bwd = (autotune(configs, key=KEY)(_keys_bwd_kernel) for configs in (FLOAT32_CONFIGS, CONFIGS))
+_one_tile_fwd = autotune(_configs((16, None, 4, 1), (32, None, 8, 1)), key=KEY)(_fwd_kernel)
+_fwd = autotune(_configs((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)), key=KEY)(_fwd_kernel)
+_rows_bwd = autotune(_configs((64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)), key=KEY)(_rows_bwd_kernel)
+_keys_bwd = autotune(_configs((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2)), key=KEY)(_keys_bwd_kernel)
+_float32_fwd = autotune(_configs((32, 32, 4, 2), (32, 32, 8, 2)), key=KEY)(_fwd_kernel)
+_float32_rows_bwd = autotune(_configs((16, 32, 4, 2), (16, 16, 4, 2)), key=KEY)(_rows_bwd_kernel)
+_float32_keys_bwd = autotune(_configs((16, 16, 4, 2), (32, 16, 4, 2)), key=KEY)(_keys_bwd_kernel)
 
 
 def _sizes(qkv: Tensor, raw: int, crop: int) -> dict[str, int]:

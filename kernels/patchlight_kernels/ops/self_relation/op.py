@@ -90,9 +90,9 @@ def _unfit(student: Tensor, teacher: Tensor) -> str | None:
 
 
 def _cuda_shared_bytes(width: int, teacher_width: int, itemsize: int) -> int:
-    """What the smallest block of the CUDA kernels needs: 32 rows of both sides, stages and, in fp32, a factor."""
+    """What the smallest block of the CUDA kernels needs: 16 rows of both sides, stages and, in fp32, a factor."""
     chunks = sum(-(-channels * itemsize // 128) for channels in (width, teacher_width))
-    return chunks * 32 * 128 + 3 * 64 * 128 + (32 * 72 * 4 if itemsize == 4 else 0)
+    return chunks * 16 * 128 + 3 * 64 * 128 + (16 * 72 * 4 if itemsize == 4 else 0)
 
 
 def _cuda_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:

@@ -85,9 +85,15 @@ def _min_bytes(case: Case, dtype: torch.dtype) -> int:
 
 
 def _flops(case: Case) -> int:
-    """Half of every relation, as it is symmetric. A backward adds one product with the student's features: 2 E + F / 2."""
+    """Half of every relation, as it is symmetric."""
     s = case.sizes
     return s["images"] * s["heads"] * s["rows"] ** 2 * (s["views"] * s["width"] + s["teacher_width"])
+
+
+def _backward_flops(case: Case) -> int:
+    """One product with the student's features."""
+    s = case.sizes
+    return 2 * s["images"] * s["heads"] * s["rows"] ** 2 * s["views"] * s["width"]
 
 
 SPEC = OpSpec(
@@ -99,5 +105,6 @@ SPEC = OpSpec(
     observe=_observe,
     min_bytes=_min_bytes,
     flops=_flops,
+    backward_flops=_backward_flops,
     differentiable=("student",),
 )

@@ -68,7 +68,7 @@ PULL_CONFIGS = [
     triton.Config({"BLOCK": 64, "BLOCK_E": 64}, num_warps=8, num_stages=2),
     triton.Config({"BLOCK": 64, "BLOCK_E": 32}, num_warps=8, num_stages=3),
 ]
-FLOAT32_PULL_CONFIGS = [triton.Config({"BLOCK": 32, "BLOCK_E": 32}, num_warps=4, num_stages=2)]
+FLOAT32_PULL_CONFIGS = [triton.Config({"BLOCK": 32, "BLOCK_E": 16}, num_warps=8, num_stages=2)]
 
 
 @triton.jit
