@@ -48,8 +48,7 @@ def attention_backward(grad: Shape, q: Shape, k: Shape, v: Shape, *_, **__) -> i
 def asked(op: str, sizes: dict, forward: bool, backward: bool) -> int:
     """What the op's spec says of these sizes."""
     spec, case = registry.spec(op), Case(op, sizes)
-    alone = spec.least(case, torch.float32, backward=False)[1]
-    both = spec.least(case, torch.float32, backward=True)[1]
+    alone, both = (spec.least_flops(case, backward) for backward in (False, True))
     return forward * alone + backward * (both - alone)
 
 

@@ -57,10 +57,13 @@ class OpSpec:
 
     def least(self, case: Case, dtype: torch.dtype, backward: bool) -> tuple[int, int]:
         """Bytes and flops that no implementation can do without, forward alone or with backward."""
-        moved, computed = self.min_bytes(case, dtype), self.flops(case)
+        return self.min_bytes(case, dtype) * (3 if backward else 1), self.least_flops(case, backward)
+
+    def least_flops(self, case: Case, backward: bool) -> int:
+        computed = self.flops(case)
         if not backward:
-            return moved, computed
-        return 3 * moved, computed + (2 * computed if self.backward_flops is None else self.backward_flops(case))
+            return computed
+        return computed + (2 * computed if self.backward_flops is None else self.backward_flops(case))
 
 
 def names() -> list[str]:

@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import vision_transformer as timm_vit
 
-from patchlight.backbones.vit import VisionTransformer, resize_table
+from patchlight.backbones.vit import Block, VisionTransformer, resize_table
 
 
 def small_vit(**options) -> VisionTransformer:
@@ -107,8 +108,20 @@ def test_attention_map_is_what_the_block_attends():
     torch.testing.assert_close(block.attn.proj((attention @ values).transpose(1, 2).flatten(2)), block.attn(x))
 
 
-def test_attention_is_fused():
-    assert all(block.attn.fused_attn for block in small_vit().blocks)
+def test_a_block_is_timms():
+    block, x = small_vit().double().blocks[1], torch.randn(2, 5, 24, dtype=torch.float64)
+    outputs = [forward(block, x) for forward in (Block.forward, timm_vit.Block.forward)]
+    torch.testing.assert_close(*outputs)
+    weights, upstream = list(block.parameters()), torch.randn_like(x)
+    torch.testing.assert_close(*(torch.autograd.grad(output, weights, upstream) for output in outputs))
+
+
+def test_attention_is_fused(monkeypatch):
+    calls, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(qkv) or fused(*qkv))
+    vit = small_vit(depth=3)
+    vit(torch.randn(1, 3, 16, 16))
+    assert len(calls) == 3
 
 
 def test_the_fitting_table_is_used_as_it_is():

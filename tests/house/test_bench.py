@@ -7,10 +7,19 @@ import csv
 import pytest
 import torch
 
-from patchlight_kernels import registry
+from patchlight_kernels import (
+    class_attention,
+    neighbor_topk,
+    prototype_ce,
+    query_attention,
+    registry,
+    self_relation,
+)
 
 bench_ops = pytest.importorskip("bench.ops", reason="run from the repository root")
-from bench import peers, report  # noqa: E402
+from bench import peers, report, step  # noqa: E402
+from bench.flops import OURS, flops_of  # noqa: E402
+from bench.official_step import OfficialStep  # noqa: E402
 from bench.timing import interleaved, peak_extra_bytes  # noqa: E402
 
 
@@ -96,6 +105,107 @@ def test_loaders_are_measured_each_in_a_process_of_its_own(tmp_path):
     found = {"odd": [odd], "one": [good], "two": [good]}
     assert "mean of its pixels is 0.50, the others' 0.00" in bench_loader.judged([odd], found)
     assert bench_loader.judged([good], found) == "ok"
+
+
+TINY = step.Size("vit_tiny", 2, 64, 48, 2, 48, 40, (4, 3), {"width": 32, "depth": 2, "heads": 2})
+
+
+@pytest.mark.parametrize("method", step.METHODS.values(), ids=step.METHODS)
+def test_the_official_step_is_ours(method):
+    """Two steps on the same weights, crops and masks; the second one's loss has seen centers, update and teacher move."""
+    trainer = step.build_trainer(method.run(TINY))
+    official = step.build_official(method.official, trainer)
+    for _ in range(2):
+        official.mask = step.next_mask(trainer)
+        wanted = official.step(next(trainer.loader))
+        trainer.step()
+        assert trainer.metrics.loss.item() == pytest.approx(wanted, rel=step.TOLERANCE)
+
+
+def test_a_step_is_measured_beside_its_host(tmp_path):
+    rows = step.measure(step.METHODS["sere"], TINY, seconds=0.0)
+    step.show(rows)
+    *timed, ratio = rows
+    assert [row["provider"] for row in timed] == ["official eager", "patchlight", "host alone"]
+    ours, host = timed[1:]
+    assert ratio["time_ratio"] == ours["median_ms"] / host["median_ms"]
+    assert ratio["flop_ratio"] == ours["gflop"] / host["gflop"] > 1
+    path = tmp_path / "step_cpu.csv"
+    bench_ops.write(rows, path, step.COLUMNS)
+    for row in csv.DictReader(path.open()):
+        for column in (
+            ("time_ratio", "flop_ratio") if row["status"] == "ratio" else ("median_ms", "images_per_s", "gflop")
+        ):
+            assert float(row[column]) > 0, f"{row['provider']} {column}"
+        assert row["hardware"] and row["commit"] and row["date"]
+    lines = report.headlines(tmp_path).splitlines()
+    assert f"{ratio['time_ratio']:.2f}x : {ratio['flop_ratio']:.2f}x" in lines[-1]
+    report.draw(path, tmp_path)
+    assert "host alone" in (tmp_path / "step_cpu.md").read_text()
+
+
+def test_a_step_with_another_loss_is_not_timed(monkeypatch):
+    right = OfficialStep.step
+    monkeypatch.setattr(OfficialStep, "step", lambda self, views: 1.001 * right(self, views))
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        step.measure(step.METHODS["dino"], TINY, seconds=0.0)
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).requires_grad_()
+
+
+def _class_attention():
+    index = torch.tensor([[[0, 1, 2]] * 5], dtype=torch.int32)
+    return class_attention(*(_random(1, n, 2, 3) for n in (5, 5, 5, 4, 4)), index)
+
+
+COUNTED_BY_HAND = {
+    "a linear layer": (lambda: torch.nn.functional.linear(_random(3, 5), _random(7, 5)), 2 * 3 * 5 * 7 * 3),
+    "attention": (
+        lambda: torch.nn.functional.scaled_dot_product_attention(*(_random(2, 3, 5, 4) for _ in range(3))),
+        2 * 3 * (2 * 5 * 5 * 4) * (2 + 4),
+    ),
+    "raw tokens and queries": (
+        lambda: query_attention(_random(1, 5, 3, 2, 4), 3),
+        2 * (3 * 3 + 2 * 5) * (2 * 4) * (2 + 4),
+    ),
+    "states that read three patches and themselves": (_class_attention, 5 * (3 + 1) * 2 * (2 * 3) * (2 + 4)),
+    "logits of two student views and one teacher's": (
+        lambda: prototype_ce(
+            _random(2, 3, 4), _random(5, 4), _random(1, 3, 4), _random(5, 4), 1.0, 1.0, torch.ones(1, 2)
+        ),
+        (2 * 3 * 5 * 4) * (2 + 1 + 2 * 2),
+    ),
+    "half of three relations of five rows, and two products": (
+        lambda: self_relation(_random(2, 1, 1, 5, 4), _random(1, 1, 5, 4), 1.0, 1.0),
+        (3 + 2 * 2) * (5 * 5 * 4),
+    ),
+    "half of the cosines of neighbors": (lambda: neighbor_topk(_random(1, 9, 4), (3, 3), 2), 9 * 4 * (8 + 2)),
+}
+
+
+@pytest.mark.parametrize(("call", "flops"), COUNTED_BY_HAND.values(), ids=COUNTED_BY_HAND)
+def test_flops_counted_by_hand(call, flops):
+    def both():
+        out = call()
+        if out.requires_grad:
+            out.sum().backward()
+
+    assert flops_of(both) == flops
+
+
+def test_the_official_dino_asks_for_as_many_flops():
+    """The rule counts what is asked for: without the logits in memory it is the same."""
+    trainer = step.build_trainer(step.dino(TINY))
+    official = step.build_official(step.METHODS["dino"].official, trainer)
+    assert flops_of(trainer.step) == flops_of(lambda: official.step(next(trainer.loader)))
+
+
+def test_every_op_that_trains_is_counted():
+    for spec in registry.specs():
+        if spec.differentiable:
+            assert {f"{spec.name}_fwd", f"{spec.name}_bwd"} <= OURS.keys()
 
 
 def test_the_readme_shows_the_committed_numbers():

@@ -255,13 +255,20 @@ class Block(timm_vit.Block):
 
     def forward(self, x: Tensor, raw: int | None = None, keys: str = "all", crop: int | None = None) -> Tensor:
         """x [M, T, D]; of its T rows the first `raw` are raw tokens, the others queries. keys, crop: see `Queries`."""
-        if raw is None:
-            return super().forward(x)
         attention = self.attn
         qkv = attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
+        if raw is None:
+            x = x + self.drop_path1(attention.proj(self_attention(qkv).flatten(2)))
+            return x + self.drop_path2(self.mlp(self.norm2(x)))
         attended = query_attention(qkv, raw, keys, crop).flatten(2)
         x = x + drop_streams(self.drop_path1, attention.proj(attended), raw)
         return x + drop_streams(self.drop_path2, self.mlp(self.norm2(x)), raw)
+
+
+def self_attention(qkv: Tensor) -> Tensor:
+    """[M, T, 3, H, E] to [M, T, H, E]. Unbound as it lies: its gradient is packed in one copy, where timm's takes two."""
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class DropPath(nn.Module):

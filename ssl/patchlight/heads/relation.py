@@ -37,6 +37,7 @@ class RelationHead(nn.Module):
         self.spatial, self.channel = _projection(width), _projection(width)
 
     def forward(self, patches: Tensor) -> RelationFeatures:
+        patches = patches.contiguous()  # a view without the class token would be copied for each
         return RelationFeatures(_by_row(self.spatial, patches), _by_row(self.channel, patches))
 
 
