@@ -15,7 +15,7 @@ from .op import OP, prototype_ce
 def _case(students: int, teachers: int, rows: int, width: int, prototypes: int, bias: bool = True) -> Case:
     name = f"S{students}-T{teachers}-R{rows}-D{width}-K{prototypes}" + ("" if bias else "-unbiased")
     sizes = {"students": students, "teachers": teachers, "rows": rows, "width": width, "prototypes": prototypes}
-    return Case(name, sizes | {"bias": bias, "plain": False})
+    return Case(name, sizes | {"bias": bias})
 
 
 def _plain(*sizes: int, small: bool = False) -> Case:
@@ -60,7 +60,7 @@ def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     if min(s["teachers"], s["students"]) > 1:
         pair_weight.fill_diagonal_(0)  # a view does not teach itself
     row_weight = random(s["rows"]).abs() / max(1, s["rows"])
-    if s["plain"]:
+    if s.get("plain"):
         pair_weight = (pair_weight > 0) / (pair_weight > 0).sum()
         row_weight = torch.full((s["rows"],), 1 / s["rows"])
     return {
