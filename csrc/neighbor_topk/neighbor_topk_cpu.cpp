@@ -148,9 +148,9 @@ template <int PLACES>
 __attribute__((always_inline)) inline void select_counting(
     const Neighborhood& near, int k, Measured m, int32_t* index, float* score) {
   float value[PLACES], rank[PLACES];
-  int before[PLACES], winner[PLACES];
+  int before[PLACES], winner[PLACES], scratch[2 * PLACES];
   for (int p = 0; p < near.patches; ++p) {
-    const Row row = near.row(p, nullptr);
+    const Row row = near.row(p, scratch);
     evaluate(row, PLACES, p, m, value, rank);
     for (int c = 0; c < PLACES; ++c) before[c] = 0;
     for (int o = 0; o < PLACES; ++o)

@@ -90,7 +90,7 @@ def test_loaders_are_measured_each_in_a_process_of_its_own(tmp_path):
     bench_loader = pytest.importorskip("bench.loader")
     names = (bench_loader.PEER, "patchlight torchvision")
     suite = bench_loader.LoaderSuite(
-        images=8, batch=4, cores=1, seconds=0.3, rounds=1, modes=("files",), providers=names
+        images=32, batch=16, cores=1, seconds=0.3, rounds=1, modes=("files",), providers=names
     )
     rows = bench_loader.run(suite)
     assert [row["provider"] for row in rows] == list(names)

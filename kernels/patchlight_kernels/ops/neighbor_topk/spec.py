@@ -34,6 +34,7 @@ TESTS = (
     _case(1, (8, 9), 48, 6, 3),
     _case(2, (4, 5), 20, 19, None),
     _case(1, (9, 11), 40, 4, None),
+    _case(1, (3, 3), 16, 2, None),  # all patches, as many as a window has
     _case(0, (3, 3), 8, 2, 1),  # no images
     _case(2, (3, 3), 0, 2, 1),  # no channels: every cosine is 0, the lowest indices win
 )
