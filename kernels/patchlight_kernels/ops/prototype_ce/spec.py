@@ -59,10 +59,10 @@ def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
     pair_weight = random(s["teachers"], s["students"]).abs() / max(1, s["teachers"] * s["students"])
     if min(s["teachers"], s["students"]) > 1:
         pair_weight.fill_diagonal_(0)  # a view does not teach itself
-    row_weight = random(s["rows"]).abs() / max(1, s["rows"])
+    row_weight = lambda: random(s["rows"]).abs() / max(1, s["rows"])
     if s.get("plain"):
         pair_weight = (pair_weight > 0) / (pair_weight > 0).sum()
-        row_weight = torch.full((s["rows"],), 1 / s["rows"])
+        row_weight = lambda: torch.full((s["rows"],), 1 / s["rows"])
     return {
         "z": views(s["students"]),
         "prototypes": directions(),
@@ -71,7 +71,7 @@ def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
         "temperature": 0.1,
         "teacher_temperature": 0.05,
         "pair_weight": pair_weight.to(device),
-        "row_weight": row_weight.to(device),
+        "row_weight": row_weight().to(device),
         "bias": (0.05 * random(s["prototypes"])).to(device) if s["bias"] else None,
     }
 
