@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbones.interface import build_backbone, offers_of
 from ..data.masking import FixedMasks, ReleasedMasks
-from ..heads.summary import ClassAttentionSummary, ClassTokenSummary, MeanSummary
+from ..heads.summary import build_summary
 from ..objectives.dino import Dino, DinoOptions
 from ..objectives.ibot import Ibot, IbotOptions
 from ..objectives.interface import Objective
@@ -173,7 +173,7 @@ def _parts(model: Model, objectives: Sequence[Objective], teacher: bool = False)
     views_apart = has_batch_norm and any(one.needs().views_apart for one in objectives)
     return {
         "backbone": backbone,
-        "summary": _summary(model.summary, backbone),
+        "summary": build_summary(model.summary, backbone),
         "heads": heads,
         "predictors": {} if teacher else predictors,
         "hosts": hosts,
@@ -195,16 +195,6 @@ def _freeze_patch_embed(arch: str, backbone: nn.Module) -> None:
             f"Model.freeze_patch_embed needs a patch projection, got {arch}, which has none; leave it out."
         )
     backbone.patch_embed.requires_grad_(False)
-
-
-def _summary(kind: str, backbone: nn.Module) -> nn.Module:
-    if kind == "cls":
-        return ClassTokenSummary()
-    eps = {} if backbone.norm_eps is None else {"norm_eps": backbone.norm_eps}
-    if kind == "class_attention":
-        return ClassAttentionSummary(backbone.width, backbone.heads, **eps)
-    # A transformer without a class token leaves its final norm to the summary; a backbone that never had one needs none.
-    return MeanSummary(backbone.width, **eps) if eps else MeanSummary()
 
 
 def check_teacher_student(teacher: Teacher, student: Student) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backbones.interface import Backbone, build_backbone, offers_of
 from ..backbones.published import read_published
 from ..backbones.vit import VisionTransformer
-from ..heads.summary import ClassAttentionSummary, ClassTokenSummary, MeanSummary
+from ..heads.summary import ClassTokenSummary, MeanSummary, build_summary
 from ..records import Tokens
 from .encoder import Encoder, Eyes
 
@@ -59,7 +59,7 @@ def _open_folder(path: Path) -> Encoder:
         )
     run = json.loads((step / _FACTS).read_text())["run"]
     backbone = _build_as(run["model"])
-    summary = _summary(run["model"]["summary"], backbone)
+    summary = build_summary(run["model"]["summary"], backbone)
     state = {
         "teacher": {f"backbone.{n}": t for n, t in backbone.state_dict().items()}
         | {f"summary.{n}": t for n, t in summary.state_dict().items()}
@@ -80,13 +80,13 @@ def _open_file(path: Path, heads: int | None) -> Encoder:
     norm = {name.removeprefix("norm."): t for name, t in weights.items() if name.startswith("norm.")}
     notes = [] if run else [f"layout of {published.layout}"]
     if summary_weights:
-        summary = _summary("class_attention", backbone)
+        summary = build_summary("class_attention", backbone)
         summary.load_state_dict(summary_weights)
     elif backbone.has_class_token:
         summary = ClassTokenSummary()
     else:
         notes.append("no summary head in the file: an image is summed up by the mean of its patches")
-        summary = _summary("mean", backbone) if norm or backbone.norm_eps is None else MeanSummary()
+        summary = build_summary("mean", backbone) if norm or backbone.norm_eps is None else MeanSummary()
         if norm and not any(name.startswith("norm.") for name in backbone.state_dict()):
             summary.norm.load_state_dict(norm)
             weights = {name: t for name, t in weights.items() if not name.startswith("norm.")}
@@ -148,15 +148,6 @@ def _load(backbone: nn.Module, weights: dict[str, Tensor], path: Path) -> list[s
     fitting = {name: weights[name].reshape(wanted[name].shape) for name in wanted if name in weights}
     backbone.load_state_dict(wanted | fitting)
     return extra
-
-
-def _summary(kind: str, backbone: Backbone) -> nn.Module:
-    if kind == "cls":
-        return ClassTokenSummary()
-    eps = {} if backbone.norm_eps is None else {"norm_eps": backbone.norm_eps}
-    if kind == "class_attention":
-        return ClassAttentionSummary(backbone.width, backbone.heads, **eps)
-    return MeanSummary(backbone.width, **eps) if eps else MeanSummary()
 
 
 def _eyes(run: dict | None) -> Eyes:

@@ -16,6 +16,17 @@ from .projection import start_linear
 POOLS = ("class_attention", "mean")
 
 
+def build_summary(kind: str, backbone: nn.Module) -> nn.Module:
+    """The summary that goes onto a backbone."""
+    if kind == "cls":
+        return ClassTokenSummary()
+    eps = {} if backbone.norm_eps is None else {"norm_eps": backbone.norm_eps}
+    if kind == "class_attention":
+        return ClassAttentionSummary(backbone.width, backbone.heads, **eps)
+    # A transformer without a class token leaves its final norm to the summary; a backbone that never had one needs none.
+    return MeanSummary(backbone.width, **eps) if eps else MeanSummary()
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a summary head says of M images."""
