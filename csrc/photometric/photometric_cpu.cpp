@@ -8,6 +8,7 @@
 
 #include "../native.h"
 #include "../simd.h"
+#include "arguments.h"
 #include "pixel.h"
 
 namespace patchlight {
@@ -120,7 +121,7 @@ struct Workspace {
 
 struct Sample {
   int64_t height, width;
-  const float *scale, *shift;  // of three channels
+  Normalization normalization;
 
   int64_t pixels() const { return height * width; }
   Strip strip(Workspace& work, int64_t at) const {
@@ -175,10 +176,11 @@ struct Sample {
 
   template <class T>
   void write(const float* x, int64_t count, int channel, const Look& look, T* out, Workspace& work) const {
+    const float scale = normalization.scale[channel], shift = normalization.shift[channel];
     if constexpr (std::is_same_v<T, float>) {
-      solarize_and_normalize(x, out, count, look.solarize, scale[channel], shift[channel]);
+      solarize_and_normalize(x, out, count, look.solarize, scale, shift);
     } else {
-      solarize_and_normalize(x, work.normalized.data(), count, look.solarize, scale[channel], shift[channel]);
+      solarize_and_normalize(x, work.normalized.data(), count, look.solarize, scale, shift);
       for (int64_t i = 0; i < count; ++i) out[i] = T(work.normalized[i]);
     }
   }
@@ -186,14 +188,10 @@ struct Sample {
 
 Tensor photometric_fwd(
     const Tensor& pixels, const Tensor& table, std::vector<double> mean, std::vector<double> std, ScalarType dtype) {
-  STD_TORCH_CHECK(pixels.dim() == 4 && pixels.is_contiguous() && table.is_contiguous() && pixels.size(3) == 3 &&
-                      table.size(1) == kLookColumns && mean.size() == 3 && std.size() == 3,
-                  "photometric: expected dense pixels [samples, height, width, 3] and a dense table; call the Python function");
+  check_arguments(pixels, table, mean, std);
   const int64_t samples = pixels.size(0), height = pixels.size(1), width = pixels.size(2);
   Tensor out = torch::stable::new_empty(pixels, {samples, 3, height, width}, dtype);
-  float scale[3], shift[3];
-  for (int c = 0; c < 3; ++c) scale[c] = float(1 / (kBrightest * std[c])), shift[c] = float(-mean[c] / std[c]);
-  const Sample sample{height, width, scale, shift};
+  const Sample sample{height, width, Normalization(mean, std)};
   const auto* bytes = static_cast<const uint8_t*>(pixels.data_ptr());
   const auto* rows = static_cast<const float*>(table.data_ptr());
   with_float_type(out, "photometric", [&](auto type) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../device.h"
+#include "arguments.h"
 #include "pixel.h"
 
 namespace patchlight {
@@ -81,10 +82,6 @@ struct Tiles {
   int height, width;            // of a picture
   int tile_height, tile_width;  // of all tiles but the last ones
   int across, count;            // tiles in a row, and in a picture
-};
-
-struct Normalization {
-  float scale[3], shift[3];
 };
 
 // One tile of one sample, with its border.
@@ -208,9 +205,7 @@ int part(int64_t size, int most) {
 
 Tensor photometric_fwd(
     const Tensor& pixels, const Tensor& table, std::vector<double> mean, std::vector<double> std, ScalarType dtype) {
-  STD_TORCH_CHECK(pixels.dim() == 4 && pixels.is_contiguous() && table.is_contiguous() && pixels.size(3) == 3 &&
-                      table.size(1) == kLookColumns && mean.size() == 3 && std.size() == 3,
-                  "photometric: expected dense pixels [samples, height, width, 3] and a dense table; call the Python function");
+  check_arguments(pixels, table, mean, std);
   const int64_t samples = pixels.size(0), height = pixels.size(1), width = pixels.size(2);
   Tensor out = torch::stable::new_empty(pixels, {samples, 3, height, width}, dtype);
   Tensor means = torch::stable::new_empty(table, {samples});
@@ -219,9 +214,7 @@ Tensor photometric_fwd(
   tiles.count = tiles.across * ((tiles.height + tiles.tile_height - 1) / tiles.tile_height);
   STD_TORCH_CHECK(height * width < (int64_t(1) << 29) && samples * tiles.count < (int64_t(1) << 31),
                   "photometric: too many pixels in one call; pass fewer samples");
-  Normalization normalization;
-  for (int c = 0; c < 3; ++c)
-    normalization.scale[c] = float(1 / (kBrightest * std[c])), normalization.shift[c] = float(-mean[c] / std[c]);
+  const Normalization normalization(mean, std);
   const int64_t border = 2 * std::min<int64_t>(kMaxReach, std::min(height, width) - 1);
   const size_t shared = sizeof(float) * (kWeights + 3 * (tiles.tile_height + border) * (tiles.tile_width + border));
   const auto* bytes = static_cast<const uint8_t*>(pixels.data_ptr());
