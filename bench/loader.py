@@ -26,7 +26,7 @@ from patchlight.data.loaders import build_loader, dali_is_there
 from patchlight.data.policy import selfpatch_policy
 from patchlight.data.sources import ImageFolder, Source, as_ppm
 
-from .machine import provenance
+from .machine import PROVENANCE, provenance
 from .ops import write
 from .timing import summarize
 
@@ -37,8 +37,7 @@ MODES = ("files", "decoded")  # JPEG files; pictures that lie decoded in memory
 GATE = 0.1  # how far the mean and the spread of a provider's normalized pixels may lie from those of the others
 COLUMNS = (
     "provider", "mode", "device", "status", "cores", "batch", "images_per_s", "p20", "p80", "crops_per_s",
-    "cpu_ms_per_image", "gpu_busy_percent", "memory_growth_mb", "rounds", "seconds", "images", "hardware", "threads",
-    "torch", "triton", "dali", "commit", "date",
+    "cpu_ms_per_image", "gpu_busy_percent", "memory_growth_mb", "rounds", "seconds", "images", "dali", *PROVENANCE,
 )  # fmt: skip
 
 

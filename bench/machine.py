@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,9 @@ class Provenance:
 
     def columns(self) -> dict:
         return asdict(self)
+
+
+PROVENANCE = tuple(field.name for field in fields(Provenance))
 
 
 @cache

@@ -16,37 +16,16 @@ from rich.table import Table
 from patchlight_kernels import force, registry
 from patchlight_kernels.registry import Case, OpSpec
 
-from .machine import ceiling, provenance
+from .machine import PROVENANCE, ceiling, provenance
 from .peers import PEERS
 from .timing import interleaved, peak_extra_bytes
 
 GATE = 1e-2  # a provider whose error against float64 exceeds this is not timed; the tests hold the tight bounds
 CACHE_BYTES = {"cuda": 128 * 2**20, "cpu": 64 * 2**20}  # copies of the inputs add up to more than this
+TIMED = ("op", "case", "dtype", "device", "mode", "provider", "status", "median_ms", "p20_ms", "p80_ms", "rounds")
 COLUMNS = (
-    "op",
-    "case",
-    "dtype",
-    "device",
-    "mode",
-    "provider",
-    "status",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "rounds",
-    "floor_ms",
-    "percent_of_floor",
-    "gb_per_s",
-    "tflop_per_s",
-    "peak_extra_mb",
-    "error",
-    "hardware",
-    "threads",
-    "torch",
-    "triton",
-    "commit",
-    "date",
-)
+    *TIMED, "floor_ms", "percent_of_floor", "gb_per_s", "tflop_per_s", "peak_extra_mb", "error", *PROVENANCE
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from patchlight.records import Clock, Crops, Views
 from patchlight.run import Data, Model, Objectives, Optim, Options, Parallel, Run, Schedule
 
 from .flops import flops_of
-from .machine import provenance
+from .machine import PROVENANCE, provenance
 from .official_step import (
     OfficialDino,
     OfficialDinoSere,
@@ -41,37 +41,13 @@ from .official_step import (
     OfficialSelfPatch,
     OfficialStep,
 )
-from .ops import write
+from .ops import TIMED, write
 from .timing import interleaved, peak_extra_bytes
 
 TOLERANCE = 1e-4  # relative, between the losses of the two first steps
 IMAGE = (500, 375)  # width and height of the images that crops are cut from
 OFFICIAL, OURS, HOST, RATIO = "official eager", "patchlight", "host alone", "over host"
-COLUMNS = (
-    "op",
-    "case",
-    "dtype",
-    "device",
-    "mode",
-    "provider",
-    "status",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "rounds",
-    "images_per_s",
-    "gflop",
-    "peak_extra_mb",
-    "error",
-    "time_ratio",
-    "flop_ratio",
-    "hardware",
-    "threads",
-    "torch",
-    "triton",
-    "commit",
-    "date",
-)
+COLUMNS = (*TIMED, "images_per_s", "gflop", "peak_extra_mb", "error", "time_ratio", "flop_ratio", *PROVENANCE)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,10 @@ from patchlight.objectives.sere import SereOptions, sere_weights
 from patchlight.recipes.ours import demo
 from patchlight.run import Objectives, Optim, Parallel, Run, Schedule
 
-from .machine import provenance
+from .machine import PROVENANCE, provenance
 
 MEASURES = {"k10": "k-NN, k=10", "k20": "k-NN, k=20", "J&F": "J&F", "J_mean": "J", "F_mean": "F"}
-COLUMNS = ("size", "method", "seed", "steps", *MEASURES, "train_seconds", "settings", "hardware", "threads", "torch",
-           "triton", "commit", "date")  # fmt: skip
+COLUMNS = ("size", "method", "seed", "steps", *MEASURES, "train_seconds", "settings", *PROVENANCE)
 RESULTS = Path("bench/results/study")
 
 
