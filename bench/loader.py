@@ -71,7 +71,7 @@ class Measured:
 
     images_per_s: float
     cpu_ms_per_image: float
-    memory_growth_mb: float  # of this process, from the end of the warm-up on
+    memory_growth_mb: float  # how far this process's memory in the last third went beyond that in the first
     gpu_busy_percent: float | None
     mean: float  # of the normalized pixels
     spread: float
@@ -114,8 +114,9 @@ def judged(rounds: list[Measured], found: dict[Job, list[Measured]]) -> str:
     """Whether what a provider delivers looks like what all deliver."""
     for name in ("mean", "spread"):
         everyone = statistics.median(getattr(m, name) for measured in found.values() for m in measured)
-        if abs(getattr(rounds[0], name) - everyone) > GATE:
-            return f"{name} of its pixels is {getattr(rounds[0], name):.2f}, the others' {everyone:.2f}"
+        own = statistics.mean(getattr(m, name) for m in rounds)
+        if abs(own - everyone) > GATE:
+            return f"{name} of its pixels is {own:.2f}, the others' {everyone:.2f}"
     return "ok"
 
 
@@ -155,26 +156,27 @@ def measure(job: Job) -> Measured:
     torch.set_num_threads(len(cores))
     source = ImageFolder(job.folder) if job.mode == "files" else InMemory(ImageFolder(job.folder))
     step, close = build(job, source)
+    looks = []
     for _ in range(2 * job.suite.cores + 4):  # more than any of them reads ahead
         pixels = step()
+        looks.append((pixels.mean().item(), pixels.std().item()))
     synchronize(job.device)
-    memory, cpu, began, images = own_memory(), tree_cpu_seconds(), time.perf_counter(), 0
+    memory, cpu, began = [], tree_cpu_seconds(), time.perf_counter()
     with GpuWatch(job.device) as watch:
         while time.perf_counter() - began < job.suite.seconds:
             step()
-            images += job.suite.batch
+            memory.append(own_memory())
         synchronize(job.device)
         seconds = time.perf_counter() - began
-    cpu = tree_cpu_seconds() - cpu
-    growth = own_memory() - memory
+    cpu, images, third = tree_cpu_seconds() - cpu, len(memory) * job.suite.batch, -(-len(memory) // 3)
+    growth = max(memory[-third:]) - max(memory[:third])
     close()
     return Measured(
         images / seconds,
         1e3 * cpu / images,
         growth / 1e6,
         watch.busy_percent,
-        pixels.mean().item(),
-        pixels.std().item(),
+        *map(statistics.mean, zip(*looks, strict=True)),
     )
 
 

@@ -69,36 +69,23 @@ def readme(readme: Path = README, results: Path = RESULTS) -> None:
 
 
 def headlines(results: Path) -> str:
-    """A Markdown table per CSV of ops and of steps: one line per case, ours against the official mathematics and the rest."""
+    """A Markdown table per committed CSV: ours against the official mathematics, or what people use, and the rest."""
     lines = []
-    for path in sorted([*results.glob("ops_*.csv"), *results.glob("step_*.csv")]):
-        with path.open() as file:
-            rows = list(csv.DictReader(file))
-        first = rows[0]
-        steps = first["op"] == "step"
-        how = "the same weights and crops" if steps else "inputs not in a cache"
-        lines += [
-            f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, "
-            f"{first['date']} ([`{path.name}`]({path.as_posix()})); medians of one interleaved run, {how}:",
-            "",
-            *(STEP_HEAD if steps else OP_HEAD),
-        ]
-        cases: dict[tuple, list[dict]] = defaultdict(list)
-        for row in rows:
-            cases[row["op"], row["case"], row["dtype"], row["mode"]].append(row)
-        lines += [(_step_headline if steps else _headline)(*case, rows) for case, rows in cases.items()]
-        lines.append("")
+    for kind, (how, head, tell) in HEADLINES.items():
+        for path in sorted(results.glob(f"{kind}_*.csv")):
+            with path.open() as file:
+                rows = list(csv.DictReader(file))
+            first = rows[0]
+            lines += [
+                f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, "
+                f"{first['date']} ([`{path.name}`]({path.as_posix()})); {how}:",
+                "",
+                f"| {' | '.join(head)} |",
+                f"| {' | '.join(['---'] * len(head))} |",
+                *[f"| {' | '.join(cells)} |" for cells in tell(rows)],
+                "",
+            ]
     return "\n".join(lines)
-
-
-OP_HEAD = (
-    "| op | case | ours | official | fastest other peer | peak memory, ours : official |",
-    "| --- | --- | --- | --- | --- | --- |",
-)
-STEP_HEAD = (
-    "| step | ours | images/s | official eager | over its host alone, time : FLOPs | peak memory, ours : official |",
-    "| --- | --- | --- | --- | --- | --- |",
-)
 
 
 def _time(row: dict) -> float:
@@ -115,14 +102,25 @@ def _memory(ours: dict, official: dict | None) -> str:
     return " : ".join(f"{float(row['peak_extra_mb']):.3g}" for row in (ours, official)) + " MB"
 
 
-def _headline(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> str:
+def _cases(rows: list[dict]) -> dict[tuple, list[dict]]:
+    cases: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        cases[row["op"], row["case"], row["dtype"], row["mode"]].append(row)
+    return cases
+
+
+def _ops(rows: list[dict]) -> list[list[str]]:
+    return [_op(*case, rows) for case, rows in _cases(rows).items()]
+
+
+def _op(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> list[str]:
     """The first provider is the official mathematics, which may be unable; ours is the fastest of our implementations."""
     official = rows[0] if rows[0]["status"] == "ok" else None
     timed = [row for row in rows[1:] if row["status"] == "ok"]
     ours = min((row for row in timed if row["provider"].startswith("patchlight")), key=_time)
     others = [row for row in timed if not row["provider"].startswith(("patchlight", "reference"))]
     best = min(others, key=_time, default=None)
-    cells = [
+    return [
         f"`{op}`",
         f"{case} {dtype} {mode}",
         f"**{_time(ours):.3g} ms**",
@@ -130,14 +128,17 @@ def _headline(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> st
         f"{best['provider']} {_against(best, ours)}" if best else "",
         _memory(ours, official),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
-def _step_headline(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> str:
+def _steps(rows: list[dict]) -> list[list[str]]:
+    return [_step(*case, rows) for case, rows in _cases(rows).items()]
+
+
+def _step(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> list[str]:
     """A host is compared with nothing but the official mathematics."""
     by_provider = {row["provider"]: row for row in rows}
     ours, official, ratio = (by_provider.get(name) for name in ("patchlight", "official eager", "over host"))
-    cells = [
+    return [
         f"{case} {dtype}",
         f"**{_time(ours):.3g} ms**",
         f"{float(ours['images_per_s']):.3g}",
@@ -145,7 +146,37 @@ def _step_headline(op: str, case: str, dtype: str, mode: str, rows: list[dict]) 
         f"{float(ratio['time_ratio']):.2f}x : {float(ratio['flop_ratio']):.2f}x" if ratio else "",
         _memory(ours, official),
     ]
-    return f"| {' | '.join(cells)} |"
+
+
+def _loaders(rows: list[dict]) -> list[list[str]]:
+    """A line per kind of picture and loader of ours; the first provider is what most projects use."""
+    peers = {row["mode"]: row for row in rows[::-1] if not row["provider"].startswith("patchlight")}
+    return [_loader(row, peers[row["mode"]]) for row in rows if row is not peers[row["mode"]] and row["status"] == "ok"]
+
+
+def _loader(row: dict, peer: dict) -> list[str]:
+    speed, usual = float(row["images_per_s"]), float(peer["images_per_s"])
+    return [
+        row["mode"],
+        row["provider"],
+        f"**{speed:.0f}**",
+        f"{usual:.0f} ({speed / usual:.1f}x)",
+        *[f"{float(one['cpu_ms_per_image']):.3g} ms" for one in (row, peer)],
+    ]
+
+
+OP_HEAD = ("op", "case", "ours", "official", "fastest other peer", "peak memory, ours : official")
+STEP_HEAD = (
+    "step", "ours", "images/s", "official eager", "over its host alone, time : FLOPs", "peak memory, ours : official"
+)  # fmt: skip
+LOADER_HEAD = ("pictures", "loader", "images/s", "DataLoader with PIL", "CPU per image", "PIL's")
+RUN = "medians of one interleaved run"
+HEADLINES = {
+    "ops": (f"{RUN}, inputs not in a cache", OP_HEAD, _ops),
+    "step": (f"{RUN}, the same weights and crops", STEP_HEAD, _steps),
+    "loader": (f"{RUN}, 2 x 224 + 8 x 96 of 500 x 375", LOADER_HEAD, _loaders),
+    "evaluation": (RUN, OP_HEAD, _ops),
+}
 
 
 def picture(op: str, cases: dict[str, list[dict]], path: Path) -> None:

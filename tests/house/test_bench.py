@@ -95,8 +95,10 @@ def test_loaders_are_measured_each_in_a_process_of_its_own(tmp_path):
     rows = bench_loader.run(suite)
     assert [row["provider"] for row in rows] == list(names)
     assert all(row["status"] == "ok" for row in rows), "the twin's pixels have the peer's mean and spread"
-    bench_ops.write(rows, tmp_path / "loader.csv", bench_loader.COLUMNS)
-    for row in csv.DictReader((tmp_path / "loader.csv").open()):
+    path = tmp_path / "loader_cpu.csv"
+    bench_ops.write(rows, path, bench_loader.COLUMNS)
+    assert f"({rows[1]['images_per_s'] / rows[0]['images_per_s']:.1f}x)" in report.headlines(tmp_path)
+    for row in csv.DictReader(path.open()):
         assert float(row["crops_per_s"]) == pytest.approx(10 * float(row["images_per_s"]), rel=1e-3)
         for column in ("cpu_ms_per_image", "cores", "hardware", "torch", "commit", "date"):
             assert row[column], column
