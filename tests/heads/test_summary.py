@@ -1,10 +1,14 @@
 """Summaries, and neighbors aggregated once per patch against once per gathered copy."""
 
+import copy
+import statistics
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from patchlight.heads.summary import (
+    ClassAttentionBlock,
     ClassAttentionSummary,
     ClassTokenSummary,
     MeanSummary,
@@ -86,6 +90,57 @@ def test_summary_and_patches_do_not_depend_on_neighbors():
     torch.testing.assert_close(plain.summary, teacher.summary)
     torch.testing.assert_close(plain.patches, teacher.patches)
     torch.testing.assert_close(plain.patches, head.norm(tokens.patches))
+
+
+def _block_outcome(block, patches, summary, alone: bool) -> dict[str, torch.Tensor]:
+    """The summary and its gradients, read as the only state or beside aggregates that do not matter."""
+    beside = () if alone else (torch.zeros_like(summary[:1]), torch.zeros(M, N, 1, dtype=torch.int32))
+    state = block(patches, summary, *beside)[0]
+    leaves = {"patches": patches, "summary": summary, **dict(block.named_parameters())}
+    gradients = torch.autograd.grad(state, leaves.values(), torch.ones_like(state).cumsum(-1))
+    return {"state": state, **dict(zip(leaves, gradients, strict=True))}
+
+
+one_or_many = pytest.mark.parametrize("states", [1, M], ids=["one state for all", "a state per image"])
+
+
+@one_or_many
+def test_a_lone_summary_needs_no_keys_and_values_of_patches(states):
+    block, patches = moved_head().blocks[0].double(), some_tokens(dtype=torch.float64).patches
+    summary = torch.randn(states, 1, D, dtype=torch.float64, requires_grad=True)
+    folded, projected = (_block_outcome(block, patches, summary, alone) for alone in (True, False))
+    for name, value in folded.items():
+        torch.testing.assert_close(value, projected[name], rtol=1e-11, atol=1e-11, msg=name)
+
+
+class OfficialBlock(ClassAttentionBlock):
+    """Keys and values of all rows, as released."""
+
+    def _read_unprojected(self, own, x):
+        rows = torch.cat([own.expand(len(x), -1, -1), x], dim=1)
+        q, k, v = (
+            self._split(project(y)).transpose(1, 2) for project, y in ((self.q, own), (self.k, rows), (self.v, rows))
+        )
+        weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
+        return (weights @ v).transpose(1, 2)
+
+
+@one_or_many
+def test_a_lone_summary_is_as_exact_under_autocast(states):
+    """On average over the state and all gradients at most twice as far from float64 as the official form."""
+    block, official, patches = moved_head().blocks[0], OfficialBlock(D, heads=2), some_tokens().patches
+    official.load_state_dict(block.state_dict())
+    summary = torch.randn(states, 1, D, requires_grad=True)
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (patches, summary)]
+    exact = _block_outcome(copy.deepcopy(block).double(), *leaves, alone=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (_block_outcome(one, patches, summary, alone=True) for one in (block, official))
+    del exact["k.bias"]  # it has no gradient but noise
+    mine, usual = (
+        statistics.mean(((found[name] - truth).norm() / truth.norm()).item() for name, truth in exact.items())
+        for found in (ours, theirs)
+    )
+    assert mine <= 2 * usual
 
 
 def test_a_patch_is_projected_once_however_often_it_is_read():
