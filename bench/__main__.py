@@ -1,4 +1,4 @@
-"""`python -m bench ops|step|loader|evaluation|study` measures; `report` draws; `readme` publishes what is in results/."""
+"""`python -m bench ops|step|update|loader|evaluation|study` measures; `report` draws; `readme` publishes what is in results/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from . import evaluation, loader, ops, report, step, study
+from . import evaluation, loader, ops, report, step, study, update
 
 OUT = Path("bench/out")
 
@@ -37,6 +37,7 @@ def main() -> None:
         {
             "ops": measure_ops,
             "step": step.measure_step,
+            "update": update.measure_update,
             "loader": loader.measure_loader,
             "evaluation": evaluation.measure_evaluation,
             "study": study.measure_study,

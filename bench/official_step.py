@@ -79,6 +79,11 @@ class OfficialStep:
         loss = self.loss(views)
         self.optimizer.zero_grad()
         loss.backward()
+        self.update()
+        return loss.item()
+
+    def update(self) -> None:
+        """Clipping, AdamW and the moving average."""
         clip, momentum = self.run.optim.clip, self.run.optim.teacher_momentum
         for parameter in self.student.parameters():
             if parameter.grad is not None:
@@ -89,7 +94,6 @@ class OfficialStep:
         with torch.no_grad():
             for mine, theirs in self.pairs:
                 mine.mul_(momentum).add_((1 - momentum) * theirs)
-        return loss.item()
 
     def teach(self, name: str, logits: Sequence[Tensor], temperature: float, momentum: float) -> list[Tensor]:
         """The targets of these logits; afterwards the center of this name moves towards the mean of them all."""

@@ -174,6 +174,7 @@ RUN = "medians of one interleaved run"
 HEADLINES = {
     "ops": (f"{RUN}, inputs not in a cache", OP_HEAD, _ops),
     "step": (f"{RUN}, the same weights and crops", STEP_HEAD, _steps),
+    "update": (f"{RUN}, the same gradients", OP_HEAD, _ops),
     "loader": (f"{RUN}, 2 x 224 + 8 x 96 of 500 x 375", LOADER_HEAD, _loaders),
     "evaluation": (RUN, OP_HEAD, _ops),
 }

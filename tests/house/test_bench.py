@@ -17,7 +17,7 @@ from patchlight_kernels import (
 )
 
 bench_ops = pytest.importorskip("bench.ops", reason="run from the repository root")
-from bench import peers, report, step  # noqa: E402
+from bench import peers, report, step, update  # noqa: E402
 from bench.flops import OURS, flops_of  # noqa: E402
 from bench.official_step import OfficialStep  # noqa: E402
 from bench.timing import interleaved, peak_extra_bytes  # noqa: E402
@@ -151,6 +151,15 @@ def test_a_step_with_another_loss_is_not_timed(monkeypatch):
     monkeypatch.setattr(OfficialStep, "step", lambda self, views: 1.001 * right(self, views))
     with pytest.raises(SystemExit, match="nothing is timed"):
         step.measure(step.METHODS["dino"], TINY, seconds=0.0)
+
+
+def test_updates_are_timed_on_equal_parameters(monkeypatch):
+    rows = update.measure(step.METHODS["dino"], TINY, seconds=0.0)
+    assert [row["provider"] for row in rows] == [step.OFFICIAL, update.FOREACH, update.COMPILED, step.OURS]
+    assert all(row["error"] <= update.TOLERANCE and row["median_ms"] > 0 for row in rows)
+    monkeypatch.setattr(OfficialStep, "update", lambda self: None)
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        update.measure(step.METHODS["dino"], TINY, seconds=0.0)
 
 
 def _random(*shape: int) -> torch.Tensor:
