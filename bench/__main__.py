@@ -43,7 +43,7 @@ def main() -> None:
             "study": study.measure_study,
             "study-report": study.draw,
             "report": report.draw,
-            "readme": report.readme,
+            "readme": report.publish,
         },
         prog="python -m bench",
         args=sys.argv[1:],

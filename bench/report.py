@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -54,10 +55,11 @@ def markdown(by_op: dict) -> str:
 
 
 README, RESULTS, MARKS = Path("README.md"), Path("bench/results"), ("<!-- numbers -->", "<!-- /numbers -->")
+TABLES = "README.md"  # in the folder of results
 
 
-def readme(readme: Path = README, results: Path = RESULTS) -> None:
-    """Replace the numbers in the README by those of the committed CSVs.
+def publish(readme: Path = README, results: Path = RESULTS) -> None:
+    """Write all tables of the committed CSVs beside them, and those of the main cases into the README.
 
     Args:
         readme: the file with the two marks.
@@ -65,41 +67,60 @@ def readme(readme: Path = README, results: Path = RESULTS) -> None:
     """
     before, _, rest = readme.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
-    readme.write_text(f"{before}{MARKS[0]}\n\n{headlines(results)}\n{MARKS[1]}{after}")
+    readme.write_text(f"{before}{MARKS[0]}\n\n{tables(results, main_rows, results)}\n{MARKS[1]}{after}")
+    (results / TABLES).write_text(all_tables(results))
 
 
-def headlines(results: Path) -> str:
-    """A Markdown table per committed CSV: ours against the official mathematics, or what people use, and the rest."""
+def all_tables(results: Path) -> str:
+    return f"# Measured\n\nWritten by `python -m bench readme` from the CSVs beside it.\n\n{tables(results, list)}"
+
+
+def tables(results: Path, choose: Callable[[list[dict]], list[dict]], link: Path = Path()) -> str:
+    """A Markdown table per CSV: ours against the official mathematics, or what people use, and the rest."""
     lines = []
-    for kind, (how, head, tell) in HEADLINES.items():
+    for kind, (how, head, tell) in KINDS.items():
         for path in sorted(results.glob(f"{kind}_*.csv")):
             with path.open() as file:
                 rows = list(csv.DictReader(file))
             first = rows[0]
             lines += [
                 f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, "
-                f"{first['date']} ([`{path.name}`]({path.as_posix()})); {how}:",
+                f"{first['date']} ([`{path.name}`]({(link / path.name).as_posix()})); {how}:",
                 "",
                 f"| {' | '.join(head)} |",
                 f"| {' | '.join(['---'] * len(head))} |",
-                *[f"| {' | '.join(cells)} |" for cells in tell(rows)],
+                *[f"| {' | '.join(cells)} |" for cells in tell(choose(rows))],
                 "",
             ]
     return "\n".join(lines)
+
+
+def main_rows(rows: list[dict]) -> list[dict]:
+    """Each op's first case in its longest mode; every step; loaders of files."""
+    if "op" not in rows[0]:
+        return [row for row in rows if row["mode"] == rows[0]["mode"]]
+    first = {row["op"]: row["case"] for row in reversed(rows)}
+    chosen = [row for row in rows if row["op"] == "step" or row["case"] == first[row["op"]]]
+    longest = {row["op"]: row["mode"] for row in chosen}
+    return [row for row in chosen if row["mode"] == longest[row["op"]]]
 
 
 def _time(row: dict) -> float:
     return float(row["median_ms"])
 
 
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def _against(row: dict, ours: dict) -> str:
-    return f"{_time(row):.3g} ms ({_time(row) / _time(ours):.1f}x)"
+    return f"{_number(_time(row))} ms ({_time(row) / _time(ours):.1f}x)"
 
 
 def _memory(ours: dict, official: dict | None) -> str:
     if not (official and ours["peak_extra_mb"] and official["peak_extra_mb"]):
         return ""
-    return " : ".join(f"{float(row['peak_extra_mb']):.3g}" for row in (ours, official)) + " MB"
+    return " : ".join(_number(float(row["peak_extra_mb"])) for row in (ours, official)) + " MB"
 
 
 def _cases(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -123,7 +144,7 @@ def _op(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> list[str
     return [
         f"`{op}`",
         f"{case} {dtype} {mode}",
-        f"**{_time(ours):.3g} ms**",
+        f"**{_number(_time(ours))} ms**",
         _against(official, ours) if official else "cannot run",
         f"{best['provider']} {_against(best, ours)}" if best else "",
         _memory(ours, official),
@@ -140,7 +161,7 @@ def _step(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> list[s
     ours, official, ratio = (by_provider.get(name) for name in ("patchlight", "official eager", "over host"))
     return [
         f"{case} {dtype}",
-        f"**{_time(ours):.3g} ms**",
+        f"**{_number(_time(ours))} ms**",
         f"{float(ours['images_per_s']):.3g}",
         _against(official, ours),
         f"{float(ratio['time_ratio']):.2f}x : {float(ratio['flop_ratio']):.2f}x" if ratio else "",
@@ -171,7 +192,7 @@ STEP_HEAD = (
 )  # fmt: skip
 LOADER_HEAD = ("pictures", "loader", "images/s", "DataLoader with PIL", "CPU per image", "PIL's")
 RUN = "medians of one interleaved run"
-HEADLINES = {
+KINDS = {
     "ops": (f"{RUN}, inputs not in a cache", OP_HEAD, _ops),
     "step": (f"{RUN}, the same weights and crops", STEP_HEAD, _steps),
     "update": (f"{RUN}, the same gradients", OP_HEAD, _ops),

@@ -55,7 +55,7 @@ class Size:
 
 
 def cpu() -> Size:
-    """The demo's model and 256 steps: at most about two minutes per cell on two cores."""
+    """The demo's model and 256 steps: one to three minutes per cell on two cores."""
     run = demo()
     return Size(replace(run, schedule=Schedule(epochs=8)), videos=8, frames=16, video_size=192, short_side=96)
 

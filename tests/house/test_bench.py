@@ -97,7 +97,7 @@ def test_loaders_are_measured_each_in_a_process_of_its_own(tmp_path):
     assert all(row["status"] == "ok" for row in rows), "the twin's pixels have the peer's mean and spread"
     path = tmp_path / "loader_cpu.csv"
     bench_ops.write(rows, path, bench_loader.COLUMNS)
-    assert f"({rows[1]['images_per_s'] / rows[0]['images_per_s']:.1f}x)" in report.headlines(tmp_path)
+    assert f"({rows[1]['images_per_s'] / rows[0]['images_per_s']:.1f}x)" in report.tables(tmp_path, report.main_rows)
     for row in csv.DictReader(path.open()):
         assert float(row["crops_per_s"]) == pytest.approx(10 * float(row["images_per_s"]), rel=1e-3)
         for column in ("cpu_ms_per_image", "cores", "hardware", "torch", "commit", "date"):
@@ -140,7 +140,7 @@ def test_a_step_is_measured_beside_its_host(tmp_path):
         ):
             assert float(row[column]) > 0, f"{row['provider']} {column}"
         assert row["hardware"] and row["commit"] and row["date"]
-    lines = report.headlines(tmp_path).splitlines()
+    lines = report.tables(tmp_path, list).splitlines()
     assert f"{ratio['time_ratio']:.2f}x : {ratio['flop_ratio']:.2f}x" in lines[-1]
     report.draw(path, tmp_path)
     assert "host alone" in (tmp_path / "step_cpu.md").read_text()
@@ -221,4 +221,6 @@ def test_every_op_that_trains_is_counted():
 
 def test_the_readme_shows_the_committed_numbers():
     """`python -m bench readme` was run after the last change of bench/results."""
-    assert report.headlines(report.RESULTS) in report.README.read_text()
+    main = report.tables(report.RESULTS, report.main_rows, report.RESULTS)
+    assert main in report.README.read_text()
+    assert report.all_tables(report.RESULTS) == (report.RESULTS / report.TABLES).read_text()

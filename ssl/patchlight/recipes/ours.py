@@ -12,7 +12,7 @@ from .papers import LAMBDA, YOUR_IMAGES, selfpatch_vits16_in1k
 
 
 def demo() -> Run:
-    """DINO + SelfPatch on procedural images: about two minutes on two CPU cores, no data, no download.
+    """DINO + SelfPatch on procedural images: two to three minutes on two CPU cores, no data, no download.
 
     Mild augmentation, Sinkhorn targets, BatchNorm in the heads and a high rate: a few hundred steps must show
     something. Not a recipe for photos.
