@@ -1,5 +1,6 @@
-// class_attention on the CPU. A task is one head of one image: what it reads fits the core's cache, what it writes nobody
-// else writes. So the backward may add to a patch's gradient state after state: the order is fixed whatever the threads.
+// class_attention on the CPU. A task is one head of one image: what it writes nobody else writes. So the backward may add to
+// a patch's gradient state after state: the order is fixed whatever the threads. A thread takes the heads of an image that
+// fall to it together, state by state, because that is how they lie in memory.
 // Three loops do all the work, forward and backward: products with the rows a state reads, mixtures of those rows, and
 // their transpose, which spreads a state's row over the patches it read.
 #include <algorithm>
@@ -18,16 +19,20 @@ namespace {
 
 constexpr int kTogether = 4;  // rows read at once, so that the state's own row is loaded once for them
 
-struct Rows {  // fp32 rows of one head
-  float* data;
-  int64_t stride;
-  float* row(int64_t i) const { return data + i * stride; }
+struct Heads {  // adjacent heads of one image, as many as one thread works on together
+  int64_t image, first, count;
 };
 
-// Which patches each state of one image reads; without an index, all of them.
+struct Rows {  // their fp32 rows
+  float* data;
+  int64_t stride, head_stride;
+  float* row(int64_t i, int64_t head) const { return data + i * stride + head * head_stride; }
+};
+
+// Which patches each state of one image reads, with how many heads; without an index, all of them.
 struct Reads {
   const int32_t* index;  // [states, slots] or null
-  int64_t states, slots, patches;
+  int64_t states, slots, patches, heads;
   // The patch in a slot, or -1.
   int64_t at(int64_t state, int64_t slot) const {
     if (slot >= slots) return -1;
@@ -35,31 +40,36 @@ struct Reads {
     const int64_t patch = index[state * slots + slot];
     return patch < patches ? std::max<int64_t>(patch, -1) : -1;
   }
-  int64_t columns() const { return 1 + slots; }  // of a table of weights: the state itself, then the slots
+  // Of a table of weights: a row per state and head; in it the state itself, then the slots.
+  int64_t columns() const { return 1 + slots; }
+  int64_t rows() const { return states * heads; }
+  int64_t size() const { return rows() * columns(); }
 };
 
 // The next rows that a state reads, from `slot` on. Where there is none, its own row takes the place.
 struct Together {
   const float* row[kTogether];
   int64_t patch[kTogether];
-  __attribute__((always_inline)) Together(const Reads& reads, int64_t state, int64_t slot, const Rows& others, const float* own) {
+  __attribute__((always_inline)) Together(const Reads& reads, int64_t state, int64_t head, int64_t slot, const Rows& others, const float* own) {
     for (int t = 0; t < kTogether; ++t) {
       patch[t] = reads.at(state, slot + t);
-      row[t] = patch[t] < 0 ? own : others.row(patch[t]);
+      row[t] = patch[t] < 0 ? own : others.row(patch[t], head);
     }
   }
 };
 
 // table[i, 0] = a_i . own_i, table[i, 1 + s] = a_i . others[patch in slot s], and `missing` where the slot has none.
 CLONES void multiply(const Reads& reads, Rows a, Rows own, Rows others, int64_t width, float scale, float missing, float* table) {
-  for (int64_t i = 0; i < reads.states; ++i) {
-    const float* __restrict x = a.row(i);
-    float* out = table + i * reads.columns();
+  for (int64_t row = 0; row < reads.rows(); ++row) {
+    const int64_t i = row / reads.heads, head = row % reads.heads;
+    const float* __restrict x = a.row(i, head);
+    const float* self = own.row(i, head);
+    float* out = table + row * reads.columns();
     float sum = 0;
-    for (int64_t d = 0; d < width; ++d) sum += x[d] * own.row(i)[d];
+    for (int64_t d = 0; d < width; ++d) sum += x[d] * self[d];
     out[0] = sum * scale;
     for (int64_t slot = 0; slot < reads.slots; slot += kTogether) {
-      const Together t(reads, i, slot, others, own.row(i));
+      const Together t(reads, i, head, slot, others, self);
       const float *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3];
       float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
       for (int64_t d = 0; d < width; ++d) {
@@ -77,13 +87,14 @@ CLONES void multiply(const Reads& reads, Rows a, Rows own, Rows others, int64_t 
 
 // out_i = table[i, 0] own_i + sum_s table[i, 1 + s] others[patch in slot s].
 CLONES void mix(const Reads& reads, const float* table, Rows own, Rows others, int64_t width, Rows out) {
-  for (int64_t i = 0; i < reads.states; ++i) {
-    const float* weight = table + i * reads.columns();
-    const float* self = own.row(i);
-    float* __restrict y = out.row(i);
+  for (int64_t row = 0; row < reads.rows(); ++row) {
+    const int64_t i = row / reads.heads, head = row % reads.heads;
+    const float* weight = table + row * reads.columns();
+    const float* self = own.row(i, head);
+    float* __restrict y = out.row(i, head);
     for (int64_t d = 0; d < width; ++d) y[d] = weight[0] * self[d];
     for (int64_t slot = 0; slot < reads.slots; slot += kTogether) {
-      const Together t(reads, i, slot, others, self);
+      const Together t(reads, i, head, slot, others, self);
       const float *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3];
       float w[kTogether];
       for (int j = 0; j < kTogether; ++j) w[j] = t.patch[j] < 0 ? 0.0f : weight[1 + slot + j];
@@ -94,101 +105,121 @@ CLONES void mix(const Reads& reads, const float* table, Rows own, Rows others, i
 
 // out[patch in slot s] += table[i, 1 + s] a_i, for every state that reads it, in the order of the states.
 CLONES void spread(const Reads& reads, const float* table, Rows a, int64_t width, Rows out) {
-  for (int64_t i = 0; i < reads.states; ++i)
+  for (int64_t row = 0; row < reads.rows(); ++row) {
+    const int64_t i = row / reads.heads, head = row % reads.heads;
+    const float* x = a.row(i, head);
     for (int64_t slot = 0; slot < reads.slots; ++slot) {
       const int64_t patch = reads.at(i, slot);
       if (patch < 0) continue;
-      const float weight = table[i * reads.columns() + 1 + slot];
-      const float* x = a.row(i);
-      float* __restrict y = out.row(patch);
+      const float weight = table[row * reads.columns() + 1 + slot];
+      float* __restrict y = out.row(patch, head);
       for (int64_t d = 0; d < width; ++d) y[d] += weight * x[d];
     }
+  }
 }
 
 // out_i = table[i, 0] a_i.
 CLONES void scale_rows(const Reads& reads, const float* table, Rows a, int64_t width, Rows out) {
-  for (int64_t i = 0; i < reads.states; ++i)
-    for (int64_t d = 0; d < width; ++d) out.row(i)[d] = table[i * reads.columns()] * a.row(i)[d];
+  for (int64_t row = 0; row < reads.rows(); ++row) {
+    const int64_t i = row / reads.heads, head = row % reads.heads;
+    const float* x = a.row(i, head);
+    float* __restrict y = out.row(i, head);
+    for (int64_t d = 0; d < width; ++d) y[d] = table[row * reads.columns()] * x[d];
+  }
 }
 
 CLONES void exponentials(float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = exp_inline(values[i]);
 }
 
-// Scores become weights, each row's log-sum-exp goes to lse[i * stride].
-void softmax(const Reads& reads, float* table, float* lse, int64_t stride) {
+// Where the log-sum-exps of adjacent heads lie.
+struct LogSums {
+  float* data;
+  int64_t all_heads;
+  float& at(const Reads& reads, int64_t row) const { return data[row / reads.heads * all_heads + row % reads.heads]; }
+};
+
+// Scores become weights.
+void softmax(const Reads& reads, float* table, LogSums lse) {
   const int64_t columns = reads.columns();
-  for (int64_t i = 0; i < reads.states; ++i) {
-    float* row = table + i * columns;
+  for (int64_t r = 0; r < reads.rows(); ++r) {
+    float* row = table + r * columns;
     const float largest = *std::max_element(row, row + columns);
-    lse[i * stride] = largest;
+    lse.at(reads, r) = largest;
     for (int64_t c = 0; c < columns; ++c) row[c] -= largest;
   }
-  exponentials(table, reads.states * columns);
-  for (int64_t i = 0; i < reads.states; ++i) {
-    float* row = table + i * columns;
+  exponentials(table, reads.size());
+  for (int64_t r = 0; r < reads.rows(); ++r) {
+    float* row = table + r * columns;
     float sum = 0;
     for (int64_t c = 0; c < columns; ++c) sum += row[c];
-    lse[i * stride] += std::log(sum);
+    lse.at(reads, r) += std::log(sum);
     for (int64_t c = 0; c < columns; ++c) row[c] /= sum;
   }
 }
 
 // Scores become the weights that the forward had.
-void softmax_again(const Reads& reads, float* table, const float* lse, int64_t stride) {
-  for (int64_t i = 0; i < reads.states; ++i)
-    for (int64_t c = 0; c < reads.columns(); ++c) table[i * reads.columns() + c] -= lse[i * stride];
-  exponentials(table, reads.states * reads.columns());
+void softmax_again(const Reads& reads, float* table, LogSums lse) {
+  for (int64_t r = 0; r < reads.rows(); ++r)
+    for (int64_t c = 0; c < reads.columns(); ++c) table[r * reads.columns() + c] -= lse.at(reads, r);
+  exponentials(table, reads.size());
 }
 
 // Gradients by the weights become gradients by the scores: weight (d - sum(weight d)) scale.
 void softmax_backward(const Reads& reads, const float* weights, float scale, float* d_table) {
   const int64_t columns = reads.columns();
-  for (int64_t i = 0; i < reads.states; ++i) {
-    const float* weight = weights + i * columns;
-    float* d = d_table + i * columns;
+  for (int64_t r = 0; r < reads.rows(); ++r) {
+    const float* weight = weights + r * columns;
+    float* d = d_table + r * columns;
     float mean = 0;
     for (int64_t c = 0; c < columns; ++c) mean += weight[c] * d[c];
     for (int64_t c = 0; c < columns; ++c) d[c] = weight[c] * (d[c] - mean) * scale;
   }
 }
 
-// A tensor [images, rows, heads, width] as fp32 rows of one head: in place if it is fp32, else through a buffer.
+// A tensor [images, rows, heads, width] as fp32 rows of adjacent heads: in place if it is fp32, else through a buffer.
 template <class T>
 class HeadRows {
  public:
   HeadRows(const Tensor& x)
       : data_(static_cast<T*>(x.data_ptr())), images_(x.size(0)), rows_(x.size(1)), width_(x.size(3)),
-        stride_{x.stride(0), x.stride(1), x.stride(2)} {
-    if constexpr (!std::is_same_v<T, float>) buffer_.resize(rows_ * width_);
-  }
+        stride_{x.stride(0), x.stride(1), x.stride(2)} {}
   // To read; a size of 1 stands for all.
-  Rows read(int64_t image, int64_t head) {
-    T* from = at(image, head);
-    if constexpr (std::is_same_v<T, float>) return {from, rows_ == 1 ? 0 : stride_[1]};
-    else {
-      for (int64_t i = 0; i < rows_; ++i) widen(from + i * stride_[1], buffer_.data() + i * width_, width_);
-      return {buffer_.data(), rows_ == 1 ? 0 : width_};
-    }
-  }
-  // To write; `finish` brings what was written home.
-  Rows write(int64_t image, int64_t head) {
-    if constexpr (std::is_same_v<T, float>) return {at(image, head), stride_[1]};
-    else return {buffer_.data(), width_};
-  }
-  Rows write_sums(int64_t image, int64_t head) {
-    const Rows rows = write(image, head);
-    for (int64_t i = 0; i < rows_; ++i) std::fill_n(rows.row(i), width_, 0.0f);
-    return rows;
-  }
-  void finish(int64_t image, int64_t head) {
+  Rows read(const Heads& heads) {
+    Rows rows = write(heads);
     if constexpr (!std::is_same_v<T, float>)
       for (int64_t i = 0; i < rows_; ++i)
-        for (int64_t d = 0; d < width_; ++d) at(image, head)[i * stride_[1] + d] = T(buffer_[i * width_ + d]);
+        for (int64_t h = 0; h < heads.count; ++h) widen(at(heads, i, h), rows.row(i, h), width_);
+    if (rows_ == 1) rows.stride = 0;
+    return rows;
+  }
+  // To write; `finish` brings what was written home.
+  Rows write(const Heads& heads) {
+    if constexpr (std::is_same_v<T, float>) return {at(heads, 0, 0), stride_[1], stride_[2]};
+    else {
+      buffer_.resize(rows_ * heads.count * width_);
+      return {buffer_.data(), heads.count * width_, width_};
+    }
+  }
+  Rows write_sums(const Heads& heads) {
+    const Rows rows = write(heads);
+    for (int64_t i = 0; i < rows_; ++i)
+      for (int64_t h = 0; h < heads.count; ++h) std::fill_n(rows.row(i, h), width_, 0.0f);
+    return rows;
+  }
+  void finish(const Heads& heads) {
+    if constexpr (!std::is_same_v<T, float>) {
+      const float* from = buffer_.data();
+      for (int64_t i = 0; i < rows_; ++i)
+        for (int64_t h = 0; h < heads.count; ++h, from += width_)
+          for (int64_t d = 0; d < width_; ++d) at(heads, i, h)[d] = T(from[d]);
+    }
   }
 
  private:
-  T* at(int64_t image, int64_t head) const { return data_ + (images_ == 1 ? 0 : image) * stride_[0] + head * stride_[2]; }
+  T* at(const Heads& heads, int64_t row, int64_t head) const {
+    return data_ + (images_ == 1 ? 0 : heads.image) * stride_[0] + row * stride_[1] + (heads.first + head) * stride_[2];
+  }
   T* data_;
   int64_t images_, rows_, width_;
   std::array<int64_t, 3> stride_;
@@ -209,12 +240,26 @@ struct Sizes {
                       "class_attention: expected [images, rows, heads, width] with dense rows; call the Python function");
   }
   float scale() const { return 1.0f / std::sqrt(float(width)); }
-  Reads reads(int64_t image) const { return {index ? index + image * states * slots : nullptr, states, slots, patches}; }
-  // Calls f(begin, end) over tasks; task / heads is the image, task % heads the head.
-  template <class F>
-  void parallel(F f) const { torch::stable::parallel_for(0, images * heads, 1, f); }
-  // The first of the state's numbers in a tensor [images, states, heads].
-  int64_t first(int64_t task) const { return task / heads * states * heads + task % heads; }
+  Reads reads(const Heads& at) const {
+    return {index ? index + at.image * states * slots : nullptr, states, slots, patches, at.count};
+  }
+  // In the state's numbers of a tensor [images, states, heads].
+  LogSums log_sums(const Tensor& lse, const Heads& at) const {
+    return {static_cast<float*>(lse.data_ptr()) + at.image * states * heads + at.first, heads};
+  }
+  // Calls prepare() once a thread, and what that returns with the heads of each of the thread's images.
+  template <class Prepare>
+  void parallel(Prepare prepare) const {
+    torch::stable::parallel_for(0, images * heads, 1, [&](int64_t begin, int64_t end) {
+      auto work = prepare();
+      for (int64_t task = begin; task < end;) {
+        const int64_t first = task % heads;
+        const Heads at{task / heads, first, std::min(heads - first, end - task)};
+        work(at);
+        task += at.count;
+      }
+    });
+  }
 };
 
 std::tuple<Tensor, Tensor> class_attention_fwd(
@@ -223,22 +268,20 @@ std::tuple<Tensor, Tensor> class_attention_fwd(
   const Sizes sizes(q, k_self, v_self, k_patches, index);
   Tensor out = torch::stable::new_empty(q, {sizes.images, sizes.states, sizes.heads, sizes.width});
   Tensor lse = torch::stable::new_empty(q, {sizes.images, sizes.states, sizes.heads}, ScalarType::Float);
-  auto* lse_ptr = static_cast<float*>(lse.data_ptr());
   with_float_type(q, "class_attention", [&](auto type) {
     using T = typename decltype(type)::type;
-    sizes.parallel([&](int64_t begin, int64_t end) {
-      HeadRows<T> queries(q), own_keys(k_self), own_values(v_self), keys(k_patches), values(v_patches), outputs(out);
-      std::vector<float> weights(sizes.states * (1 + sizes.slots));
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t image = task / sizes.heads, head = task % sizes.heads;
-        const Reads reads = sizes.reads(image);
-        multiply(reads, queries.read(image, head), own_keys.read(image, head), keys.read(image, head), sizes.width, sizes.scale(),
+    sizes.parallel([&] {
+      return [&, queries = HeadRows<T>(q), own_keys = HeadRows<T>(k_self), own_values = HeadRows<T>(v_self),
+              keys = HeadRows<T>(k_patches), values = HeadRows<T>(v_patches), outputs = HeadRows<T>(out),
+              weights = std::vector<float>()](const Heads& at) mutable {
+        const Reads reads = sizes.reads(at);
+        weights.resize(reads.size());
+        multiply(reads, queries.read(at), own_keys.read(at), keys.read(at), sizes.width, sizes.scale(),
                  -std::numeric_limits<float>::infinity(), weights.data());
-        softmax(reads, weights.data(), lse_ptr + sizes.first(task), sizes.heads);
-        mix(reads, weights.data(), own_values.read(image, head), values.read(image, head), sizes.width,
-            outputs.write(image, head));
-        outputs.finish(image, head);
-      }
+        softmax(reads, weights.data(), sizes.log_sums(lse, at));
+        mix(reads, weights.data(), own_values.read(at), values.read(at), sizes.width, outputs.write(at));
+        outputs.finish(at);
+      };
     });
   });
   return {out, lse};
@@ -258,9 +301,9 @@ struct GradientRows {
     if (x.scalar_type() == ScalarType::Float) wide.emplace(x);
     else narrow.emplace(x);
   }
-  Rows write(int64_t image, int64_t head) { return wide ? wide->write(image, head) : narrow->write(image, head); }
-  void finish(int64_t image, int64_t head) {
-    if (narrow) narrow->finish(image, head);
+  Rows write(const Heads& at) { return wide ? wide->write(at) : narrow->write(at); }
+  void finish(const Heads& at) {
+    if (narrow) narrow->finish(at);
   }
   std::optional<HeadRows<float>> wide;
   std::optional<HeadRows<T>> narrow;
@@ -274,31 +317,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> class_attention_bwd(
   Tensor dv_self = gradient_for_every_state(v_self, sizes);
   const std::vector<int64_t> shape{sizes.images, sizes.patches, sizes.heads, sizes.width};
   Tensor dk_patches = torch::stable::new_empty(q, shape), dv_patches = torch::stable::new_empty(q, shape);
-  const auto* lse_ptr = static_cast<const float*>(lse.data_ptr());
   with_float_type(q, "class_attention", [&](auto type) {
     using T = typename decltype(type)::type;
-    sizes.parallel([&](int64_t begin, int64_t end) {
-      HeadRows<T> upstream(grad), queries(q), own_keys(k_self), own_values(v_self), keys(k_patches), values(v_patches);
-      GradientRows<T> d_queries(dq), d_own_keys(dk_self), d_own_values(dv_self);
-      HeadRows<T> d_keys(dk_patches), d_values(dv_patches);
-      std::vector<float> weights(sizes.states * (1 + sizes.slots)), d_scores(weights.size());
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t image = task / sizes.heads, head = task % sizes.heads, width = sizes.width;
-        const Reads reads = sizes.reads(image);
-        const Rows g = upstream.read(image, head), own_query = queries.read(image, head), own_key = own_keys.read(image, head);
-        const Rows key = keys.read(image, head);
+    sizes.parallel([&] {
+      return [&, upstream = HeadRows<T>(grad), queries = HeadRows<T>(q), own_keys = HeadRows<T>(k_self),
+              own_values = HeadRows<T>(v_self), keys = HeadRows<T>(k_patches), values = HeadRows<T>(v_patches),
+              d_queries = GradientRows<T>(dq), d_own_keys = GradientRows<T>(dk_self), d_own_values = GradientRows<T>(dv_self),
+              d_keys = HeadRows<T>(dk_patches), d_values = HeadRows<T>(dv_patches), weights = std::vector<float>(),
+              d_scores = std::vector<float>()](const Heads& at) mutable {
+        const Reads reads = sizes.reads(at);
+        const int64_t width = sizes.width;
+        weights.resize(reads.size()), d_scores.resize(reads.size());
+        const Rows g = upstream.read(at), own_query = queries.read(at), own_key = own_keys.read(at), key = keys.read(at);
         multiply(reads, own_query, own_key, key, width, sizes.scale(), -std::numeric_limits<float>::infinity(), weights.data());
-        softmax_again(reads, weights.data(), lse_ptr + sizes.first(task), sizes.heads);
-        multiply(reads, g, own_values.read(image, head), values.read(image, head), width, 1.0f, 0.0f, d_scores.data());
+        softmax_again(reads, weights.data(), sizes.log_sums(lse, at));
+        multiply(reads, g, own_values.read(at), values.read(at), width, 1.0f, 0.0f, d_scores.data());
         softmax_backward(reads, weights.data(), sizes.scale(), d_scores.data());
-        mix(reads, d_scores.data(), own_key, key, width, d_queries.write(image, head));
-        scale_rows(reads, d_scores.data(), own_query, width, d_own_keys.write(image, head));
-        scale_rows(reads, weights.data(), g, width, d_own_values.write(image, head));
-        spread(reads, d_scores.data(), own_query, width, d_keys.write_sums(image, head));
-        spread(reads, weights.data(), g, width, d_values.write_sums(image, head));
-        for (auto* rows : {&d_queries, &d_own_keys, &d_own_values}) rows->finish(image, head);
-        for (auto* rows : {&d_keys, &d_values}) rows->finish(image, head);
-      }
+        mix(reads, d_scores.data(), own_key, key, width, d_queries.write(at));
+        scale_rows(reads, d_scores.data(), own_query, width, d_own_keys.write(at));
+        scale_rows(reads, weights.data(), g, width, d_own_values.write(at));
+        spread(reads, d_scores.data(), own_query, width, d_keys.write_sums(at));
+        spread(reads, weights.data(), g, width, d_values.write_sums(at));
+        for (auto* rows : {&d_queries, &d_own_keys, &d_own_values}) rows->finish(at);
+        for (auto* rows : {&d_keys, &d_values}) rows->finish(at);
+      };
     });
   });
   return {dq, dk_self, dv_self, dk_patches, dv_patches};
