@@ -115,9 +115,7 @@ class Update:
         if self.options.clip_mode == "global":
             norms = norms.square().sum().sqrt().expand_as(norms)
         scales = (self.options.clip / (norms + 1e-6)).clamp(max=1).unbind()
-        waits = self.mesh.device.type != "cpu"  # to be told a number; a CPU skips the gradients that keep their length
-        pairs = zip(self.pieces, scales, strict=True)
-        clipped = [(p.grad, scale) for p, scale in pairs if p.grad is not None and (waits or scale < 1)]
+        clipped = [(p.grad, scale) for p, scale in zip(self.pieces, scales, strict=True) if p.grad is not None]
         if clipped:
             torch._foreach_mul_(*(list(column) for column in zip(*clipped, strict=True)))
 
