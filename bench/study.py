@@ -12,7 +12,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -125,6 +125,9 @@ METHODS: dict[str, Callable[[Run], Run]] = {
     "host + SERE": _sere,
     "host + PQCL": _pqcl,
 }
+CONTROLS = {"host + SelfPatch": "host, class attention", "host + SERE": "host", "host + PQCL": "host"}
+GAINS = ("k20", "J&F")
+HEAD = ("method", "seeds", *MEASURES.values(), *(f"{MEASURES[name]} over control" for name in GAINS))
 
 
 def measure_study(
@@ -241,12 +244,11 @@ def _append(path: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def draw(rows: Path = RESULTS / "cpu.csv", out: Path = Path("bench/out")) -> None:
-    """Draw the study's table and plot from its CSV.
+def draw(rows: Path = RESULTS / "cpu.csv") -> None:
+    """Draw the study's table (.md) and plot (.png) beside its CSV.
 
     Args:
         rows: the CSV of `python -m bench study`.
-        out: where the table and the picture go.
     """
     measured = _rows(rows)
     if not measured:
@@ -258,40 +260,46 @@ def draw(rows: Path = RESULTS / "cpu.csv", out: Path = Path("bench/out")) -> Non
         for method in METHODS
         if method in latest
     }
-    out.mkdir(parents=True, exist_ok=True)
-    text = markdown(chosen, rows)
-    (out / f"study_{rows.stem}.md").write_text(text)
+    table, plot = rows.with_suffix(".md"), rows.with_suffix(".png")
+    table.write_text(markdown(chosen, rows))
     show(chosen)
-    picture(chosen, out / f"study_{rows.stem}.png")
-    print(f"table: {out / f'study_{rows.stem}.md'}\nplot: {out / f'study_{rows.stem}.png'}")
+    picture(chosen, plot)
+    print(f"table: {table}\nplot: {plot}")
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], sign: str = "-") -> str:
     """Mean and standard deviation in percent; the deviation of a single value is unknown."""
-    mean = f"{100 * statistics.mean(values):.1f}"
+    mean = f"{100 * statistics.mean(values):{sign}.1f}"
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean} (one seed)"
+
+
+def lines(cells: dict[str, list[dict]]) -> Iterator[tuple[str, ...]]:
+    """A line of the table per method. A gain is the mean of the differences seed by seed."""
+    for method, rows in cells.items():
+        values = [spread([float(row[name]) for row in rows]) for name in MEASURES]
+        control = {row["seed"]: row for row in cells.get(CONTROLS.get(method, ""), [])}
+        pairs = [(row, control[row["seed"]]) for row in rows if row["seed"] in control]
+        gains = [[float(row[name]) - float(other[name]) for row, other in pairs] for name in GAINS]
+        yield method, str(len(rows)), *values, *(spread(gain, "+") if gain else "" for gain in gains)
 
 
 def markdown(cells: dict[str, list[dict]], source: Path) -> str:
     first = next(iter(cells.values()))[0]
-    lines = [
+    text = [
         f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, {first['date']}"
-        f" ([`{source.name}`]({source.as_posix()})); {first['steps']} steps each; mean ± standard deviation over seeds, percent.",
+        f" ([`{source.name}`]({source.name})); {first['steps']} steps each; mean ± standard deviation over seeds, percent;"
+        " the control of SelfPatch is the host with class attention, that of SERE and PQCL the host.",
         "",
-        f"| method | seeds | {' | '.join(MEASURES.values())} | training, s |",
-        f"| --- | --- | {' | '.join('---' for _ in MEASURES)} | --- |",
     ]
-    for method, rows in cells.items():
-        values = (spread([float(row[name]) for row in rows]) for name in MEASURES)
-        seconds = statistics.median(float(row["train_seconds"]) for row in rows)
-        lines.append(f"| {method} | {len(rows)} | {' | '.join(values)} | {seconds:.0f} |")
-    return "\n".join(lines) + "\n"
+    text += ["| " + " | ".join(line) + " |" for line in (HEAD, ["---"] * len(HEAD), *lines(cells))]
+    return "\n".join(text) + "\n"
 
 
 def show(cells: dict[str, list[dict]]) -> None:
-    table = Table("method", "seeds", *MEASURES.values())
-    for method, rows in cells.items():
-        table.add_row(method, str(len(rows)), *(spread([float(row[name]) for row in rows]) for name in MEASURES))
+    kept = [name for name in HEAD if name not in ("seeds", "J", "F", MEASURES["k10"])]  # 80 columns
+    table = Table(*kept)
+    for line in lines(cells):
+        table.add_row(*(value for name, value in zip(HEAD, line, strict=True) if name in kept))
     Console().print(table)
 
 

@@ -46,12 +46,13 @@ def test_the_table_is_of_the_latest_whole_cells(tmp_path, capsys):
     assert study._done(path, "cpu", "host", 10, "now")
     assert not study._done(path, "cpu", "host", 12, "now")
     assert not study._done(path, "cpu", "host", 10, "later")
-    study.draw(path, tmp_path / "out")
-    text = (tmp_path / "out" / "study_cpu.md").read_text()
+    study.draw(path)
+    text = path.with_suffix(".md").read_text()
     assert "| host | 2 | 50.0 ± 0.0 | 30.0 ± 14.1 |" in text
     assert "| host + SERE | 1 | 50.0 (one seed) | 50.0 (one seed) |" in text
+    assert "| +30.0 (one seed) | +0.0 (one seed) |" in text, "against the host of the same seed"
     assert "256 steps" in text
-    assert (tmp_path / "out" / "study_cpu.png").stat().st_size > 5000
+    assert path.with_suffix(".png").stat().st_size > 5000
     with path.open() as file:
         assert len(list(csv.DictReader(file))) == 5
     with pytest.raises(SystemExit, match="nothing to draw"):
