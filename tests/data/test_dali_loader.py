@@ -135,6 +135,16 @@ def test_a_missing_file_is_replaced_by_the_same_sample_in_both(tmp_path):
     assert len(ours.ids) == 7
 
 
+@pytest.mark.parametrize("photometric", ["op", "dali"])
+def test_the_graph_for_a_gpu_can_be_put_together_without_one(photometric):
+    """DALI checks there that every operator exists for its device and takes arguments from where they are."""
+    from patchlight.data.dali_loader import crop_graph
+
+    policy = dino_policy(3, 48, 24)
+    graph = crop_graph(policy, list, photometric, batch_size=4, num_threads=1, device_id=0)
+    assert [output.device for output in graph._graph_out] == ["gpu"] * 5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_graph_runs_on_a_gpu(tmp_path):

@@ -20,7 +20,10 @@ def change_in_dali(crop: DataNode, looks: DataNode, policy: CropPolicy) -> DataN
     look = {name: looks[number] for number, name in enumerate(PHOTOMETRIC_COLUMNS)}
     mean_gray = fn.reductions.mean(fn.color_space_conversion(crop, image_type=types.RGB, output_type=types.GRAY))
     crop = fn.brightness_contrast(
-        crop, brightness=look["brightness"], contrast=look["contrast"], contrast_center=mean_gray
+        crop,
+        brightness=look["brightness"],
+        contrast=look["contrast"],
+        contrast_center=mean_gray.cpu(),  # where DALI wants arguments, on a GPU too
     )
     saturation = look["saturation"] * (look["gray"] == 0)  # no saturation is gray
     crop = fn.color_twist(crop, saturation=saturation, hue=360 * look["hue"])
