@@ -85,6 +85,14 @@ def test_shapes_and_types(build):
     assert views.ids.shape == (3,)
 
 
+def test_everything_is_on_the_loaders_device(build):
+    """torch's "meta" device stands for a GPU: it is no CPU."""
+    views = next(build(Pictures(10), POLICY, 3, workers=1, device=torch.device("meta")))
+    crops = (views.global_crops, views.local_crops)
+    tensors = [views.ids, *(getattr(c, name) for c in crops for name in ("pixels", "box", "flip"))]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
 @pytest.mark.parametrize("world", [2, 3, 6])
 def test_the_stream_does_not_depend_on_the_number_of_ranks(build, world):
     source = Pictures(31)

@@ -1,0 +1,83 @@
+"""A step keeps its tensors on its device. Shown on torch's "meta" device, which has shapes and no values, and is no CPU.
+
+On a machine without a GPU nothing else would tell a CPU tensor that has strayed into a step.
+"""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import torch
+import torch.optim
+from engine.tiny_run import DINO, IBOT, MOBY, MOCO, PQCL, SELFPATCH, SERE, NoiseLoader, Notebook, tiny_run
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from patchlight.engine import trainer
+from patchlight.engine.parallel import Mesh
+from patchlight.records import Views
+
+META = torch.device("meta")
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where tensors of two devices meet. Scalars may, as on a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+        devices = {tensor.device.type for tensor in tensors}
+        assert len(devices) < 2, f"{function} got tensors of {devices}: {[tuple(t.shape) for t in tensors]}"
+        return function(*args, **(kwargs or {}))
+
+
+class MetaLoader(NoiseLoader):
+    def __next__(self) -> Views:
+        return moved(super().__next__())
+
+
+def moved(record):
+    if isinstance(record, Tensor):
+        return record.to(META)
+    return (
+        replace(record, **{f.name: moved(getattr(record, f.name)) for f in fields(record)})
+        if is_dataclass(record)
+        else record
+    )
+
+
+@pytest.fixture
+def meta_trains(monkeypatch):
+    """What torch and we refuse on this device alone: its tensors have no addresses, and it has no autocast."""
+    autocast, enabled = torch.autocast, torch.is_autocast_enabled
+    monkeypatch.setattr(trainer, "check_teacher_student", lambda *_: None)
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, *a, **o: nullcontext() if kind == "meta" else autocast(kind, *a, **o)
+    )
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
+
+
+def test_the_guard_sees_a_stray():
+    with OneDevice(), pytest.raises(AssertionError, match="got tensors of"):
+        torch.ones(2, device=META) + torch.ones(2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
+@pytest.mark.parametrize(
+    "options",
+    [(DINO, SELFPATCH), (IBOT, PQCL), (MOCO, MOBY), (DINO, SERE)],
+    ids=["dino+selfpatch", "ibot+pqcl", "moco+moby", "dino+sere"],
+)
+def test_a_step_keeps_to_its_device(options, optimizer, tmp_path, meta_trains):
+    run = tiny_run(
+        tmp_path, options=options, optim={"name": optimizer}, parallel={"accumulate": 2}, model={"drop_path": 0.2}
+    )
+    mesh, notebook = Mesh(META), Notebook()
+    training = trainer.Trainer(run, mesh, MetaLoader(run, mesh), notebook)
+    with OneDevice():
+        training.step()
+        training.step()
+    strays = [name for name, term in notebook.steps[-1].items() if term.device != META]
+    assert not strays
