@@ -141,7 +141,7 @@ def test_the_graph_for_a_gpu_can_be_put_together_without_one(photometric):
     from patchlight.data.dali_loader import crop_graph
 
     policy = dino_policy(3, 48, 24)
-    graph = crop_graph(policy, lambda: [], photometric, batch_size=4, num_threads=1, device_id=0)
+    graph = crop_graph(policy, iter([]), photometric, batch_size=4, num_threads=1, device_id=0)
     assert [output.device for output in graph._graph_out] == ["gpu"] * 5
 
 
