@@ -136,6 +136,19 @@ def test_patches_have_a_temperature_of_their_own():
         assert objective.temperature.at(cases.clock_of(epoch)) == 0.04
 
 
+def test_masks_and_their_schedule_wait_for_their_epoch():
+    options = dataclasses.replace(SMALL, warmup_epochs=3, patch_start_epoch=2)
+    objective, *heads = build(options)
+    student, teacher = sides(*heads)
+    for epoch, temperature in enumerate([0.04, 0.04, 0.04, 0.055, 0.07, 0.07]):
+        clock = cases.clock_of(epoch)
+        assert objective.patch_temperature.at(clock) == pytest.approx(temperature)
+        cues = objective.cue(cases.views_of(BATCH), GRID, clock)
+        assert cues.mask.any() == (epoch >= 2)
+        assert (objective(student, teacher, cases.views_of(BATCH), clock)["ibot/patch"] > 0) == (epoch >= 2)
+        assert objective.temperature.at(clock) == pytest.approx([0.04, 0.055, 0.07][min(epoch, 2)])
+
+
 def test_shared_prototypes_are_one_module():
     shared, separate = (build(options)[1] for options in (SMALL, SEPARATE))
     assert shared.patch_prototypes is shared.prototypes

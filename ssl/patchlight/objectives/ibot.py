@@ -36,6 +36,8 @@ class IbotOptions:
         targets then never follow the student's patch prototypes; paper and published command share them throughout.
     patch_teacher_temperature and its warm-up: a schedule of its own, as released. In the paper and in the command it is
         that of the class token.
+    patch_start_epoch: until then nothing is masked, the patch term is 0 and its temperature waits (50 in the published
+        Swin command).
     patch_average: "image", as released: the mean over an image's masked patches, then over images, of which those
         without a mask count as 0. "sum", as the paper writes it: the sum over an image's masked patches.
     patch_center_over: whose teacher patches the patch center averages: "all" of the global crops, as released, or only
@@ -60,6 +62,7 @@ class IbotOptions:
     patch_center_momentum: float = 0.9
     patch_center_over: str = "all"
     patch_average: str = "image"
+    patch_start_epoch: int = 0
 
     def __post_init__(self) -> None:
         check_choice("IbotOptions.patch_center_over", self.patch_center_over, ("all", "masked"))
@@ -88,7 +91,11 @@ class Ibot(Objective):
             o.warmup_teacher_temperature, o.teacher_temperature, o.warmup_epochs, o.warmup_by
         )
         self.patch_temperature = TeacherTemperature(
-            o.warmup_patch_teacher_temperature, o.patch_teacher_temperature, o.warmup_epochs, o.warmup_by
+            o.warmup_patch_teacher_temperature,
+            o.patch_teacher_temperature,
+            o.warmup_epochs,
+            o.warmup_by,
+            o.patch_start_epoch,
         )
         self.target = build_target(o.target, o.prototypes, o.bottleneck, o.center_momentum)
         self.patch_target = build_target(
@@ -120,6 +127,8 @@ class Ibot(Objective):
         first = clock.images_seen + (self.batches * world + rank) * batch
         self.batches += 1
         self.mask, self.rows = self.masks(first, crops, batch, grid, pixels.device), rows
+        if clock.epoch < self.options.patch_start_epoch:
+            self.mask = torch.zeros_like(self.mask)  # all rows are padding: the shapes of a step stay
         return Cues(mask=self.mask)
 
     def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:

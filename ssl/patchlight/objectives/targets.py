@@ -22,13 +22,14 @@ class TeacherTemperature:
     """Linear from `warmup` to `final`, then constant: a pure function of the clock.
 
     by="epoch" is the released reading: one value per epoch, the first of `epochs` warm-up epochs at `warmup`, the last
-    already at `final`. by="step" draws the same line with one value per step.
+    already at `final`. by="step" draws the same line with one value per step. The line begins at epoch `start`.
     """
 
     warmup: float
     final: float
     epochs: int
     by: str = "epoch"
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.by not in ("epoch", "step"):
@@ -39,11 +40,12 @@ class TeacherTemperature:
             )
 
     def at(self, clock: Clock) -> float:
-        now, length = clock.epoch, self.epochs
+        now, length = clock.epoch - self.start, self.epochs
         if self.by == "step":
-            now, length = clock.step, self.epochs * clock.steps_per_epoch
+            now, length = clock.step - self.start * clock.steps_per_epoch, self.epochs * clock.steps_per_epoch
         if now >= length:
             return self.final
+        now = max(now, 0)
         return self.warmup + (self.final - self.warmup) * now / max(length - 1, 1)
 
 
