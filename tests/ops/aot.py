@@ -82,24 +82,42 @@ def compile_launch(jit: JITFunction, bound: dict, config: triton.Config, arch: i
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = resource_usage(compiled.asm["cubin"])
+    stack = usage["STACK"]  # spills show here, not under LOCAL
     return {
         "kernel": jit.__name__,
         "arch": arch,
         "config": str(config),
         "registers": usage["REG"],
-        "stack": usage["STACK"],  # spills show here, not under LOCAL
+        "stack": stack,
+        "spills_in_hot_loops": spills_in_hot_loops(compiled.asm["cubin"]) if stack else 0,
         "shared": compiled.metadata.shared,
         "tensor_cores": bool(re.search(r"mma\.sync|wgmma|tcgen05", compiled.asm["ptx"])),
     }
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
+    text = cuobjdump("-res-usage", cubin)
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def spills_in_hot_loops(cubin: bytes) -> int:
+    """How many instructions move registers to or from memory within a loop that has no loop in it."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", cuobjdump("-sass", cubin))
+    code = [(int(address, 16), text) for address, text in code]
+    jumps = [(address, re.match(r"BRA\S*\s+.*?(0x[0-9a-f]+)", text)) for address, text in code]
+    loops = [(int(jump[1], 16), address) for address, jump in jumps if jump and int(jump[1], 16) < address]
+    hot = [(b, e) for b, e in loops if not any((b, e) != (c, d) and b <= c and d <= e for c, d in loops)]
+    moves = [address for address, text in code if text.startswith(("STL", "LDL"))]
+    assert moves, "a stack and no instruction that uses it: the machine code reads differently now"
+    return sum(any(begin <= move <= end for begin, end in hot) for move in moves)
+
+
+def cuobjdump(what: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def launches_of(spec: OpSpec, case: Case, dtype: torch.dtype) -> list[tuple]:

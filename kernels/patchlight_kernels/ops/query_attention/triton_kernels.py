@@ -336,7 +336,7 @@ _one_tile_fwd = autotune(_configs((16, None, 4, 1), (32, None, 8, 1)), key=KEY)(
 _fwd = autotune(_configs((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)), key=KEY)(_fwd_kernel)
 _rows_bwd = autotune(_configs((64, 32, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)), key=KEY)(_rows_bwd_kernel)
 _keys_bwd = autotune(_configs((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2)), key=KEY)(_keys_bwd_kernel)
-_float32_fwd = autotune(_configs((32, 32, 4, 2), (32, 32, 8, 2)), key=KEY)(_fwd_kernel)
+_float32_fwd = autotune(_configs((32, 32, 8, 2), (16, 32, 4, 2)), key=KEY)(_fwd_kernel)
 _float32_rows_bwd = autotune(_configs((16, 32, 4, 2), (16, 16, 4, 2)), key=KEY)(_rows_bwd_kernel)
 _float32_keys_bwd = autotune(_configs((16, 16, 4, 2), (32, 16, 4, 2)), key=KEY)(_keys_bwd_kernel)
 

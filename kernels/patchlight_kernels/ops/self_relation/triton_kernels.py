@@ -138,7 +138,8 @@ def _score_kernel(
     if s == 0:
         at = (b * G + g) * N + offs_n
         tl.store(log2_teacher_ptr + at, teacher_highest + tl.log2(teacher_total), mask=mask_n)
-    loss = tl.sum(tl.where(mask_n, log2_sum - expected / teacher_total, 0.0), axis=0)
+    # As a row of a matrix: Triton 3.6 cannot sum a vector that comes from Blackwell's tensor memory.
+    loss = tl.sum(tl.where(mask_n, log2_sum - expected / teacher_total, 0.0)[None, :])
     weight = tl.load(weight_ptr + s * B + b)
     loss = tl.where(weight == 0, 0.0, loss * weight * (LN2 / (N * G)))
     tl.store(loss_ptr + sample * tl.num_programs(0) + tl.program_id(0), loss)
