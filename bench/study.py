@@ -11,7 +11,6 @@ import csv
 import hashlib
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from patchlight.run import Objectives, Optim, Parallel, Run, Schedule
 from .machine import PROVENANCE, provenance
 
 MEASURES = {"k10": "k-NN, k=10", "k20": "k-NN, k=20", "J&F": "J&F", "J_mean": "J", "F_mean": "F"}
-COLUMNS = ("size", "method", "seed", "steps", *MEASURES, "train_seconds", "settings", *PROVENANCE)
+COLUMNS = ("size", "method", "seed", "steps", *MEASURES, "settings", *PROVENANCE)
 RESULTS = Path("bench/results/study")
 
 
@@ -168,16 +167,8 @@ def measure_study(
                 print(f"skip: {method}, seed {seed}: finished, in {out}")
                 continue
             print(f"cell: {method}, seed {seed}: {run.output.folder}", flush=True)
-            began = time.perf_counter()
             train(run)
-            seconds = time.perf_counter() - began
-            row = {
-                "size": size,
-                "method": method,
-                "seed": seed,
-                "settings": settings,
-                "train_seconds": round(seconds, 1),
-            }
+            row = {"size": size, "method": method, "seed": seed, "settings": settings}
             device = "cuda" if torch.cuda.is_available() else "cpu"
             row |= _measure(run, scale, videos) | provenance(device).columns()
             _append(out, row)

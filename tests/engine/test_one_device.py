@@ -3,13 +3,12 @@
 On a machine without a GPU nothing else would tell a CPU tensor that has strayed into a step.
 """
 
-import sys
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
 
 import pytest
 import torch
-import torch.optim
 from engine.tiny_run import DINO, IBOT, MOBY, MOCO, PQCL, SELFPATCH, SERE, NoiseLoader, Notebook, tiny_run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,11 +39,9 @@ class MetaLoader(NoiseLoader):
 def moved(record):
     if isinstance(record, Tensor):
         return record.to(META)
-    return (
-        replace(record, **{f.name: moved(getattr(record, f.name)) for f in fields(record)})
-        if is_dataclass(record)
-        else record
-    )
+    if not is_dataclass(record):
+        return record
+    return replace(record, **{f.name: moved(getattr(record, f.name)) for f in fields(record)})
 
 
 @pytest.fixture
@@ -56,7 +53,7 @@ def meta_trains(monkeypatch):
         torch, "autocast", lambda kind, *a, **o: nullcontext() if kind == "meta" else autocast(kind, *a, **o)
     )
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
-    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
+    monkeypatch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None)
 
 
 def test_the_guard_sees_a_stray():

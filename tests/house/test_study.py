@@ -29,7 +29,7 @@ def test_cells_differ_in_what_is_studied_only():
 def row(method: str, seed: int, steps: int, k20: float, settings: str = "now") -> dict:
     scores = dict.fromkeys(study.MEASURES, 0.5) | {"k20": k20}
     facts = {"hardware": "H", "threads": 1, "torch": "t", "triton": "t", "commit": "c", "date": "d"}
-    cell = {"size": "cpu", "method": method, "seed": seed, "steps": steps, "train_seconds": 3.0, "settings": settings}
+    cell = {"size": "cpu", "method": method, "seed": seed, "steps": steps, "settings": settings}
     return cell | scores | facts
 
 

@@ -89,7 +89,7 @@ def compile_launch(jit: JITFunction, bound: dict, config: triton.Config, arch: i
         "config": str(config),
         "registers": usage["REG"],
         "stack": stack,
-        "spills_in_hot_loops": spills_in_hot_loops(compiled.asm["cubin"]) if stack else 0,
+        "spills_in_hot_loops": spills_in_hot_loops(cuobjdump("-sass", compiled.asm["cubin"])) if stack else 0,
         "shared": compiled.metadata.shared,
         "tensor_cores": bool(re.search(r"mma\.sync|wgmma|tcgen05", compiled.asm["ptx"])),
     }
@@ -100,13 +100,13 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
-def spills_in_hot_loops(cubin: bytes) -> int:
+def spills_in_hot_loops(sass: str) -> int:
     """How many instructions move registers to or from memory within a loop that has no loop in it."""
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", cuobjdump("-sass", cubin))
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", sass)
     code = [(int(address, 16), text) for address, text in code]
     jumps = [(address, re.match(r"BRA\S*\s+.*?(0x[0-9a-f]+)", text)) for address, text in code]
-    loops = [(int(jump[1], 16), address) for address, jump in jumps if jump and int(jump[1], 16) < address]
-    hot = [(b, e) for b, e in loops if not any((b, e) != (c, d) and b <= c and d <= e for c, d in loops)]
+    loops = {int(jump[1], 16): address for address, jump in jumps if jump and int(jump[1], 16) < address}  # last jump
+    hot = [(b, e) for b, e in loops.items() if not any(b < c and d < e for c, d in loops.items())]
     moves = [address for address, text in code if text.startswith(("STL", "LDL"))]
     assert moves, "a stack and no instruction that uses it: the machine code reads differently now"
     return sum(any(begin <= move <= end for begin, end in hot) for move in moves)

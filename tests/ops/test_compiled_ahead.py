@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import triton
+from ops.aot import spills_in_hot_loops
 from parity import ROOT
 
 from patchlight_kernels import extension, registry
@@ -37,6 +38,27 @@ def test_triton_kernels_compile_without_spills(name):
         assert row["stack"] <= PARKED, f"{what}: {row['stack']} bytes of stack at {row['registers']} registers"
         assert row["spills_in_hot_loops"] == 0, f"{what}: an innermost loop moves registers to memory and back"
         assert row["shared"] <= SHARED_LIMIT[row["arch"]], f"{what}: {row['shared']} bytes of shared memory"
+
+
+NESTED_LOOPS = """
+        /*0000*/                   STL [R1], R2 ;            /* 0x0000000201007387 */
+        /*0010*/                   MOV R3, R4 ;              /* 0x0000000400037202 */
+        /*0020*/                   {outer} ;                 /* 0x0000000000007918 */
+        /*0030*/                   FFMA R5, R5, R6, R7 ;     /* 0x0000000605057223 */
+        /*0040*/              @!P1 BRA 0x30 ;                /* 0xfffffff000009947 */
+        /*0050*/                   {inner} ;                 /* 0x0000000000007918 */
+        /*0060*/               @P0 BRA 0x30 ;                /* 0xffffffd000000947 */
+        /*0070*/                   BRA.U !UP0, 0x10 ;        /* 0xffffffb008007547 */
+        /*0080*/                   BRA 0x80;                 /* 0xfffffffc00fc7947 */
+"""
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "spills"), [("NOP", "NOP", 0), ("LDL R8, [R1]", "NOP", 0), ("NOP", "LDL.LU R8, [R1]", 1)]
+)
+def test_spills_are_told_from_values_set_aside(outer, inner, spills):
+    """The inner loop has two branches back; what lies between its begin and the last of them counts."""
+    assert spills_in_hot_loops(NESTED_LOOPS.format(outer=outer, inner=inner)) == spills
 
 
 @pytest.mark.timeout(600)
