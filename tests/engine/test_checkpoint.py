@@ -297,12 +297,14 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
         tiny_trainer(run).fit()
 
 
-def test_resume_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys):
-    run = resumed(tiny_run(tmp_path))
-    trainer = tiny_trainer(run)
+def test_resume_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys, monkeypatch):
+    """On one line, however narrow the console and long the folder's name, brackets included."""
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = tmp_path / "a run whose folder [has] a long name that no console of forty columns has room for"
+    trainer = tiny_trainer(resumed(tiny_run(folder)))
     trainer.begin()
     assert trainer.clock.step == 0
-    assert "starting anew" in capsys.readouterr().out
+    assert f"Nothing to resume in {folder}: starting anew.\n" in capsys.readouterr().out
 
 
 def test_a_finished_run_says_so(tmp_path, capsys):

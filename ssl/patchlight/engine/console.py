@@ -11,6 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 
+def print_sentence(sentence: str, console: Console | None = None, style: str = "") -> None:
+    """A sentence on one line, however narrow the terminal and however long the names in it: so a log can be searched."""
+    (console or Console()).print(Text(sentence, style=style), soft_wrap=True)
+
+
 class Display:
     """Shows log lines. On a terminal a progress bar stays below them; it is redrawn with each line only."""
 
@@ -34,8 +39,7 @@ class Display:
     def warn(self, sentence: str) -> None:
         """Something is wrong."""
         console = self.progress.console if self.progress else self.console
-        text = Text(f"warning: {sentence}", style="bold yellow")
-        console.print(text, soft_wrap=not self.console.is_terminal)
+        print_sentence(f"warning: {sentence}", console, style="bold yellow")
 
     def close(self) -> None:
         """Takes the bar off the terminal's hands."""

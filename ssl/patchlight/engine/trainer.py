@@ -32,6 +32,7 @@ from .checkpoint import (
     stored_tensors,
     timm_weights,
 )
+from .console import print_sentence
 from .init_from import init_from
 from .metrics import build_metrics
 from .optim import StepState, Update
@@ -356,7 +357,7 @@ class Trainer:
 
     def say(self, sentence: str | Table) -> None:
         if self.mesh.rank == 0:
-            Console().print(sentence)
+            print_sentence(sentence) if isinstance(sentence, str) else Console().print(sentence)
 
 
 def build_loader(run: Run, mesh: Mesh) -> Loader:

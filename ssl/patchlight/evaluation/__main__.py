@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 from PIL import Image
-from rich.console import Console
 
 from ..data.procedural_video import write_davis
+from ..engine.console import print_sentence
 from ..engine.environment import describe_environment
 from ..engine.report import write_report
 from .checkpoints import home, open_checkpoint
@@ -47,7 +47,7 @@ class Subject:
         encoder = open_checkpoint(self.checkpoint, self.heads).to(here.device)
         if here.rank == 0:
             for note in encoder.notes:
-                Console().print(f"note: {note}", soft_wrap=True, markup=False)
+                print_sentence(f"note: {note}")
         return encoder
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .checkpoints import home
 from .encoder import Encoder
@@ -84,14 +85,13 @@ def show_result(result: Result, console: Console | None = None) -> None:
         table.add_row(f"{row.method}, {row.backbone}{epochs} ({row.source})", *values)
     console.print(table)
     rest = ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if name not in names)
-    if rest:
-        console.print(f"also: {rest}", soft_wrap=True, highlight=False)
+    lines = [Text(f"also: {rest}")] if rest else []
     if not rows:
-        console.print(f"No published number is known for {result.task} on {result.data}.")
+        lines.append(Text(f"No published number is known for {result.task} on {result.data}."))
     elif result.changed:
         text = ", ".join(f"{name} {used} instead of {frozen}" for name, (frozen, used) in result.changed.items())
-        console.print(f"[yellow]Not comparable with the published numbers:[/yellow] {text}", soft_wrap=True)
-    for note in result.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
-    for part, reason in result.failed.items():
-        console.print(f"failed: {part}: {reason}", soft_wrap=True, markup=False, style="bold red")
+        lines.append(Text.assemble(("Not comparable with the published numbers: ", "yellow"), text))
+    lines += [Text(f"note: {note}") for note in result.notes]
+    lines += [Text(f"failed: {part}: {reason}", "bold red") for part, reason in result.failed.items()]
+    for line in lines:
+        console.print(line, soft_wrap=True)  # a sentence stays on one line, so that a log can be searched
