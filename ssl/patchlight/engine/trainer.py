@@ -41,6 +41,7 @@ from .precision import autocast, build_scaler
 from .run_folder import REPORT_FILE, RUN_FILE, write_whole
 from .schedules import cosine
 from .sentinels import Diagnosis, Sentinels, TrainingError, spread
+from .threads import considerate_threads
 
 
 class Loader(Protocol):
@@ -84,7 +85,8 @@ def train(run: Run) -> None:
         if run.output.look_every != 0:
             trainer.probe = build_probe(run, trainer)
         try:
-            trainer.fit()
+            with considerate_threads(trainer.say):
+                trainer.fit()
         finally:
             trainer.loader.close()
         trainer.say(

@@ -14,6 +14,7 @@ from ..data.procedural_video import write_davis
 from ..engine.console import print_sentence
 from ..engine.environment import describe_environment
 from ..engine.report import write_report
+from ..engine.threads import considerate_threads
 from .checkpoints import home, open_checkpoint
 from .davis import DavisFolder, DavisProtocol, evaluate_davis
 from .encoder import Encoder
@@ -312,7 +313,8 @@ COMMANDS = {one.__name__: one for one in (knn, linear, finetune, semi, davis, se
 
 def main() -> None:
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m patchlight.evaluation")
+        with considerate_threads(print_sentence):
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m patchlight.evaluation")
     except (ValueError, OSError) as error:
         if os.environ.get("PATCHLIGHT_TRACEBACK") == "1":
             raise

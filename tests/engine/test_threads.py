@@ -1,0 +1,75 @@
+"""Waiting threads: who watches the processors, and what it does when others want them."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from patchlight.engine import threads
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.set_num_threads(2)  # the fixture of all tests sets it back
+
+
+def names() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
+def soon(condition) -> bool:
+    """Whether it comes true within a minute."""
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_second_team_is_there_while_others_want_the_processors(two_threads, monkeypatch):
+    if not threads.threads_spin():
+        pytest.skip("this torch has another OpenMP than libgomp, or the system tells no queueing time")
+    queued, rate, said = [0.0], [0.0], []
+
+    def reading() -> float:
+        queued[0] += rate[0]
+        return queued[0]
+
+    monkeypatch.setattr(threads, "queued_seconds", reading)
+    monkeypatch.setattr(threads, "CHECK_SECONDS", 0.01)
+    with threads.considerate_threads(said.append):
+        assert "patchlight processors" in names()
+        assert "patchlight team" not in names()
+        for _ in range(2):
+            rate[0] = 0.008
+            assert soon(lambda: "patchlight team" in names())
+            rate[0] = 0.0
+            assert soon(lambda: "patchlight team" not in names())
+    assert len(said) == 1, "said the first time only"
+    assert "sleep instead of spinning" in said[0]
+    assert "patchlight processors" not in names()
+
+
+def test_nothing_is_watched_where_nothing_spins(two_threads, monkeypatch):
+    def watched() -> bool:
+        with threads.considerate_threads(lambda sentence: None):
+            return "patchlight processors" in names()
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert not watched(), "the user has chosen"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    torch.set_num_threads(1)
+    assert not watched(), "nobody waits"
+    torch.set_num_threads(2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not watched(), "the threads only launch"
+
+
+def test_queueing_time_grows():
+    if not threads.TASKS.exists():
+        pytest.skip("this system tells no queueing time")
+    first = threads.queued_seconds()
+    assert threads.queued_seconds() >= first >= 0
