@@ -12,19 +12,20 @@ from safetensors.torch import save_file
 from patchlight.data.procedural import ProceduralSource
 from patchlight.evaluation.checkpoints import home, open_checkpoint
 from patchlight.evaluation.features import Reading, encode
-from patchlight.evaluation.knn import KnnProtocol, evaluate_knn
+from patchlight.evaluation.knn import KnnProtocol, accuracies, evaluate_knn, nearest_training_images
 from patchlight.evaluation.labelled import open_labelled
 from patchlight.evaluation.ranks import Ranks, ranks
 from patchlight.records import Crops, Views
 
 CPU = Ranks(torch.device("cpu"))
+KS = (1, 9)
 SIZES = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
 
 
-def timm_vit():
+def timm_vit(std: float = 0.1):
     vit = timm.models.vision_transformer.VisionTransformer(**SIZES).eval()
     for parameter in vit.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=std)
     return vit
 
 
@@ -126,17 +127,39 @@ def test_what_is_no_backbone_is_named(tmp_path):
         open_checkpoint(str(tmp_path))
 
 
-def knn_on_a_rank(path: str) -> dict[str, float]:
+def knn_on_a_rank(path: str) -> tuple[np.ndarray, np.ndarray, dict[int, float]]:
+    """Similarities and labels of the nearest, and accuracies; as arrays, which travel between processes."""
     with ranks("cpu") as mine:
-        protocol, reading = KnnProtocol(k=(1, 9)), Reading(8, workers=0)
-        return evaluate_knn(open_checkpoint(path, heads=2), open_labelled("procedural", 45), protocol, mine, reading)
+        data = open_labelled("procedural", 45)
+        nearest = nearest_training_images(open_checkpoint(path, heads=2), data, 10, mine, Reading(8, workers=0))
+        found = accuracies(nearest, torch.from_numpy(data.test.labels), KS, KnnProtocol.temperature, data.classes)
+        return nearest.similarity.numpy(), nearest.label.numpy(), found
 
 
 def test_two_ranks_find_the_neighbors_that_one_finds(tmp_path):
-    torch.save(timm_vit().state_dict(), tmp_path / "vit.pth")
-    alone = knn_on_a_rank(str(tmp_path / "vit.pth"))
-    assert len(set(alone.values())) == 2
-    assert on_processes(2, knn_on_a_rank, str(tmp_path / "vit.pth")) == [alone, alone]
+    """Which of two equally similar images is the neighbor, rounding decides: similarities agree, and labels where it cannot.
+
+    An image's features depend on the batch that it is in by rounding, and ranks make other batches.
+    """
+    torch.save(timm_vit(std=0.6).state_dict(), tmp_path / "vit.pth")  # so that images differ by far more than rounding
+    similarity, label, accuracy = knn_on_a_rank(str(tmp_path / "vit.pth"))
+    assert len(set(accuracy.values())) == 2
+    given = open_checkpoint(str(tmp_path / "vit.pth"), heads=2), open_labelled("procedural", 45), KnnProtocol(k=KS)
+    assert evaluate_knn(*given, CPU, Reading(8, workers=0)) == {f"k{k}": value for k, value in accuracy.items()}
+    rounding = 3e-6
+    clear = np.ones_like(label, dtype=bool)  # nobody else is as similar
+    closer = similarity[:, :-1] - similarity[:, 1:] > 2 * rounding
+    clear[:, 1:] &= closer
+    clear[:, :-1] &= closer
+    clear[:, -1] = False  # the next one is not known
+    assert clear.mean() > 0.8, "too few neighbors can be told from the next"
+    on_ranks = on_processes(2, knn_on_a_rank, str(tmp_path / "vit.pth"))
+    unsure = (~clear[:, :9]).any(axis=1).mean()
+    for found, names, shares in on_ranks:
+        assert abs(found - similarity).max() <= rounding
+        assert np.array_equal(names[clear], label[clear])
+        assert shares == on_ranks[0][2], "all ranks say the same"
+        assert all(abs(shares[k] - accuracy[k]) <= unsure for k in KS)
 
 
 def encoded_on_a_rank(path: str) -> np.ndarray:

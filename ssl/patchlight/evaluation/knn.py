@@ -108,17 +108,26 @@ class NearestNeighbors:
 def evaluate_knn(
     encoder: Encoder, data: Labelled, protocol: KnnProtocol, ranks: Ranks, reading: Reading
 ) -> dict[str, float]:
-    """Accuracies by "k<number>". The training images' features are never kept: each batch is compared and forgotten.
-
-    Every rank compares all queries with its share of the training images; then the ranks merge what they found.
-    """
+    """Accuracies by "k<number>"."""
     ks = [k for k in protocol.k if k <= len(data.train)]
     if not ks:
         raise ValueError(f"k must not exceed the number of training images, got {protocol.k} for {len(data.train)}.")
-    size = protocol.size or encoder.eyes.image_size
+    nearest = nearest_training_images(encoder, data, max(ks), ranks, reading, protocol.size)
+    found = accuracies(nearest, torch.from_numpy(data.test.labels), ks, protocol.temperature, data.classes)
+    return {f"k{k}": accuracy for k, accuracy in found.items()}
+
+
+def nearest_training_images(
+    encoder: Encoder, data: Labelled, k: int, ranks: Ranks, reading: Reading, size: int | None = None
+) -> Neighbors:
+    """Of each test image. The training images' features are never kept: each batch is compared and forgotten.
+
+    Every rank compares all test images with its share of the training images; then the ranks merge what they found.
+    """
+    size = size or encoder.eyes.image_size
     sizes = shown(size, data.whole), size
     queries = encode(encoder, data.test, ranks, reading, *sizes, title="test images").to(ranks.device)
-    nearest, labels = NearestNeighbors(queries, max(ks)), torch.from_numpy(data.train.labels)
+    nearest, labels = NearestNeighbors(queries, k), torch.from_numpy(data.train.labels)
     pieces, waiting = [], 0
     for summary, numbers in encode_batches(encoder, data.train, ranks, reading, *sizes, title="training images"):
         pieces.append((summary, labels[numbers]))
@@ -130,8 +139,7 @@ def evaluate_knn(
         nearest.add(*(torch.cat(column) for column in zip(*pieces, strict=True)))
     mine = Neighbors(nearest.similarity.cpu(), nearest.label.cpu())
     nearest.merge(other for rank, other in enumerate(ranks.gather(mine)) if rank != ranks.rank)
-    found = accuracies(nearest.result(), torch.from_numpy(data.test.labels), ks, protocol.temperature, data.classes)
-    return {f"k{k}": accuracy for k, accuracy in found.items()}
+    return nearest.result()
 
 
 def vote(neighbors: Neighbors, k: int, temperature: float, classes: int) -> Tensor:
