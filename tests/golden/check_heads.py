@@ -1,9 +1,10 @@
 """Projection heads and the class-attention summary against the recorded DINO, iBOT and SelfPatch ones."""
 
 import torch
-from harness import Case, check
+from harness import IN_A_HEAD, IN_A_SUMMARY, Case, check, linear_layers, not_offered, renamed, summary_depth
+from rounding import ZeroOnPaper
 
-from patchlight.heads.projection import ProjectionHead
+from patchlight.heads.projection import ACTIVATIONS, ProjectionHead
 from patchlight.heads.prototypes import Prototypes
 from patchlight.heads.summary import ClassAttentionBlock, ClassAttentionSummary
 from patchlight.objectives.interface import NeighborRule
@@ -11,91 +12,94 @@ from patchlight.records import Tokens
 from patchlight_kernels import class_attention, force
 
 FORWARD, GRADIENT = 1e-5, 2e-5
-NOISE = 1e-5  # for gradients that are zero on paper and rounding noise when recorded
-OUR_NAMES = {"last_layer.": "prototypes.", "last_layer2.": "own_patch_prototypes."}
+IN_A_BLOCK = {r"attn\.": ""}
+HIDDEN_NORMS = {None: None, "ln": "layer", "bn": "batch", "syncbn": "batch"}
 
 
-def renamed(weights: dict, names: dict[str, str]) -> dict:
-    """The same tensors with the first matching prefix replaced."""
-    result = {}
-    for name, value in weights.items():
-        prefix = next((old for old in names if name.startswith(old)), "")
-        result[names.get(prefix, "") + name[len(prefix) :]] = value
-    return result
+def close_gradients(
+    case: Case, module: torch.nn.Module, names: dict[str, str], zero: ZeroOnPaper, group: str = "grad.weight."
+) -> None:
+    """Every recorded gradient of a group against ours, none more and none less; clears ours.
 
-
-def close_gradients(case: Case, module: torch.nn.Module, names: dict[str, str], group: str = "grad.weight.") -> None:
-    """Every recorded gradient of a group against ours, none more and none less; clears ours."""
-    theirs = {name: group + recorded for recorded in case.under(group) for name in renamed({recorded: None}, names)}
+    What is zero on paper, as the gradient of a key's bias is, is held to the rounding of its sums alone.
+    """
+    theirs = {ours: recorded for recorded in case.under(group) for ours in renamed({recorded: None}, names)}
     ours = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
     assert set(ours) == set(theirs), f"{case.name}: {set(ours) ^ set(theirs)}"
     for name, gradient in ours.items():
-        case.close(theirs[name], gradient, rel=GRADIENT, floor=NOISE if is_zero_on_paper(name, module) else 0.0)
+        case.close(group + theirs[name], gradient, rel=0.0 if name in zero else GRADIENT, floor=zero.get(name, 0.0))
+    zero.forget_gradients()
     module.zero_grad()
 
 
-def is_zero_on_paper(name: str, module: torch.nn.Module) -> bool:
-    """A key's bias shifts all scores alike; a bias in front of a batch norm is subtracted with the mean."""
-    has_batch_norm = any(isinstance(child, torch.nn.BatchNorm1d) for child in module.modules())
-    return name.endswith("k.bias") or (has_batch_norm and name in ("mlp.0.bias", "mlp.3.bias"))
-
-
-def recorded_head(case: Case, hidden_norm: str | None = None, separate: bool = False) -> ProjectionHead:
-    config = case.config
+def recorded_head(case: Case, hidden_norm: str | None) -> ProjectionHead:
+    case.only(last_norm=None, normalize_eps=1e-12, bn_eps=1e-5, bn_momentum=0.1)
+    config, weights = case.config, case.under("weight.")
     width, train_norm = config["bottleneck_dim"], not config["norm_last_layer"]
+    if not width:
+        not_offered("a head without a bottleneck")
+    if (activation := config.get("act", "gelu")) not in ACTIVATIONS:
+        not_offered(f"the activation {activation} in a head")
+    separate = not config.get("shared_head", True)
     head = ProjectionHead(
         config["in_dim"],
         bottleneck=width,
         hidden=config["hidden_dim"],
-        layers=config["nlayers"],
+        layers=linear_layers(weights, "mlp."),
         prototypes=Prototypes(width, config["out_dim"], train_norm),
         patch_prototypes=Prototypes(width, config["patch_out_dim"], train_norm) if separate else None,
         hidden_norm=hidden_norm,
+        activation=activation,
     )
-    head.load_state_dict(renamed(case.under("weight."), OUR_NAMES), strict=True)
+    assert (head.patch_prototypes is head.prototypes) == (not separate)
+    head.load_state_dict(renamed(weights, IN_A_HEAD), strict=True)
     return head
 
 
 @check("dino_head")
 def dino_head(case: Case) -> None:
-    head = recorded_head(case, "batch" if case.config["use_bn"] else None)
-    x = case["input.x"].requires_grad_()
+    head = recorded_head(case, "batch" if case.config.get("use_bn") else None)
+    zero, x = ZeroOnPaper(head), case["input.x"].requires_grad_()
     logits = head.prototypes.logits(head(x))
     case.close("output.logits", logits, rel=FORWARD)
     for name, buffer in head.named_buffers():
-        case.close(f"output.buffer_after.{name}", buffer, rel=FORWARD)
+        case.close(f"output.buffer_after.{name}", buffer, rel=FORWARD, floor=zero.get(name, 0.0))
     logits.backward(case["input.grad_output"])
     case.close("grad.input.x", x.grad, rel=GRADIENT)
-    close_gradients(case, head, OUR_NAMES)
+    close_gradients(case, head, IN_A_HEAD, zero)
 
 
 @check("ibot_head")
 def ibot_head(case: Case) -> None:
-    separate = not case.config["shared_head"]
-    head = recorded_head(case, {None: None, "ln": "layer"}[case.config["norm"]], separate)
-    assert (head.patch_prototypes is head.prototypes) == (not separate)
-    tokens = case["input.tokens"].requires_grad_()
+    norm, layers = case.config.get("norm"), linear_layers(case.under("weight."), "mlp.")
+    if norm not in HIDDEN_NORMS:
+        not_offered(f"the norm {norm} in a head")
+    if HIDDEN_NORMS[norm] == "batch" and layers > 2:
+        not_offered("a BatchNorm that several hidden layers share")
+    head = recorded_head(case, HIDDEN_NORMS[norm])
+    zero, tokens = ZeroOnPaper(head), case["input.tokens"].requires_grad_()
     z = head(tokens)
     cls, patch = head.prototypes.logits(z[:, 0]), head.patch_prototypes.logits(z[:, 1:])
     case.close("output.cls", cls, rel=FORWARD)
     case.close("output.patch", patch, rel=FORWARD)
     torch.autograd.backward([cls, patch], [case["input.grad_output.cls"], case["input.grad_output.patch"]])
     case.close("grad.input.tokens", tokens.grad, rel=GRADIENT)
-    close_gradients(case, head, OUR_NAMES)
+    close_gradients(case, head, IN_A_HEAD, zero)
     if "input.local_cls" in case:
         local = case["input.local_cls"].requires_grad_()
         logits = head.prototypes.logits(head(local))
         case.close("output.local_cls", logits, rel=FORWARD)
         logits.backward(case["input.grad_output.local_cls"])
         case.close("grad.input.local_cls", local.grad, rel=GRADIENT)
-        close_gradients(case, head, OUR_NAMES, "grad_local.weight.")
+        close_gradients(case, head, IN_A_HEAD, zero, "grad_local.weight.")
 
 
 @check("selfpatch_ca_block")
 def class_attention_block(case: Case) -> None:
-    names = {"attn.": ""}
+    case.only(qkv_bias=True, layernorm_eps=1e-6, gelu="erf")
     block = ClassAttentionBlock(case.config["dim"], case.config["num_heads"], case.config["mlp_ratio"])
-    block.load_state_dict(renamed(case.under("weight."), names), strict=True)
+    block.load_state_dict(renamed(case.under("weight."), IN_A_BLOCK), strict=True)
+    zero = ZeroOnPaper(block)
     cls, patches = case["input.cls"].requires_grad_(), case["input.patches"].requires_grad_()
     out, nothing = block(patches, cls)
     assert nothing is None
@@ -103,8 +107,9 @@ def class_attention_block(case: Case) -> None:
     out.backward(case["input.grad_output"])
     case.close("grad.input.cls", cls.grad, rel=GRADIENT)
     case.close("grad.input.patches", patches.grad, rel=GRADIENT)
-    close_gradients(case, block, names)
-    case.close("output.attention", attention_of(block, cls, patches), rel=FORWARD)
+    close_gradients(case, block, IN_A_BLOCK, zero)
+    if "output.attention" in case:
+        case.close("output.attention", attention_of(block, cls, patches), rel=FORWARD)
 
 
 @torch.no_grad()
@@ -118,22 +123,31 @@ def attention_of(block: ClassAttentionBlock, cls: torch.Tensor, patches: torch.T
     return torch.cat(columns, dim=-1)[..., :keys].transpose(1, 2)
 
 
+def recorded_summary(case: Case, weights: dict[str, torch.Tensor]) -> ClassAttentionSummary:
+    """As many blocks as there are weights for."""
+    case.only(qkv_bias=True, layernorm_eps=1e-6)
+    config = case.config
+    head = ClassAttentionSummary(config["dim"], config["num_heads"], summary_depth(weights), config["mlp_ratio"])
+    head.load_state_dict(renamed(weights, IN_A_SUMMARY), strict=True)
+    return head
+
+
 @check("selfpatch_head_loc")
 def aggregation_head(case: Case) -> None:
-    names = {f"cls_blocks.{number}.attn.": f"blocks.{number}." for number in (0, 1)} | {"cls_blocks.": "blocks."}
-    config = case.config
-    head = ClassAttentionSummary(config["dim"], config["num_heads"], mlp_ratio=config["mlp_ratio"])
-    head.load_state_dict(renamed(case.under("weight."), names), strict=True)
+    config, head = case.config, recorded_summary(case, case.under("weight."))
+    zero = ZeroOnPaper(head)
     for k in config["k"] or [None]:
         suffix = "" if k is None else f".k{k}"
+        rule = None if k is None else NeighborRule(radius=config.get("window", 3) // 2, k=k)
         patches = case["input.patches"].clone().requires_grad_()
         with force(neighbor_topk="reference"):  # the op has its own cases
-            result = head(Tokens(None, patches, (config["grid"],) * 2), None if k is None else NeighborRule(k=k))
+            result = head(Tokens(None, patches, (config["grid"],) * 2), rule)
         normalised = result.patches if k is None else result.aggregated
         tokens = torch.cat([result.summary[:, None], normalised], dim=1)
         case.close(f"output.tokens{suffix}", tokens, rel=FORWARD)
         tokens.backward(case["input.grad_output"])
         case.close(f"grad.input.patches{suffix}", patches.grad, rel=GRADIENT)
-        if k in (None, 1, 4):  # the others were not recorded
-            close_gradients(case, head, names, f"grad.weight{suffix}.")
+        if case.under(f"grad.weight{suffix}."):  # not recorded for every k
+            close_gradients(case, head, IN_A_SUMMARY, zero, f"grad.weight{suffix}.")
         head.zero_grad()
+        zero.forget_gradients()

@@ -12,8 +12,10 @@ from patchlight_kernels.ops.neighbor_topk.reference import neighborhood
 def tables(case: Case) -> None:
     assert case.under("output.neighbours.")
     for key, table in case.under("output.neighbours.").items():
-        height, width = (int(size) for size in key.split(".")[0].split("x"))
-        assert torch.equal(neighborhood(height, width, 1, True), table.long()), key
+        size, _, window = key.partition(".window")
+        height, width = (int(side) for side in size.split("x"))
+        radius = int(window or case.config["window"]) // 2
+        assert torch.equal(neighborhood(height, width, radius, True), table.long()), key
 
 
 @check("selfpatch_topk")
@@ -33,8 +35,9 @@ def selections(case: Case) -> None:
 
 def compare(case: Case, grid_name: str, grid: tuple[int, int], x: torch.Tensor) -> None:
     """The gaps between similarities are recorded to be wide, so the order of the selected is the recorded one."""
+    radius = case.config.get("window", 3) // 2  # as the release has it where nothing is said
     for key, expected in case.under(f"output.topk_patch_index.{grid_name}.").items():
-        index, score = (t.cpu() for t in neighbor_topk(x, grid, int(key[1:]), return_scores=True))
+        index, score = (t.cpu() for t in neighbor_topk(x, grid, int(key[1:]), radius=radius, return_scores=True))
         assert torch.equal(index.sort(-1).values, expected.int().sort(-1).values), f"{grid_name} {key}"
         best = case[f"output.similarity.{grid_name}"].sort(dim=-1, descending=True).values[..., : int(key[1:])]
         assert (score - best).abs().max() <= 1e-5 * best.abs().max(), f"{grid_name} {key}"

@@ -4,7 +4,7 @@ from functools import partial
 
 import objective_cases as cases
 import torch
-from harness import Case, check
+from harness import Case, check, linear_layers, renamed
 from timm.layers import LayerNorm
 from torch import Tensor
 
@@ -19,9 +19,10 @@ from patchlight.records import Crops, Cues, Features, Side, Views
 from patchlight.run import Data, Model, Objectives, Run
 
 OUR_NAMES = {
-    "backbone.masked_embed": "backbone.mask_token",
-    "head.last_layer.": "heads.ibot.prototypes.",
-    "head.": "heads.ibot.",
+    r"backbone\.masked_embed": "backbone.mask_token",
+    r"head\.last_layer\.": "heads.ibot.prototypes.",
+    r"head\.mlp\.(?=weight|bias)": "heads.ibot.mlp.0.",  # a head of one layer, which has no list of them there
+    r"head\.": "heads.ibot.",
 }
 
 
@@ -65,7 +66,9 @@ def released_positions(case: Case) -> None:
 @check("pqcl_derived_relpos")
 def positions_under_flips(case: Case) -> None:
     width = case["global_table"].shape[-1]
-    for anchor, recorded in (("corner", "top_left"), ("center", "centre")):
+    anchors = {"top_left": "corner", "centre": "center"}
+    for recorded in case.under("coord_xy_"):
+        anchor = anchors[recorded]
         positions = positions_of(case, case["flip_global_query"], anchor=anchor)
         shape = case[f"coord_xy_{recorded}"].shape
         case.close(f"coord_xy_{recorded}", positions.view(shape), rel=0, floor=1e-9)
@@ -78,8 +81,9 @@ def positions_under_flips(case: Case) -> None:
 @check("pqcl_official_block")
 def block_with_two_streams(case: Case) -> None:
     width, hidden = case["weight.mlp.fc2.weight"].shape
-    norm = partial(LayerNorm, eps=1e-5)
-    block = Block(width, int(case.meta["num_heads"]), (hidden + 0.5) / width, qkv_bias=True, norm_layer=norm)
+    norm = partial(LayerNorm, eps=float(case.meta.get("layernorm_eps", 1e-5)))  # 1e-5 by the folder's README
+    bias = "weight.attn.qkv.bias" in case
+    block = Block(width, int(case.meta["num_heads"]), (hidden + 0.5) / width, qkv_bias=bias, norm_layer=norm)
     block.load_state_dict(case.under("weight."), strict=True)
     streams = [case[name].clone().requires_grad_() for name in "xy"]
     raw = streams[0].shape[1]
@@ -100,7 +104,7 @@ def losses(case: Case) -> None:
     count, momentum = case["student_query"].shape[-1], float(case.meta["center_momentum"])
     temperatures = case["teacher_temps_cls_patch_query"].tolist()
     ibot = Ibot(
-        cases.GivenMasks(torch.stack([case["mask0"], case["mask1"]]).flatten(2) > 0),
+        cases.GivenMasks(masks_of(case, "mask")),
         IbotOptions(
             prototypes=count,
             bottleneck=count,
@@ -125,7 +129,7 @@ def losses(case: Case) -> None:
     teacher = Side(
         features(case["teacher_global"], batch), query_crops=Features(query[:, :, 0], query, (0, 0)), head=head
     )
-    views, clock = cases.views_of(batch), cases.clock_of(0)
+    views, clock = cases.views_of(batch, len(ibot.masks.mask)), cases.clock_of(0)
     ibot.cue(views, student.global_crops.grid, clock)
     terms = ibot(student, teacher, views, clock) | pqcl(student, teacher, views, clock)
     loss = check_terms(case, terms, [float(case.meta[f"lambda{n}"]) for n in (1, 2, 3)])
@@ -136,6 +140,11 @@ def losses(case: Case) -> None:
         objective.after_step(clock)
     for name, target in targets.items():
         case.close(f"{name}_after", target.center.view_as(case[f"{name}_after"]), rel=1e-5)
+
+
+def masks_of(case: Case, prefix: str) -> Tensor:
+    """[V, B, N] bool."""
+    return torch.stack(list(case.numbered(prefix))).flatten(2) > 0
 
 
 def features(logits: Tensor, batch: int, queries: Tensor | None = None) -> Features:
@@ -158,25 +167,30 @@ def check_terms(case: Case, terms: dict[str, Tensor], weights: list[float]) -> T
 
 def recorded_run(case: Case) -> Run:
     """A run of the recorded sizes; its only crops that matter are the recorded ones."""
+    case.only(drop_path=0, layernorm_eps=1e-6, centers_before="zeros")
     meta, weights = case.meta, case.under("student.")
     count, bottleneck = weights["head.last_layer.weight_v"].shape
-    temperature = float(meta["teacher_temp_epoch1"])
+    temperature, momentum = float(meta["teacher_temp_epoch1"]), float(meta.get("center_momentum", 0.9))  # as released
     size, query = case["image_global_0"].shape[-1], case["image_query_0"].shape[-1]
     ibot = IbotOptions(
         prototypes=count,
         bottleneck=bottleneck,
-        hidden=len(weights["head.mlp.0.weight"]),
+        hidden=len(weights.get("head.mlp.0.weight", weights["head.last_layer.weight_v"])),  # one layer has none
+        layers=linear_layers(weights, "head.mlp."),
         student_temperature=float(meta["student_temp"]),
         teacher_temperature=temperature,
         patch_teacher_temperature=temperature,
         warmup_epochs=0,
+        center_momentum=momentum,
+        patch_center_momentum=momentum,
     )
-    pqcl = PqclOptions(flip_aware=False, teacher_temperature=temperature, warmup_epochs=0)
+    pqcl = PqclOptions(flip_aware=False, teacher_temperature=temperature, warmup_epochs=0, center_momentum=momentum)
     sizes = {
         "width": weights["backbone.norm.weight"].numel(),
         "depth": int(meta["depth"]),
         "heads": int(meta["num_heads"]),
-        "mlp_ratio": int(meta["mlp_ratio"]),
+        "mlp_ratio": float(meta["mlp_ratio"]),
+        "qkv_bias": "backbone.blocks.0.attn.qkv.bias" in weights,
     }
     patch = int(meta["patch_size"])
     return Run(
@@ -188,15 +202,10 @@ def recorded_run(case: Case) -> Run:
 
 def load(branch: torch.nn.Module, recorded: dict[str, Tensor]) -> None:
     """The recorded weights under our names; the teacher's has no mask token, and needs none."""
-    ours = {our_name(name): value for name, value in recorded.items()}
+    ours = renamed(recorded, OUR_NAMES)
     ours.setdefault("backbone.mask_token", branch.backbone.mask_token.detach())
     torch.testing.assert_close(ours["backbone.pos_embed"], branch.backbone.pos_embed, rtol=0, atol=1e-5)
     branch.load_state_dict(ours, strict=True)
-
-
-def our_name(name: str) -> str:
-    prefix = next((old for old in OUR_NAMES if name.startswith(old)), "")
-    return OUR_NAMES.get(prefix, "") + name.removeprefix(prefix)
 
 
 @check("pqcl_official_step")
@@ -207,9 +216,8 @@ def whole_step(case: Case) -> None:
     load(student, case.under("student."))
     load(teacher, case.under("teacher."))
     ibot, pqcl = objectives.parts
-    ibot.masks = cases.GivenMasks(torch.stack([case["mask_0"], case["mask_1"]]).flatten(2) > 0)
-    pixels = torch.stack([case["image_global_0"], case["image_global_1"]])
-    query_pixels = torch.stack([case[f"image_query_{crop}"] for crop in range(len(case["rect_query"]))])
+    ibot.masks = cases.GivenMasks(masks_of(case, "mask_"))
+    pixels, query_pixels = (torch.stack(list(case.numbered(f"image_{kind}_"))) for kind in ("global", "query"))
     flip = torch.randint(2, pixels.shape[:2])  # ignored, as in the release
     crops, queries = boxes(case["rect_global"], flip, pixels), boxes(case["rect_query"], pixels=query_pixels)
     views = Views(crops, None, queries, torch.arange(pixels.shape[1]))
@@ -225,12 +233,12 @@ def whole_step(case: Case) -> None:
     by_image = taught.query_crops.patches.transpose(0, 1).flatten(1, 2)
     check_logits(case, "teacher_query_logits", teacher.heads["ibot"], by_image)
     loss, terms = objectives((student, seen), (teacher, taught), views, clock)
-    check_terms(case, terms, [1.0, 1.0, 1.0])
+    check_terms(case, terms, [float(case.meta.get(f"lambda{n}", 1.0)) for n in (1, 2, 3)])  # 1 as released
     loss.backward()
     objectives.after_step(clock)
     for name, target in (("center", ibot.target), ("center2", ibot.patch_target), ("center3", pqcl.target)):
         case.close(name, target.center.view_as(case[name]), rel=1e-5)
-    recorded = {our_name(name): name for name in case.under("grad.")}
+    recorded = renamed({name: name for name in case.under("grad.")}, OUR_NAMES)
     ours = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     assert set(ours) == set(recorded)
     for name, gradient in ours.items():
@@ -251,7 +259,7 @@ def check_cues(case: Case, student: torch.nn.Module, cues: Cues, query_grid: tup
     """Query positions per view and crop, and the position table that the teacher's query crops get."""
     backbone, crops = student.backbone, len(case["rect_query"])
     embedded = sincos(cues.queries.positions, backbone.width).unflatten(2, (crops, -1))  # [V, B, L, n, D]
-    for view in range(2):
+    for view in range(len(embedded)):
         for crop in range(crops):
             case.close(f"query_pos_view{view}_crop{crop}", embedded[view, :, crop], rel=0, floor=5e-5)
     case.close("teacher_query_pos_embed", backbone.positions(query_grid), rel=1e-5)

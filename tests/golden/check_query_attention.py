@@ -1,8 +1,10 @@
 """PQCL's recorded attention: projections, the op in every implementation, the output projection, and all gradients."""
 
+import torch
 import torch.nn.functional as F
 from harness import Case, check
 from parity import HAS_GPU, running
+from rounding import key_roundings, key_terms, off_by
 from torch import Tensor, cat
 
 from patchlight_kernels import query_attention
@@ -16,16 +18,34 @@ def compare(case: Case, query_keys: str) -> None:
         key: case[key].clone().requires_grad_()
         for key in ("x", "y", *(f"weight.{name}" for name in case.under("weight.")))
     }
-    weight = lambda name: (leaves[f"weight.{name}.weight"], leaves[f"weight.{name}.bias"])
+    weight = lambda name: (leaves[f"weight.{name}.weight"], leaves.get(f"weight.{name}.bias"))
     tokens: Tensor = cat([leaves["x"], leaves["y"]], dim=1)
     qkv = F.linear(tokens, *weight("qkv")).unflatten(-1, (3, heads, -1))
-    out = F.linear(query_attention(qkv, raw, query_keys).flatten(2), *weight("proj"))
+    attended = query_attention(qkv, raw, query_keys)
+    attended.retain_grad()
+    out = F.linear(attended.flatten(2), *weight("proj"))
     case.close("out_x", out[:, :raw], REL)
     case.close("out_y", out[:, raw:], REL)
     out.backward(cat([case["cotangent_x"], case["cotangent_y"]], dim=1))
     for key, leaf in leaves.items():
-        floor = 1e-6 if key == "weight.qkv.bias" else 0.0  # a third of it is zero in exact arithmetic
-        case.close(f"grad_{key}" if key in ("x", "y") else key.replace("weight.", "grad.", 1), leaf.grad, REL, floor)
+        recorded = f"grad_{key}" if key in ("x", "y") else key.replace("weight.", "grad.", 1)
+        if key != "weight.qkv.bias":
+            case.close(recorded, leaf.grad, REL)
+            continue
+        rel = (REL * case[recorded].abs().max().item()) * torch.ones(3, leaf.shape[0] // 3, dtype=torch.float64)
+        rel[1] = of_keys_bias(qkv, attended.grad, raw, query_keys)  # zero on paper
+        case.close(recorded, leaf.grad, rel=0.0, floor=rel.flatten())
+
+
+def of_keys_bias(qkv: Tensor, dout: Tensor, raw: int, query_keys: str) -> Tensor:
+    """What rounding may leave of the gradient of the keys' bias, [H * E]."""
+    images, tokens, *_, width = qkv.shape
+    q, k, v = qkv.detach().transpose(1, 3).unbind(2)  # [M, H, T, E]
+    everywhere = lambda x: x.unsqueeze(2).expand(-1, -1, tokens, -1, -1)
+    is_raw = torch.arange(tokens) < raw
+    visible = is_raw | (~is_raw.unsqueeze(1) if query_keys == "all" else is_raw)
+    terms = key_terms(q, everywhere(k), everywhere(v), dout.transpose(1, 2), visible)
+    return off_by(terms.sum(dim=(0, 2)).flatten(), key_roundings(images * tokens, tokens, width), dout.dtype)
 
 
 def in_every_implementation(case: Case, query_keys: str) -> None:

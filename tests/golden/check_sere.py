@@ -1,7 +1,7 @@
 """SERE's grids, sampling, heads and whole steps against the recorded ones of the released code."""
 
 import torch
-from harness import Case, check
+from harness import Case, check, parsed
 from objective_cases import clock_of, square
 from torch import Tensor, nn
 
@@ -24,8 +24,6 @@ def grids(case: Case) -> None:
     """The recorded points are [x, y] on a scale from -1 to 1, rows of equal y."""
     box = {side: case[f"rect_{side}"][:, :4].float() for side in "qk"}
     shared = overlap(box["q"], box["k"])
-    assert shared.exists.any()
-    assert not shared.exists.all()
     for side in "qk":
         for count in case["sizes"].tolist():
             at = sample_points(shared, box[side], case[f"rect_{side}"][:, 4] > 0, count)
@@ -102,7 +100,8 @@ class RecordedSere(Sere):
     """With the sides that the release divides by whatever the grid."""
 
     def __init__(self, case: Case) -> None:
-        recorded = {name: float(value) for name, value in case.meta.items() if value.replace(".", "").isdigit()}
+        values = {name: parsed(value) for name, value in case.meta.items()}
+        recorded = {name: value for name, value in values.items() if isinstance(value, int | float)}
         options = SereOptions(
             heads=int(recorded["num_heads"]),
             teacher_spatial_temperature=recorded["temperature_pixel"],
@@ -123,7 +122,7 @@ def steps(case: Case) -> None:
     """From recorded features to both losses and their gradients, through the objective itself."""
     objective = RecordedSere(case)
     locals_ = [f"x_student_local_{number}" for number in range(int(objective.recorded["n_local"]))]
-    globals_ = ["x_student_global_0", "x_student_global_1"]
+    globals_ = [f"x_student_global_{number}" for number in range(len(case["rects_global"][0]))]
     leaves = {name: case[name].requires_grad_() for name in globals_ + locals_}
     width = leaves[globals_[0]].shape[-1]
     head, taught = objective.head(width), objective.head(width).requires_grad_(False)
@@ -150,7 +149,7 @@ def steps(case: Case) -> None:
         head=head,
         predictor=predictor,
     )
-    teacher = Side(features([case["x_teacher_global_0"], case["x_teacher_global_1"]]), head=taught)
+    teacher = Side(features(list(case.numbered("x_teacher_global_"))), head=taught)
     for crops, kind in ((student.global_crops, "global"), (student.local_crops, "local")):
         if crops is not None:
             objective.sides[crops.grid] = objective.recorded[size[kind]]

@@ -116,12 +116,13 @@ def dino_step(tensors: dict, objective: Dino, batch: int, epoch: int = 0) -> dic
     teacher_logits = by_crop(tensors["input.teacher_logits"], batch)
     views = by_crop(logits, batch)
     count = logits.shape[1]
-    student = Side(cls_features(views[:2]), cls_features(views[2:]) if len(views) > 2 else None)
+    of_globals, of_locals = views.tensor_split([len(teacher_logits)])
+    student = Side(cls_features(of_globals), cls_features(of_locals) if len(of_locals) else None)
     student = with_head(student, LogitsHead(count, count))
     teacher = with_head(Side(cls_features(teacher_logits)), LogitsHead(count, count))
     clock = clock_of(epoch)
     before = objective.target.center.clone()
-    loss = objective(student, teacher, views_of(batch), clock)["dino/cls"]
+    loss = objective(student, teacher, views_of(batch, len(teacher_logits)), clock)["dino/cls"]
     loss.backward()
     objective.after_step(clock)
     return {
@@ -134,7 +135,7 @@ def dino_step(tensors: dict, objective: Dino, batch: int, epoch: int = 0) -> dic
 
 def ibot_objective(case: harness.Case) -> Ibot:
     config = case.config
-    shared = config["out_dim"] == config["patch_out_dim"]
+    shared = config["out_dim"] == config["patch_out_dim"]  # the loss sees logits, not which head they are from
     options = IbotOptions(
         prototypes=config["out_dim"],
         patch_prototypes=None if shared else config["patch_out_dim"],
@@ -144,37 +145,42 @@ def ibot_objective(case: harness.Case) -> Ibot:
         warmup_patch_teacher_temperature=config["warmup_teacher_patch_temp"],
         center_momentum=config["center_momentum"],
         patch_center_momentum=config["center_momentum2"],
+        patch_start_epoch=config.get("mim_start_epoch", 0),
         **schedule(config),
     )
     return Ibot(GivenMasks(torch.zeros(0)), options)
 
 
-def ibot_step(tensors: dict, objective: Ibot, batch: int, grid: int, epoch: int) -> dict:
+def ibot_step(tensors: dict, objective: Ibot, config: dict, epoch: int) -> dict:
     """As `dino_step`. Class and patch logits may differ in number; both are filled up to the same width."""
-    o = objective.options
-    leaves = {k: tensors[f"input.{k}"].clone().requires_grad_() for k in ("student_cls", "student_patch")}
-    if "input.student_local_cls" in tensors:
-        leaves["student_local_cls"] = tensors["input.student_local_cls"].clone().requires_grad_()
+    o, batch = objective.options, config["batch"]
+    names = [f"student_{kind}" for kind in ("cls", "patch", "local_cls") if f"input.student_{kind}" in tensors]
+    leaves = {name: tensors[f"input.{name}"].clone().requires_grad_() for name in names}
     wide = {k: by_crop(x, batch, o.bottleneck) for k, x in (leaves | teacher_inputs(tensors)).items()}
     head = LogitsHead(o.bottleneck, o.prototypes, o.patch_prototypes)
+    masks = [tensors[f"input.mask_crop{crop}"] for crop in range(len(wide["student_cls"]))]
+    mask, grid = torch.stack(masks).flatten(2), tuple(masks[0].shape[1:])
     local = cls_features(wide["student_local_cls"]) if "student_local_cls" in wide else None
-    student = Side(Features(wide["student_cls"], wide["student_patch"], (grid, grid)), local, head=head)
-    teacher = Side(Features(wide["teacher_cls"], wide["teacher_patch"], (grid, grid)), head=head)
-    objective.masks.mask = torch.stack([tensors["input.mask_crop0"], tensors["input.mask_crop1"]]).flatten(2)
-    clock, views = clock_of(epoch), views_of(batch)
+    student = Side(Features(wide["student_cls"], wide["student_patch"], grid), local, head=head)
+    teacher = Side(Features(wide["teacher_cls"], wide["teacher_patch"], grid), head=head)
+    objective.masks.mask = mask
+    clock, views = clock_of(epoch), views_of(batch, len(mask))
     before = objective.target.center.clone(), objective.patch_target.center.clone()
-    cues = objective.cue(views, (grid, grid), clock)
-    assert cues.mask is objective.masks.mask
+    cues = objective.cue(views, grid, clock)
+    assert torch.equal(cues.mask, mask & (epoch >= o.patch_start_epoch))
+    objective.mask = mask  # before that epoch it is the released loader that masks nothing, not the loss
     terms = objective(student, teacher, views, clock)
-    loss = terms["ibot/cls"] + terms["ibot/patch"]
+    lambdas = (config.get(name, 1.0) for name in ("lambda1", "lambda2"))
+    weighted = [w * terms[name] for w, name in zip(lambdas, ("ibot/cls", "ibot/patch"), strict=True)]  # as recorded
+    loss = sum(weighted)
     loss.backward()
     objective.after_step(clock)
     return {f"grad.input.{k}": x.grad for k, x in leaves.items()} | {
         "input.center_cls": before[0][None],
         "input.center_patch": before[1][None, None],
         "output.loss": loss.detach(),
-        "output.loss_cls": terms["ibot/cls"].detach(),
-        "output.loss_patch": terms["ibot/patch"].detach(),
+        "output.loss_cls": weighted[0].detach(),
+        "output.loss_patch": weighted[1].detach(),
         "output.center_cls": objective.target.center[None],
         "output.center_patch": objective.patch_target.center[None, None],
     }
@@ -189,6 +195,7 @@ def selfpatch_objectives(config: dict) -> tuple[Dino, SelfPatch]:
     patch_options = SelfPatchOptions(
         prototypes=config["out_dim_patch"],
         bottleneck=config["out_dim_patch"],
+        teacher_sees_local=config["local_crops"] > 0,
         student_temperature=config["student_temp"],
         center_momentum=config["center_momentum"],
         **schedule(config),
@@ -201,16 +208,17 @@ def selfpatch_step(
 ) -> dict:
     """As `dino_step`, for both objectives together."""
     dino, selfpatch = objectives
-    names = [f"student_{size}_{kind}" for size in ("global", "local") for kind in ("cls", "patch")]
+    sizes = [size for size in ("global", "local") if f"input.student_{size}_cls" in tensors]
+    names = [f"student_{size}_{kind}" for size in sizes for kind in ("cls", "patch")]
     leaves = {name: tensors[f"input.{name}"].clone().requires_grad_() for name in names}
-    student = {size: recorded_features(leaves, f"student_{size}", batch) for size in ("global", "local")}
+    student = {size: recorded_features(leaves, f"student_{size}", batch) for size in sizes}
     recorded = {k[len("input.") :]: x for k, x in tensors.items() if k.startswith("input.teacher_")}
-    teacher = {size: recorded_features(recorded, f"teacher_{size}", batch) for size in ("global", "local")}
-    clock, views, terms = clock_of(epoch), views_of(batch), {}
+    teacher = {size: recorded_features(recorded, f"teacher_{size}", batch) for size in sizes}
+    clock, views, terms = clock_of(epoch), views_of(batch, len(student["global"].summary)), {}
     before = dino.target.center.clone(), selfpatch.target.center.clone()
     for objective in objectives:
         head = LogitsHead(objective.options.prototypes, objective.options.prototypes)
-        sides = [Side(side["global"], side["local"], head=head) for side in (student, teacher)]
+        sides = [Side(side["global"], side.get("local"), head=head) for side in (student, teacher)]
         terms |= objective(*sides, views, clock)
     loss = terms["dino/cls"] + weight * terms["selfpatch/patch"]
     loss.backward()
@@ -283,23 +291,29 @@ def targets_on_a_rank(rank: int, rows: tuple[Tensor, Tensor], directions: Tensor
 
 def in_two_processes(work, *arguments) -> list:
     """[work(rank, *arguments) of rank 0, of rank 1], each in a process of its own; `work` must be importable."""
+    return in_processes(2, work, *arguments)
+
+
+def in_processes(world: int, work, *arguments) -> list:
+    """As `in_two_processes`, of any number."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_one_process, (folder, work, arguments), nprocs=2)
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+        mp.spawn(_one_process, (world, folder, work, arguments), nprocs=world)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
 
 
-def recorded_in_two_processes(case: harness.Case, work) -> list[dict]:
-    """`work(case, rank)` on both ranks of a recorded case."""
-    return in_two_processes(_with_case, str(harness.FOLDER / f"{case.name}.safetensors"), work)
+def recorded_in_processes(case: harness.Case, work) -> list[dict]:
+    """`work(case, rank)` on every rank of a recorded case."""
+    world = int((case.config or case.meta)["world_size"])
+    return in_processes(world, _with_case, str(case.path), work)
 
 
 def _with_case(rank: int, path: str, work) -> dict:
     return work(harness.Case(Path(path)), rank)
 
 
-def _one_process(rank: int, folder: str, work, arguments: tuple) -> None:
+def _one_process(rank: int, world: int, folder: str, work, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
         torch.save(work(rank, *arguments), f"{folder}/{rank}.pt")
         dist.barrier()

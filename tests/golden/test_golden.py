@@ -1,14 +1,9 @@
 """Every recorded case of the released code, one test each. A case without a check is reported as not covered."""
 
-import importlib.util
-from pathlib import Path
-
 import harness
 import pytest
 
-for module in sorted(Path(__file__).parent.glob("check_*.py")):
-    spec = importlib.util.spec_from_file_location(module.stem, module)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+harness.load_checks()
 
 
 @pytest.mark.golden

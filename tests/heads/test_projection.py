@@ -53,6 +53,13 @@ def test_the_shared_layer_norm_is_one():
     assert len(batch_norms) == 2
 
 
+def test_activations():
+    assert sum(isinstance(module, torch.nn.GELU) for module in small_head().mlp) == 2
+    assert sum(isinstance(module, torch.nn.ReLU) for module in small_head(activation="relu").mlp) == 2
+    with pytest.raises(ValueError, match="activation must be one of"):
+        small_head(activation="silu")
+
+
 def test_the_released_start():
     head = small_head(in_dim=200, hidden=300)
     for layer in (module for module in head.mlp if isinstance(module, torch.nn.Linear)):

@@ -44,6 +44,7 @@ class VisionTransformer(nn.Module):
         a fixed one.
     start: "dino", truncated normals, or "moco_v3", uniform as wide as each matrix asks for, queries, keys and values
         being a matrix each.
+    qkv_bias: of queries, keys and values; every published ViT of these methods has them.
     """
 
     offers = frozenset({"class_token", "masks", "queries"})
@@ -62,6 +63,7 @@ class VisionTransformer(nn.Module):
         position_resize: str = "released",
         positions: str = "learned",
         start: str = "dino",
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -88,6 +90,7 @@ class VisionTransformer(nn.Module):
             depth=depth,
             num_heads=heads,
             mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
             class_token=class_token,
             norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
             embed_layer=partial(PatchEmbed, strict_img_size=False),
@@ -116,7 +119,8 @@ class VisionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         self._initialize_positions()
         nn.init.zeros_(self.mask_token)
         if self.cls_token is not None:
@@ -138,7 +142,8 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 fan_in, fan_out = module.weight[0].numel(), len(module.weight) // (3 if name.endswith("qkv") else 1)
                 nn.init.uniform_(module.weight, -math.sqrt(6 / (fan_in + fan_out)), math.sqrt(6 / (fan_in + fan_out)))
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         self._initialize_positions()
         nn.init.zeros_(self.mask_token)
         if self.cls_token is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .prototypes import Prototypes
 
 HIDDEN_NORMS = (None, "batch", "layer")
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class ProjectionHead(nn.Module):
@@ -19,6 +20,7 @@ class ProjectionHead(nn.Module):
     hidden_norm: what follows each hidden layer. None: nothing, the default of all released recipes. "batch": a
         BatchNorm for each, as DINO's head offers. "layer": one LayerNorm that all hidden layers share, parameters
         included, as iBOT's released head does it (its authors may have meant one each; parity keeps one).
+    activation: between the layers, "gelu" in all released recipes; iBOT's head offers "relu" too.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class ProjectionHead(nn.Module):
         prototypes: Prototypes,
         patch_prototypes: Prototypes | None = None,
         hidden_norm: str | None = None,
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -39,13 +42,15 @@ class ProjectionHead(nn.Module):
             )
         if hidden_norm not in HIDDEN_NORMS:
             raise ValueError(f"ProjectionHead: hidden_norm must be one of {HIDDEN_NORMS}, got {hidden_norm!r}.")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"ProjectionHead: activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
         for which in filter(None, (prototypes, patch_prototypes)):
             if which.width != bottleneck:
                 raise ValueError(
                     f"ProjectionHead: prototypes must be as wide as the bottleneck, {bottleneck}, got {which.width}; "
                     f"build them with Prototypes({bottleneck}, count)."
                 )
-        self.mlp = _mlp(in_dim, hidden, bottleneck, layers, hidden_norm)
+        self.mlp = _mlp(in_dim, hidden, bottleneck, layers, hidden_norm, activation)
         self.prototypes = prototypes
         self.own_patch_prototypes = None if patch_prototypes is prototypes else patch_prototypes
 
@@ -60,7 +65,7 @@ class ProjectionHead(nn.Module):
         return F.normalize(z, dim=-1, eps=1e-12)
 
 
-def _mlp(in_dim: int, hidden: int, out: int, layers: int, norm: str | None) -> nn.Sequential:
+def _mlp(in_dim: int, hidden: int, out: int, layers: int, norm: str | None, activation: str) -> nn.Sequential:
     widths = [in_dim, *[hidden] * (layers - 1), out]
     shared = nn.LayerNorm(hidden) if norm == "layer" else None
     modules: list[nn.Module] = []
@@ -70,7 +75,7 @@ def _mlp(in_dim: int, hidden: int, out: int, layers: int, norm: str | None) -> n
             break
         if norm is not None:
             modules.append(nn.BatchNorm1d(hidden) if norm == "batch" else shared)
-        modules.append(nn.GELU())
+        modules.append(ACTIVATIONS[activation]())
     mlp = nn.Sequential(*modules)
     mlp.apply(start_linear)
     return mlp
