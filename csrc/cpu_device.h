@@ -1,15 +1,25 @@
-// A CPU that CUDA kernels can run on: one block at a time, one thread per CUDA thread, barriers for barriers.
-// For tests without a GPU: the thread sanitizer sees a missing __syncthreads, the address sanitizer a wild pointer.
+// A CPU that CUDA kernels can run on: one block at a time, its threads in turn on one CPU thread, which changes between them
+// where they wait for one another. For tests without a GPU. Under a sanitizer each CUDA thread is a CPU thread: the thread
+// sanitizer sees a missing __syncthreads, the address sanitizer a wild pointer.
 #pragma once
 
-#include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
+
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+#define PATCHLIGHT_CPU_THREADS
+#include <barrier>
+#include <thread>
+#else
+#include <sys/mman.h>
+#include <ucontext.h>
+#endif
 
 #define __global__
 #define __device__
@@ -29,9 +39,98 @@ namespace cpu_device {
 
 constexpr int kWarp = 32;
 
+#ifdef PATCHLIGHT_CPU_THREADS
+
+using Barrier = std::barrier<>;
+inline void wait(Barrier& barrier) { barrier.arrive_and_wait(); }
+
+inline thread_local dim3 thread_index;
+
+inline void run_block(int threads, const std::function<void()>& kernel) {
+  std::vector<std::thread> workers;
+  for (int t = 0; t < threads; ++t)
+    workers.emplace_back([=] {
+      thread_index = {unsigned(t), 0, 0};
+      kernel();
+    });
+  for (auto& worker : workers) worker.join();
+}
+
+#else
+
+inline dim3 thread_index;  // of the one that runs
+
+// The threads of a block. Each has a stack of its own, which is used again for the next block.
+struct Threads {
+  static constexpr size_t kStack = 256 * 1024;
+  ucontext_t scheduler;
+  std::vector<ucontext_t> contexts;
+  std::vector<char*> stacks;
+  std::vector<bool> done;
+  const std::function<void()>* kernel = nullptr;
+  bool progress = false;  // since all have had a turn
+};
+inline Threads threads_of_block;
+
+struct Barrier {
+  explicit Barrier(int count) : count(count) {}
+  int count, arrived = 0;
+  unsigned turn = 0;
+};
+
+inline void wait(Barrier& barrier) {
+  Threads& all = threads_of_block;
+  const unsigned turn = barrier.turn;
+  if (++barrier.arrived == barrier.count) {
+    barrier.arrived = 0, ++barrier.turn;
+    all.progress = true;
+    return;
+  }
+  while (barrier.turn == turn) swapcontext(&all.contexts[thread_index.x], &all.scheduler);
+}
+
+inline void begin_thread() {
+  Threads& all = threads_of_block;
+  (*all.kernel)();
+  all.done[thread_index.x] = all.progress = true;
+}  // and back to the scheduler, its link
+
+inline void run_block(int threads, const std::function<void()>& kernel) {
+  Threads& all = threads_of_block;
+  all.kernel = &kernel;
+  all.contexts.resize(threads);
+  all.done.assign(threads, false);
+  while (int(all.stacks.size()) < threads) {
+    void* pages = mmap(nullptr, Threads::kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (pages == MAP_FAILED) std::fprintf(stderr, "cpu_device: no memory for a thread's stack\n"), std::abort();
+    all.stacks.push_back(static_cast<char*>(pages));
+  }
+  for (int t = 0; t < threads; ++t) {
+    ucontext_t& context = all.contexts[t];
+    getcontext(&context);
+    context.uc_stack.ss_sp = all.stacks[t];
+    context.uc_stack.ss_size = Threads::kStack;
+    context.uc_link = &all.scheduler;
+    makecontext(&context, begin_thread, 0);
+  }
+  for (int left = threads; left;) {
+    all.progress = false;
+    left = 0;
+    for (int t = 0; t < threads; ++t) {
+      if (all.done[t]) continue;
+      thread_index = {unsigned(t), 0, 0};
+      swapcontext(&all.scheduler, &all.contexts[t]);
+      left += !all.done[t];
+    }
+    if (!all.progress) std::fprintf(stderr, "cpu_device: %d threads wait for others that never come\n", left), std::abort();
+  }
+}
+
+#endif
+
 struct Warp {
   explicit Warp(int lanes) : barrier(lanes) {}
-  std::barrier<> barrier;
+  Barrier barrier;
   char slot[kWarp][64];  // what a lane shows the others
 };
 
@@ -39,14 +138,13 @@ struct Block {
   Block(int threads, size_t shared_bytes) : barrier(threads), shared(shared_bytes + 128, char(0xff)) {  // 0xff..: NaN
     for (int first = 0; first < threads; first += kWarp) warps.push_back(std::make_unique<Warp>(std::min(kWarp, threads - first)));
   }
-  std::barrier<> barrier;
+  Barrier barrier;
   std::vector<char> shared;
   std::vector<std::unique_ptr<Warp>> warps;
 };
 
 inline Block* block = nullptr;
 inline dim3 block_dim, grid_dim, block_index;
-inline thread_local dim3 thread_index;
 
 inline int lane() { return int(thread_index.x) % kWarp; }
 inline Warp& warp() { return *block->warps[thread_index.x / kWarp]; }
@@ -57,13 +155,13 @@ auto exchange(const T& mine, F read) {
   static_assert(sizeof(T) <= sizeof(Warp::slot[0]));
   Warp& w = warp();
   std::memcpy(w.slot[lane()], &mine, sizeof mine);
-  w.barrier.arrive_and_wait();
+  wait(w.barrier);
   auto result = read([&](int from) {
     T value;
     std::memcpy(&value, w.slot[from], sizeof value);
     return value;
   });
-  w.barrier.arrive_and_wait();
+  wait(w.barrier);
   return result;
 }
 
@@ -77,13 +175,7 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_byt
         Block running(threads, shared_bytes);
         block = &running;
         block_index = {x, y, z};
-        std::vector<std::thread> workers;
-        for (int t = 0; t < threads; ++t)
-          workers.emplace_back([=] {
-            thread_index = {unsigned(t), 0, 0};
-            kernel(static_cast<Params>(args)...);
-          });
-        for (auto& worker : workers) worker.join();
+        run_block(threads, [=] { kernel(static_cast<Params>(args)...); });
         block = nullptr;
       }
 }
@@ -95,8 +187,8 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_byt
 #define blockDim cpu_device::block_dim
 #define gridDim cpu_device::grid_dim
 
-inline void __syncthreads() { cpu_device::block->barrier.arrive_and_wait(); }
-inline void __syncwarp() { cpu_device::warp().barrier.arrive_and_wait(); }
+inline void __syncthreads() { cpu_device::wait(cpu_device::block->barrier); }
+inline void __syncwarp() { cpu_device::wait(cpu_device::warp().barrier); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
