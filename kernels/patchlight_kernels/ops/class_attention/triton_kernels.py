@@ -401,13 +401,13 @@ def _patches_bwd_kernel(
     while r < rounds:
         if HAS_INDEX:
             reads = r < readers
-            slot = tl.load(slot_ptr + r, mask=reads, other=0)
-            state = slot // K
+            slot = tl.load(slot_ptr + r, mask=reads, other=0).to(tl.int32)
+            state = (slot // K).to(tl.int64)
             column = slot % K
         else:
             reads = mask_n
             state = tl.zeros((BLOCK_N,), tl.int64) + r
-            column = offs_n.to(tl.int64)
+            column = offs_n
         row = first_row + state * HEADS
         mask = reads[:, None] & mask_e[None, :]
         weight = tl.load(weight_ptr + row * K + column, mask=reads, other=0.0)
