@@ -1,4 +1,4 @@
-"""Settings for every test: where Triton kernels run, one CPU thread, a fixed seed."""
+"""Settings for every test: where Triton kernels run, one CPU thread, a fixed seed (or `$PATCHLIGHT_TEST_SEED`)."""
 
 import os
 import sys
@@ -16,12 +16,13 @@ if not torch.cuda.is_available():
     )  # read by Triton when a kernel is defined, so before any import of ours
 
 import pytest  # noqa: E402
+from parity import SEED  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_fixed_seed():
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .dispatch import Op, ops
 
+SEEDS = 1_000_003  # how far apart two seeds of a case are: more than any two cases
+
 
 @dataclass(frozen=True)
 class Case:
@@ -30,25 +32,27 @@ class Case:
 class OpSpec:
     """Everything that tests and benchmarks need, so that neither repeats the other.
 
-    `inputs(case, dtype, device)` gives the public function's keyword arguments from a fixed seed.
+    `inputs(case, dtype, device, seed=0)` gives the public function's keyword arguments, random ones by the case and the seed.
     `observe(arguments, output)` gives the tensors that are compared between implementations, in float64: for an op that
     chooses, what its choice is worth, as two right answers may differ in a tie.
     `differentiable` names the arguments whose gradients are compared too.
     `sample(arguments, output)` cuts both to a part that float64 on a CPU can check, for large cases.
     `min_bytes(case, dtype)` and `flops(case)` are the least a forward must move and compute. A backward moves twice that,
     and computes `backward_flops(case)`, by default twice that.
+    `saved_sums(arguments)` gives the log-sum-exps that a backward reads, in a shape that multiplies the output.
     """
 
     op: Op
     public: Callable
     tests: tuple[Case, ...]
     benches: tuple[Case, ...]
-    inputs: Callable[[Case, torch.dtype, str], dict[str, Any]]
+    inputs: Callable[..., dict[str, Any]]
     observe: Callable[[dict[str, Any], Any], dict[str, Tensor]]
     min_bytes: Callable[[Case, torch.dtype], int]
     flops: Callable[[Case], int]
     backward_flops: Callable[[Case], int] | None = None
     differentiable: tuple[str, ...] = ()
+    saved_sums: Callable[[dict[str, Any]], Tensor] | None = None
     sample: Callable[[dict[str, Any], Any], tuple[dict[str, Any], Any]] = lambda arguments, output: (arguments, output)
 
     @property

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from parity import ROOT, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
+from parity import ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
 from torch.nn.functional import normalize
 
 from patchlight_kernels import force, prototype_ce, registry
@@ -24,7 +24,7 @@ def some_arguments(
     students=3, teachers=2, rows=5, width=7, prototypes=11, dtype=torch.float32, device="cpu", **changes
 ):
     sizes = {"students": students, "teachers": teachers, "rows": rows, "width": width, "prototypes": prototypes}
-    arguments = SPEC.inputs(Case("test", sizes | {"bias": True}), dtype, device)
+    arguments = SPEC.inputs(Case("test", sizes | {"bias": True}), dtype, device, SEED)
     return arguments | changes
 
 

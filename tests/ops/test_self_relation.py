@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from harness import FOLDER
 from harness import Case as Recorded
-from parity import ROOT, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
+from parity import ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
 
 from patchlight_kernels import force, registry, self_relation
 from patchlight_kernels.registry import Case
@@ -23,7 +23,7 @@ def some_arguments(
 ):
     sizes = {"views": views, "images": images, "heads": heads, "rows": rows, "width": width}
     more = {"teacher_width": teacher_width or width, "turned": teacher_width is not None}
-    return SPEC.inputs(Case("test", sizes | more), dtype, device) | changes
+    return SPEC.inputs(Case("test", sizes | more), dtype, device, SEED) | changes
 
 
 def with_gradient(arguments):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import Case, OpSpec
+from ...registry import SEEDS, Case, OpSpec
 from .op import OP, class_attention
 
 STATE = ("q", "k_self", "v_self")
@@ -67,9 +67,9 @@ BENCHES = (
 )
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     s = case.sizes
-    generator = torch.Generator().manual_seed(s["patches"] * 1000 + s["width"])
+    generator = torch.Generator().manual_seed(seed * SEEDS + s["patches"] * 1000 + s["width"])
     outer = {name: [s["images"], s["states"]] for name in STATE}
     if s["shared"] == "mixed":
         outer["q"][0], outer["k_self"][1] = 1, 1
@@ -126,6 +126,10 @@ def _flops(case: Case) -> int:
     return 4 * s["images"] * s["states"] * s["heads"] * s["width"] * keys
 
 
+def _saved_sums(arguments: dict[str, Any]) -> Tensor:
+    return torch.ops.patchlight.class_attention_fwd(*OP.bind(**arguments))[1][..., None]
+
+
 SPEC = OpSpec(
     op=OP,
     public=class_attention,
@@ -136,5 +140,6 @@ SPEC = OpSpec(
     min_bytes=_min_bytes,
     flops=_flops,
     differentiable=("q", "k_self", "v_self", "k_patches", "v_patches"),
+    saved_sums=_saved_sums,
     sample=_sample,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import Case, OpSpec
+from ...registry import SEEDS, Case, OpSpec
 from . import reference
 from .op import ALL, OP, neighbor_topk
 
@@ -53,10 +53,10 @@ BENCHES = (
 )
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     s = case.sizes
     patches = s["grid"][0] * s["grid"][1]
-    generator = torch.Generator().manual_seed(patches * 1000 + s["channels"])
+    generator = torch.Generator().manual_seed(seed * SEEDS + patches * 1000 + s["channels"])
     x = torch.randn(s["images"], patches, s["channels"], generator=generator)
     return {
         "x": x.to(device, dtype),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import Case, OpSpec
+from ...registry import SEEDS, Case, OpSpec
 from .op import OP, photometric
 from .table import JITTER_ORDERS, PHOTOMETRIC_COLUMNS
 
@@ -43,11 +43,11 @@ BENCHES = (
 )
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     """DINO's distributions over all orders; bytes with flat areas, black, white and gray in them."""
     s = case.sizes
     samples = s["samples"]
-    generator = torch.Generator().manual_seed(s["height"] * 1000 + s["width"])
+    generator = torch.Generator().manual_seed(seed * SEEDS + s["height"] * 1000 + s["width"])
     pixels = torch.randint(0, 256, (samples, s["height"], s["width"], 3), generator=generator, dtype=torch.uint8)
     pixels[:, : s["height"] // 4] = pixels[:, : s["height"] // 4, :, :1] // 128 * 255
     u = dict(zip(PHOTOMETRIC_COLUMNS, torch.rand(len(PHOTOMETRIC_COLUMNS), samples, generator=generator), strict=True))

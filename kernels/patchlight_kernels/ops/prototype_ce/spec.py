@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...registry import Case, OpSpec
+from ...registry import SEEDS, Case, OpSpec
 from .op import OP, prototype_ce
 
 
@@ -47,10 +47,10 @@ BENCHES = (
 )
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     """Unit vectors, as from a head; students view the teacher's images, so the two look alike."""
     s = case.sizes
-    generator = torch.Generator().manual_seed(s["rows"] * 1000 + s["prototypes"])
+    generator = torch.Generator().manual_seed(seed * SEEDS + s["rows"] * 1000 + s["prototypes"])
     random = lambda *shape: torch.randn(*shape, generator=generator)
     rows = random(s["rows"], s["width"])
     views = lambda count: normalize(rows + random(count, s["rows"], s["width"]), dim=-1).to(device, dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import Case, OpSpec
+from ...registry import SEEDS, Case, OpSpec
 from .op import OP, query_attention
 
 SAMPLED_IMAGES = 4
@@ -60,15 +60,19 @@ BENCHES = (
 )
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     s = case.sizes
-    generator = torch.Generator().manual_seed(s["raw"] * 1000 + s["width"])
+    generator = torch.Generator().manual_seed(seed * SEEDS + s["raw"] * 1000 + s["width"])
     qkv = torch.randn(s["images"], s["raw"] + s["queries"], 3, s["heads"], s["width"], generator=generator)
     return {"qkv": qkv.to(device, dtype), "raw": s["raw"], "query_keys": s["query_keys"], "crop": s["crop"]}
 
 
 def _observe(arguments: dict[str, Any], output: Tensor) -> dict[str, Tensor]:
     return {"out": output.double()}
+
+
+def _saved_sums(arguments: dict[str, Any]) -> Tensor:
+    return torch.ops.patchlight.query_attention_fwd(*OP.bind(**arguments))[1].transpose(1, 2)[..., None]
 
 
 def _sample(arguments: dict[str, Any], output: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -100,5 +104,6 @@ SPEC = OpSpec(
     min_bytes=_min_bytes,
     flops=_flops,
     differentiable=("qkv",),
+    saved_sums=_saved_sums,
     sample=_sample,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import Case, OpSpec
+from ...registry import SEEDS, Case, OpSpec
 from .op import OP, self_relation
 
 
@@ -53,11 +53,11 @@ BENCHES = (
 )
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     """Not negative, as behind a ReLU; students view the teacher's images, so their relations look alike."""
     s = case.sizes
     views, images, heads, rows = s["views"], s["images"], s["heads"], s["rows"]
-    generator = torch.Generator().manual_seed(rows * 1000 + s["width"])
+    generator = torch.Generator().manual_seed(seed * SEEDS + rows * 1000 + s["width"])
     random = lambda *shape: torch.randn(*shape, generator=generator)
     shared = random(images, heads, rows, max(s["width"], s["teacher_width"]))
 
