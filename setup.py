@@ -1,19 +1,29 @@
 """Packages from ssl/ and kernels/, and the compiled libraries from csrc/.
 
-A C++ library is built always, a CUDA library when nvcc is found. Neither holds Python or unstable torch symbols, so one
-build serves every Python and every torch >= 2.11. A build that fails leaves a working pure-Python install and says so.
+A C++ library is built always, a CUDA library for the GPUs of this machine (in a wheel: for all wanted architectures), if
+nvcc is found. Neither holds Python or unstable torch symbols, so one build serves every Python and every torch >= 2.11. A
+build that fails leaves a working pure-Python install and says so.
 
-    python setup.py build_ext --inplace              # both libraries, only what changed
+    python setup.py build_ext --inplace              # what this machine needs, only what changed
+    PATCHLIGHT_CUDA_ARCHS=all python setup.py ...    # every wanted architecture, with a GPU or without
     PATCHLIGHT_CUDA_ARCHS=90a python setup.py ...    # one architecture
     PATCHLIGHT_CUDA=0 python setup.py ...            # no CUDA library
 
-`python setup.py cpu_device --output FILE [--sanitizer thread|address]` builds the CUDA sources for CPU threads (tests).
+For tests: `python setup.py cpu_level --level 1|3|4 --output FILE` builds the C++ library for one x86-64 level alone,
+`python setup.py cpu_device --output FILE [--sanitizer thread|address]` the CUDA sources for a CPU, and
+`python setup.py cuda_all [--op NAME] [--output FILE]` the CUDA library of a wheel, or what it is linked from.
 """
 
+import contextlib
+import fcntl
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +43,7 @@ WANTED_ARCHS = ("80", "90a", "100")
 
 def torch_flags() -> tuple[list[str], list[str]]:
     """Include flags and link flags of the installed torch."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU is said below
     from torch.utils.cpp_extension import include_paths, library_paths
 
     return [f"-I{p}" for p in include_paths()], [f"-L{p}" for p in library_paths()]
@@ -53,27 +64,72 @@ def nvcc() -> str | None:
     return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
 
 
-def cuda_archs(nvcc_path: str) -> list[str]:
-    """The wanted architectures that this toolkit knows."""
-    if chosen := os.environ.get("PATCHLIGHT_CUDA_ARCHS"):
+def cuda_archs(nvcc_path: str, all_wanted: bool) -> list[str]:
+    """What to compile for: the chosen architectures, else all wanted ones that this toolkit knows, or the GPUs' own."""
+    chosen = os.environ.get("PATCHLIGHT_CUDA_ARCHS")
+    if chosen and chosen != "all":
         return chosen.replace(",", ";").split(";")
+    if not chosen and not all_wanted:
+        return gpu_archs()
     known = subprocess.run([nvcc_path, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     return [arch for arch in WANTED_ARCHS if f"compute_{arch.rstrip('a')}" in known]
 
 
+def gpu_archs() -> list[str]:
+    """The architectures of the GPUs that are here, from 8.0 on: ["80"], ["90a"], ..."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        answer = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    found = sorted({tuple(int(part) for part in line.split(".")) for line in answer.split() if "." in line})
+    return [f"{major}{minor}" + "a" * (major == 9) for major, minor in found if major >= 8]
+
+
 def compile_all(command: list[str], sources: list[Path], folder: Path) -> list[str]:
-    """Compiles what is older than its source or any header, in parallel; returns the object files."""
+    """Compiles what is older than its source or any header, in parallel, a line for each; returns the object files."""
     folder.mkdir(parents=True, exist_ok=True)
     newest_header = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), ROOT / "setup.py"])
+    targets = [folder / f"{source.relative_to(CSRC).as_posix().replace('/', '_')}.o" for source in sources]
 
-    def one(source: Path) -> str:
-        target = folder / f"{source.relative_to(CSRC).as_posix().replace('/', '_')}.o"
-        if not target.exists() or target.stat().st_mtime < max(newest_header, source.stat().st_mtime):
-            call([*command, "-c", str(source), "-o", str(target)])
-        return str(target)
+    def is_old(source: Path, target: Path) -> bool:
+        return not target.exists() or target.stat().st_mtime < max(newest_header, source.stat().st_mtime)
+
+    todo = [pair for pair in zip(sources, targets, strict=True) if is_old(*pair)]
+    lock, done = threading.Lock(), 0
+
+    def one(pair: tuple[Path, Path]) -> None:
+        nonlocal done
+        source, target = pair
+        began = time.perf_counter()
+        with alone(target):
+            if is_old(source, target):  # and not just made by another process
+                call([*command, "-c", str(source), "-o", f"{target}.partial"])
+                os.replace(f"{target}.partial", target)
+        with lock:
+            done += 1
+            seconds = time.perf_counter() - began
+            print(f"patchlight: compiled {done} of {len(todo)}: {source.name}, {seconds:.0f} s", flush=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, sources))
+        list(pool.map(one, todo))
+    return [str(target) for target in targets]
+
+
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """One process at a time makes a file."""
+    with open(f"{target}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def link(command: list[str], target: Path) -> None:
+    """Links a library, which has its name only when it is whole: other processes may be using the last one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    call([*command, "-o", str(partial)])
+    os.replace(partial, target)
 
 
 def call(command: list[str]) -> None:
@@ -82,46 +138,52 @@ def call(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
 
 
-def build_cpp(target: Path, work: Path) -> None:
-    """The C++ library. It is linked without the math flags: those at link time would flush denormals process-wide."""
-    include, link = torch_flags()
-    compile_ = [compiler(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *MATH, STABLE_ABI, *include]
-    objects = compile_all(compile_, [CSRC / "library.cpp", *sorted(CSRC.rglob("*_cpu.cpp"))], work / "cpp")
-    call([compiler(), "-shared", *objects, *link, "-ltorch_cpu", "-lc10", "-o", str(target)])
+def build_cpp(target: Path, work: Path, level: int | None = None) -> None:
+    """The C++ library, which picks its x86-64 level when it is loaded, or for one `level` alone.
+
+    It is linked without the math flags: those at link time would flush denormals process-wide.
+    """
+    include, libraries = torch_flags()
+    one_level = [f"-DPATCHLIGHT_CPU_LEVEL={level}"] if level else []
+    compile_ = [
+        compiler(),
+        "-std=c++20",
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        *MATH,
+        *one_level,
+        STABLE_ABI,
+        *include,
+    ]
+    sources = [CSRC / "library.cpp", *sorted(CSRC.rglob("*_cpu.cpp"))]
+    objects = compile_all(compile_, sources, work / f"cpp{level or ''}")
+    link([compiler(), "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10"], target)
 
 
-def build_cuda(target: Path, work: Path) -> None:
-    """The CUDA library: machine code for each architecture, and PTX of the newest for what comes later."""
+def cuda_objects(work: Path, archs: list[str], op: str = "*") -> list[str]:
+    """Of every op: machine code for each architecture, and PTX of the newest for what comes later."""
     path = nvcc()
-    include, link = torch_flags()
-    archs = cuda_archs(path)
+    include, _ = torch_flags()
     newest = archs[-1].rstrip("a")
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     compile_ = [path, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
     compile_ += [f"-ccbin={compiler()}", "--threads", "0", *gencode, STABLE_ABI, *include]
-    objects = compile_all(compile_, sorted(CSRC.rglob("*_cuda.cu")), work / "cuda")
-    call(
-        [
-            path,
-            f"-ccbin={compiler()}",
-            "-shared",
-            "-cudart",
-            "static",
-            *objects,
-            *link,
-            "-ltorch_cpu",
-            "-ltorch",
-            "-lc10",
-            "-o",
-            str(target),
-        ]
-    )
+    return compile_all(compile_, sorted(CSRC.rglob(f"{op}_cuda.cu")), work / f"cuda_{'_'.join(archs)}")
+
+
+def build_cuda(target: Path, work: Path, archs: list[str]) -> None:
+    """The CUDA library. Its functions are declared by the C++ library."""
+    _, libraries = torch_flags()
+    objects = cuda_objects(work, archs)
+    static = [nvcc(), f"-ccbin={compiler()}", "-shared", "-cudart", "static"]
+    link([*static, *objects, *libraries, "-ltorch_cpu", "-ltorch", "-lc10"], target)
 
 
 def build_cpu_device(target: Path, work: Path, sanitizer: str | None) -> None:
-    """The CUDA sources as a library of CPU threads, in a torch namespace of its own: tests without a GPU."""
-    include, link = torch_flags()
+    """The CUDA sources as a library for a CPU, in a torch namespace of its own: tests without a GPU."""
+    include, libraries = torch_flags()
     names = ["-DPATCHLIGHT_CPU_DEVICE", "-DPATCHLIGHT_NAMESPACE=patchlight_cpu_device"]
     checks = [f"-fsanitize={sanitizer}", "-g", "-fno-omit-frame-pointer"] if sanitizer else []
     # g++ 12 miscompiles arrays of small structs in loops that nvcc unrolls (at -O1, in its induction variable pass).
@@ -132,7 +194,7 @@ def build_cpu_device(target: Path, work: Path, sanitizer: str | None) -> None:
         [CSRC / "library.cpp", *sorted(CSRC.rglob("*_cuda.cu"))],
         work / f"cpu_device_{sanitizer}",
     )
-    call([compiler(), "-shared", "-pthread", *checks, *objects, *link, "-ltorch_cpu", "-lc10", "-o", str(target)])
+    link([compiler(), "-shared", "-pthread", *checks, *objects, *libraries, "-ltorch_cpu", "-lc10"], target)
 
 
 class BuildLibraries(build_ext):
@@ -142,19 +204,23 @@ class BuildLibraries(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         folder = (ROOT / "kernels" if in_place else Path(self.build_lib)) / LIB
         folder.mkdir(parents=True, exist_ok=True)
-        work = ROOT / "build" / "objects"
-        self._try("C++", build_cpp, folder / "libpatchlight_cpu.so", work)
-        if nvcc():
-            self._try("CUDA", build_cuda, folder / "libpatchlight_cuda.so", work)
-        else:
-            print(
-                "patchlight: no nvcc found, so the CUDA library is not built; the Triton kernels serve GPUs.",
-                flush=True,
-            )
+        self._try("C++", folder / "libpatchlight_cpu.so", build_cpp)
+        path, cuda = nvcc(), folder / "libpatchlight_cuda.so"
+        archs = cuda_archs(path, all_wanted=not in_place) if path else []
+        if archs:
+            self._try("CUDA", cuda, build_cuda, archs)
+            return
+        why = "no GPU found that it could be built for (PATCHLIGHT_CUDA_ARCHS=all builds it for every one)"
+        print(
+            f"patchlight: no CUDA library: {why if path else 'no nvcc found'}; Triton kernels serve GPUs.", flush=True
+        )
+        if cuda.exists() and cuda.stat().st_mtime < max(path.stat().st_mtime for path in CSRC.rglob("*.*")):
+            cuda.unlink()
+            print(f"patchlight: {cuda.name} was older than its sources and is deleted.", flush=True)
 
-    def _try(self, kind: str, build, target: Path, work: Path) -> None:
+    def _try(self, kind: str, target: Path, build, *arguments) -> None:
         try:
-            build(target, work)
+            build(target, ROOT / "build" / "objects", *arguments)
         except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
             target.unlink(missing_ok=True)  # an old library beside new Python would be worse than none
             print(
@@ -173,9 +239,9 @@ class BuildLibraries(build_ext):
 
 
 class CpuDevice(Command):
-    """Builds the CUDA kernels for CPU threads."""
+    """Builds the CUDA kernels for a CPU."""
 
-    description = "build the CUDA sources for CPU threads, for tests without a GPU"
+    description = "build the CUDA sources for a CPU, for tests without a GPU"
     user_options = [("output=", "o", "the library to write"), ("sanitizer=", "s", "thread or address")]  # noqa: RUF012
 
     def initialize_options(self) -> None:
@@ -187,6 +253,44 @@ class CpuDevice(Command):
 
     def run(self) -> None:
         build_cpu_device(Path(self.output), ROOT / "build" / "objects", self.sanitizer)
+
+
+class CpuLevel(Command):
+    """Builds the C++ library for one x86-64 level alone, so that every level can be tested on a machine that has more."""
+
+    description = "build the C++ library for one x86-64 level, for tests"
+    user_options = [("output=", "o", "the library to write"), ("level=", "l", "1 (SSE2), 3 (AVX2) or 4 (AVX-512)")]  # noqa: RUF012
+
+    def initialize_options(self) -> None:
+        self.output, self.level = None, None
+
+    def finalize_options(self) -> None:
+        if not self.output or self.level not in ("1", "3", "4"):
+            raise SystemExit("cpu_level: needs --output FILE, and --level 1, 3 or 4")
+
+    def run(self) -> None:
+        build_cpp(Path(self.output), ROOT / "build" / "objects", int(self.level))
+
+
+class CudaAll(Command):
+    """Compiles the CUDA sources, or those of one op, for all wanted architectures, and links the library if it has a name."""
+
+    description = "compile the CUDA sources for every wanted architecture, for tests"
+    user_options = [("op=", None, "the op; all without it"), ("output=", "o", "the library to write, if any")]  # noqa: RUF012
+
+    def initialize_options(self) -> None:
+        self.op, self.output = "*", None
+
+    def finalize_options(self) -> None:
+        if nvcc() is None:
+            raise SystemExit("cuda_all: needs nvcc, found none; set NVCC or CUDA_HOME, and not PATCHLIGHT_CUDA=0")
+
+    def run(self) -> None:
+        work, archs = ROOT / "build" / "objects", cuda_archs(nvcc(), all_wanted=True)
+        for path in cuda_objects(work, archs, self.op):
+            print(path)
+        if self.output:
+            build_cuda(Path(self.output), work, archs)
 
 
 class AnyPython(bdist_wheel):
@@ -207,5 +311,11 @@ setup(
     ],
     package_dir={"patchlight": "ssl/patchlight", "patchlight_kernels": "kernels/patchlight_kernels"},
     ext_modules=[Extension("patchlight_kernels.lib.native", sources=[])],  # only so that setuptools calls build_ext
-    cmdclass={"build_ext": BuildLibraries, "cpu_device": CpuDevice, "bdist_wheel": AnyPython},
+    cmdclass={
+        "build_ext": BuildLibraries,
+        "cpu_device": CpuDevice,
+        "cpu_level": CpuLevel,
+        "cuda_all": CudaAll,
+        "bdist_wheel": AnyPython,
+    },
 )

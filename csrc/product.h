@@ -73,9 +73,9 @@ inline void product_plain(const PanelProduct& p) { product_either_way<4, 4>(p); 
 
 inline void multiply_panel(const PanelProduct& p) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  static const auto best = __builtin_cpu_supports("x86-64-v4")   ? product_avx512
-                           : __builtin_cpu_supports("x86-64-v3") ? product_avx2
-                                                                 : product_plain;
+  static const auto best = PATCHLIGHT_CPU_LEVEL >= 4 && __builtin_cpu_supports("x86-64-v4")   ? product_avx512
+                           : PATCHLIGHT_CPU_LEVEL >= 3 && __builtin_cpu_supports("x86-64-v3") ? product_avx2
+                                                                                              : product_plain;
   best(p);
 #else
   product_plain(p);

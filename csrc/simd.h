@@ -1,4 +1,5 @@
-// Portable SIMD: a CLONES function is compiled for AVX-512, AVX2 and plain x86-64, and the loader picks one.
+// Portable SIMD: a CLONES function is compiled for AVX-512, AVX2 and plain x86-64, and the loader picks one. Tests build the
+// library for one of these levels alone: PATCHLIGHT_CPU_LEVEL is 4, 3 or 1.
 #pragma once
 
 #include <cstdint>
@@ -6,10 +7,20 @@
 
 #include "native.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
+#if !(defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__))
+#define CLONES
+#elif !defined(PATCHLIGHT_CPU_LEVEL)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif PATCHLIGHT_CPU_LEVEL == 4
+#define CLONES __attribute__((target("arch=x86-64-v4")))
+#elif PATCHLIGHT_CPU_LEVEL == 3
+#define CLONES __attribute__((target("arch=x86-64-v3")))
 #else
 #define CLONES
+#endif
+
+#ifndef PATCHLIGHT_CPU_LEVEL
+#define PATCHLIGHT_CPU_LEVEL 4  // the highest that is offered; the machine may have less
 #endif
 
 namespace patchlight {

@@ -1,14 +1,18 @@
-"""Loads the compiled libraries once, and says in one sentence what is missing and how to build it."""
+"""Loads the compiled libraries once, and says in one sentence what is missing and how to build it.
+
+`$PATCHLIGHT_LIBRARIES` names another folder to load them from.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent / "lib"
+FOLDER = Path(os.environ.get("PATCHLIGHT_LIBRARIES") or Path(__file__).parent / "lib")
 NAMES = {"cpp": "libpatchlight_cpu.so", "cuda": "libpatchlight_cuda.so"}
 REMEDY = "build it with `make build` (or `python setup.py build_ext --inplace`)"
 
