@@ -1,18 +1,25 @@
 """Compiles every Triton kernel of an op for GPUs that are not here, and prints what each needs as JSON lines.
 
-Run in a process without TRITON_INTERPRET: `python tests/ops/aot.py neighbor_topk`. The op runs forward and backward as on
-a GPU, but each launch is recorded instead of run; so the signatures are those that a GPU would see.
+A process without TRITON_INTERPRET, as Triton either interprets or compiles. `python tests/ops/aot.py neighbor_topk 90`, or,
+for tests, a line "neighbor_topk 90" on its input for each answer, which ends with an empty line. The op runs forward and
+backward as on a GPU, but each launch is recorded instead of run; so the signatures are those that a GPU would see. What a
+kernel needs is kept in build/aot by its source, its signature and the versions of Triton and of this file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -25,6 +32,7 @@ from patchlight_kernels import force, hardware, registry
 from patchlight_kernels.registry import Case, OpSpec
 
 ARCHS = (80, 90, 100)
+CACHE = Path(__file__).parent.parent.parent / "build/aot"
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -52,24 +60,28 @@ def recorded_launches():
         yield launches
 
 
-def specialization(jit: JITFunction, bound: dict) -> list:
-    """What of the arguments reaches the machine code: constants, and of other integers what Triton looks at."""
-    constants = {p.name for p in jit.params if p.is_constexpr}
-    seen = lambda value: (value == 1, value % 16 == 0, abs(value) < 2**31) if isinstance(value, int) else type(value)
-    return [value if name in constants else seen(value) for name, value in bound.items()]
+class Kernel(NamedTuple):
+    """All that reaches the machine code, but for the architecture."""
+
+    jit: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[int, ...]  # places of the arguments that are multiples of 16
+    config: triton.Config
 
 
-def compile_launch(jit: JITFunction, bound: dict, config: triton.Config, arch: int) -> dict:
-    """Machine code for one configuration, and its registers, stack and shared memory."""
+def kernel_of(jit: JITFunction, bound: dict, config: triton.Config) -> Kernel:
+    """What Triton would compile for these arguments."""
     constexpr = {p.name for p in jit.params if p.is_constexpr}
     values = {**{name: value for name, value in bound.items() if name in constexpr}, **config.kwargs}
-    signature, divisible = {}, {}
+    signature, divisible = {}, []
     for position, name in enumerate(jit.arg_names):
         value = bound.get(name)
         if name in values or value is None:
             signature[name] = "constexpr"
         elif isinstance(value, torch.Tensor):
-            signature[name], divisible[(position,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            signature[name] = POINTERS[value.dtype]
+            divisible.append(position)
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value == 1:
@@ -77,16 +89,37 @@ def compile_launch(jit: JITFunction, bound: dict, config: triton.Config, arch: i
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0:
-                divisible[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=jit, signature=signature, constexprs=values, attrs=divisible)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                divisible.append(position)
+    return Kernel(jit, tuple(signature.items()), tuple(values.items()), tuple(divisible), config)
+
+
+def needs(kernel: Kernel, arch: int) -> dict:
+    """`compile_kernel`, once for all runs of the tests."""
+    versions = triton.__version__, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    what = kernel.jit.cache_key, *kernel[1:4], str(kernel.config), arch, *versions
+    path = CACHE / f"{hashlib.sha256(repr(what).encode()).hexdigest()}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(compile_kernel(kernel, arch)))
+        partial.replace(path)
+    return json.loads(path.read_text())
+
+
+def compile_kernel(kernel: Kernel, arch: int) -> dict:
+    """Machine code for one architecture, and its registers, stack and shared memory."""
+    attributes = {(position,): [["tt.divisibility", 16]] for position in kernel.divisible}
+    source = ASTSource(
+        fn=kernel.jit, signature=dict(kernel.signature), constexprs=dict(kernel.constants), attrs=attributes
+    )
+    options = {"num_warps": kernel.config.num_warps, "num_stages": kernel.config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = resource_usage(compiled.asm["cubin"])
     stack = usage["STACK"]  # spills show here, not under LOCAL
     return {
-        "kernel": jit.__name__,
+        "kernel": kernel.jit.__name__,
         "arch": arch,
-        "config": str(config),
+        "config": str(kernel.config),
         "registers": usage["REG"],
         "stack": stack,
         "spills_in_hot_loops": spills_in_hot_loops(cuobjdump("-sass", compiled.asm["cubin"])) if stack else 0,
@@ -132,9 +165,11 @@ def launches_of(spec: OpSpec, case: Case, dtype: torch.dtype) -> list[tuple]:
     return launches
 
 
-def main(name: str) -> None:
-    spec = registry.spec(name)
-    seen = set()
+@cache
+def kernels_of(name: str) -> dict[Kernel, str]:
+    """Every kernel that the op's benchmark cases launch, and for whom: each with all its configurations for the first case
+    that launches it, and with the default one for every other size."""
+    spec, found, seen = registry.spec(name), {}, set()
     with (
         mock.patch.object(hardware, "triton_interpreted", lambda: False),
         mock.patch.object(hardware, "no_triton", lambda tensor: None),
@@ -144,25 +179,23 @@ def main(name: str) -> None:
                 launches = launches_of(spec, case, dtype)
                 assert launches, f"{case}: the launcher launched nothing"
                 for jit, bound, configs in launches:
-                    first = (
-                        jit.__name__,
-                        dtype,
-                    ) not in seen  # every configuration once, the default one for every size
+                    first = (jit.__name__, dtype) not in seen
                     seen.add((jit.__name__, dtype))
                     for config in configs if first else configs[:1]:
-                        key = (
-                            jit.__name__,
-                            dtype,
-                            str(config),
-                            *specialization(jit, bound),
-                        )
-                        if key in seen:
-                            continue
-                        seen.add(key)
-                        for arch in ARCHS:
-                            row = compile_launch(jit, bound, config, arch)
-                            print(json.dumps({"case": str(case), "dtype": str(dtype), **row}), flush=True)
+                        found.setdefault(kernel_of(jit, bound, config), f"{case} {str(dtype).removeprefix('torch.')}")
+    return found
+
+
+def answer(name: str, arch: int) -> Iterator[str]:
+    """A JSON line for every kernel of the op."""
+    for kernel, case in kernels_of(name).items():
+        yield json.dumps({"case": case, **needs(kernel, arch)})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    questions = [" ".join(sys.argv[1:])] if sys.argv[1:] else sys.stdin
+    for question in questions:
+        name, arch = question.split()
+        for line in answer(name, int(arch)):
+            print(line)
+        print(flush=True)
