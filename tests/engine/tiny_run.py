@@ -1,13 +1,14 @@
 """A run that takes a second: a small ViT on noise, and what tests need to start it on several processes."""
 
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from patchlight.data.policy import dino_policy, pqcl_policy
@@ -131,15 +132,19 @@ def tiny_trainer(run: Run, mesh: Mesh | None = None, metrics: Notebook | None = 
     return Trainer(run, mesh, NoiseLoader(run, mesh), metrics or Notebook())
 
 
-def on_processes(count: int, work: Callable, *arguments, timeout: float = 60) -> list:
-    """Runs work(*arguments) on so many processes as torchrun would start them; what each returned, by rank."""
+def on_processes(count: int, work: Callable, *arguments, timeout: float = 600) -> list:
+    """Runs work(*arguments) on so many processes as torchrun would start them; what each returned, by rank.
+
+    They meet at a store of this process, as at torchrun's: a free port that is only looked up may be taken by the time that
+    a child asks for it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["patchlight.engine.trainer"])
-    port = free_port()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = []
     for rank in range(count):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(sender, rank, count, port, work, arguments))
+        process = context.Process(target=_child, args=(sender, rank, count, store.port, work, arguments))
         process.start()
         sender.close()
         started.append((process, receiver))
@@ -165,16 +170,12 @@ def receive(receiver: multiprocessing.connection.Connection, timeout: float) -> 
 
 
 def _child(sender, rank: int, count: int, port: int, work: Callable, arguments: tuple) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torchrun |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     os.environ.update({name: str(value) for name, value in torchrun.items()})
     sender.send(work(*arguments))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def train_tiny(run: Run, steps: int | None = None, whole: bool = True) -> dict:

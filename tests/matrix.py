@@ -1,0 +1,137 @@
+"""Runs the tests as other machines would: `make test-matrix`, or `python tests/matrix.py [row ...]`.
+
+    default, avx2, avx512   ATen, MKL, oneDNN, OpenBLAS and our C++ library held to one instruction set
+    oldest                  the oldest torch and Triton that we support, in an environment of their own
+    newest                  the newest ones that pip finds, likewise
+    seeds                   what draws random inputs, with seeds 1 to 20
+
+A row that this machine cannot run says why. Logs and environments lie in build/matrix; a table ends the output.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "build/matrix"
+PYTEST = ("-m", "pytest", "-q", "-n", str(os.cpu_count()), "--dist", "worksteal")
+OLDEST = ("torch==2.11.0", "torchvision==0.26.0", "triton==3.6.0")
+NEWEST = ("--upgrade", "torch", "torchvision", "triton")
+SEEDS = range(1, 21)
+RANDOM = ("tests/ops", "tests/objectives", "tests/heads", "tests/backbones")
+FIXED = "not compiled_ahead and not cpu_device and not inductor"  # what no seed changes
+# By row: the level of our C++ library, the flag in /proc/cpuinfo that it needs, and what holds the others to it.
+LEVELS = {
+    "default": (1, "sse2", {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+                            "ONEDNN_MAX_CPU_ISA": "SSE41", "OPENBLAS_CORETYPE": "Nehalem"}),
+    "avx2": (3, "avx2", {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+                         "ONEDNN_MAX_CPU_ISA": "AVX2", "OPENBLAS_CORETYPE": "Haswell"}),
+    "avx512": (4, "avx512f", {"ATEN_CPU_CAPABILITY": "avx512", "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+                              "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "OPENBLAS_CORETYPE": "SkylakeX"}),
+}  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What a row came to."""
+
+    row: str
+    words: str
+    failed: bool
+    seconds: float = 0.0
+    names: list[str] = field(default_factory=list)  # of the tests that failed
+
+
+def run_tests(row: str, *arguments: str, python: str = sys.executable, log: str = "", **environment: str) -> Outcome:
+    """pytest in a process of its own; its last line and what failed."""
+    path, began = FOLDER / f"{log or row}.log", time.perf_counter()
+    print(f"{log or row}: running; log in {path.relative_to(ROOT)}", flush=True)
+    with open(path, "w") as file:
+        command = [python, *PYTEST, *arguments]
+        code = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=file).returncode
+    text = path.read_text()
+    counts = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+) in ", text, re.MULTILINE)
+    words = counts[-1].strip() if counts else f"no summary, exit code {code}"
+    names = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    print(f"{log or row}: {words}", *names, sep="\n    ", flush=True)
+    return Outcome(row, words, code != 0, time.perf_counter() - began, names)
+
+
+def instruction_set(row: str) -> Outcome:
+    level, flag, environment = LEVELS[row]
+    if flag not in Path("/proc/cpuinfo").read_text().split():
+        return Outcome(row, f"not run: this CPU has no {flag}", failed=False)
+    library = FOLDER / f"level{level}" / "libpatchlight_cpu.so"
+    library.parent.mkdir(exist_ok=True)
+    build = ["setup.py", "-q", "cpu_level", "--level", str(level), "--output", str(library)]
+    subprocess.run([sys.executable, *build], cwd=ROOT, check=True)
+    return run_tests(row, **environment, PATCHLIGHT_LIBRARIES=str(library.parent))
+
+
+def environment_of(row: str, *packages: str) -> Outcome:
+    """In an environment with these packages and whatever else the project needs."""
+    home = FOLDER / row
+    python = str(home / "bin/python")
+    if not home.exists():
+        print(f"{row}: setting up {home.relative_to(ROOT)} (several gigabytes)", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    others = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["test"],
+        *project["optional-dependencies"]["bench"],
+    ]
+    for wanted in (packages, ("setuptools>=77", *others)):
+        install = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True)
+        if install.returncode:
+            return Outcome(
+                row, f"not run: pip found no {' '.join(wanted)}: {install.stderr.strip()[-300:]}", failed=True
+            )
+    versions = "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
+    found = subprocess.run([python, "-c", versions], capture_output=True, text=True, check=True).stdout.strip()
+    result = run_tests(row, python=python, PYTHONPATH=f"{ROOT / 'kernels'}:{ROOT / 'ssl'}")
+    result.words = f"{found}: {result.words}"
+    return result
+
+
+def seeds(row: str) -> Outcome:
+    """One run for each seed; a failure names its seed."""
+    results = [
+        run_tests(row, *RANDOM, "-k", FIXED, log=f"seed{seed}", PATCHLIGHT_TEST_SEED=str(seed)) for seed in SEEDS
+    ]
+    names = [f"seed {seed}: {name}" for seed, result in zip(SEEDS, results, strict=True) for name in result.names]
+    words = f"{len(results)} seeds, {sum(result.failed for result in results)} with failures; {results[-1].words} each"
+    return Outcome(row, words, any(r.failed for r in results), sum(r.seconds for r in results), names)
+
+
+ROWS: dict[str, Callable[[str], Outcome]] = {
+    **dict.fromkeys(LEVELS, instruction_set),
+    "oldest": lambda row: environment_of(row, *OLDEST),
+    "newest": lambda row: environment_of(row, *NEWEST),
+    "seeds": seeds,
+}
+
+
+def main(wanted: list[str]) -> int:
+    if unknown := set(wanted) - set(ROWS):
+        raise SystemExit(f"matrix: rows must be among {list(ROWS)}, got {sorted(unknown)}; leave them out for all")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    outcomes = [ROWS[row](row) for row in wanted or ROWS]
+    print("\n| row | outcome | minutes |\n| --- | --- | --- |")
+    for outcome in outcomes:
+        print(f"| {outcome.row} | {outcome.words} | {outcome.seconds / 60:.1f} |")
+        for name in outcome.names:
+            print(f"|  | {name} |  |")
+    return int(any(outcome.failed for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
