@@ -6,6 +6,9 @@ UV := $(shell command -v uv 2>/dev/null)
 READY := $(VENV)/built $(VENV)/installed
 CSRC := $(shell find csrc -type f 2>/dev/null) setup.py
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
 ifdef UV
 NEW_VENV = uv venv --seed $(VENV)
 INSTALL = uv pip install --python $(PY)
@@ -13,6 +16,8 @@ else
 NEW_VENV = $(PYTHON) -m venv $(VENV)
 INSTALL = $(PY) -m pip install --disable-pip-version-check
 endif
+# A line for each package that is fetched, so that nobody waits without a sign; none for those that are there.
+TELL = | { grep --line-buffered -E "Collecting|Downloading|Building|Successfully|error|ERROR" || true; }
 
 .PHONY: demo test test-matrix bench lint sanitize doctor build clean
 
@@ -47,7 +52,7 @@ $(VENV)/torch:
 	@$(PYTHON) -c "import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else 'patchlight needs Python 3.11 to 3.13, found %d.%d; run make PYTHON=python3.12' % sys.version_info[:2])"
 	@echo "patchlight: setting up $(VENV) (torch and its CUDA libraries are several gigabytes; this happens once)"
 	test -x $(PY) || $(NEW_VENV)
-	$(INSTALL) "setuptools>=77" "torch>=2.11"
+	$(INSTALL) "setuptools>=77" "torch>=2.11" $(TELL)
 	@touch $@
 
 # Before the package is installed, as pip would hide how far the compiler is.
@@ -56,8 +61,8 @@ $(VENV)/built: $(VENV)/torch $(CSRC)
 	@touch $@
 
 $(VENV)/installed: pyproject.toml | $(VENV)/built
-	@echo "patchlight: the other packages"
-	$(INSTALL) --no-build-isolation -e ".[test,bench,tracking]"
+	@echo "patchlight: installing itself and the other packages"
+	@$(INSTALL) --no-build-isolation -e ".[test,bench,tracking]" $(TELL)
 	@touch $@
 
 clean:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from parity import ROOT
@@ -71,22 +72,71 @@ def test_imports_without(absent):
     assert result.returncode == 0, result.stderr
 
 
-def test_a_failed_build_says_so_and_leaves_nothing_stale(tmp_path):
-    """A compiler that fails: exit 0, one clear sentence, no half-built library."""
-    broken = tmp_path / "broken-g++"
-    broken.write_text("#!/bin/sh\necho 'broken compiler' >&2\nexit 1\n")
-    broken.chmod(0o755)
+def program(folder: Path, name: str, *lines: str) -> Path:
+    """A small shell program of that name."""
+    path = folder / name
+    path.write_text("\n".join(["#!/bin/sh", *lines]))
+    path.chmod(0o755)
+    return path
+
+
+def build_with_a_broken_compiler(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """In a copy of the sources, in which nothing is built yet."""
+    broken = program(folder, "broken-g++", "echo 'broken compiler' >&2", "exit 1")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / name)
+        shutil.copy(ROOT / name, folder / name)
     for name in ("csrc", "kernels", "ssl"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    result = subprocess.run(
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True
+        )
+    return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=tmp_path,
-        env={**os.environ, "CXX": str(broken), "PATCHLIGHT_CUDA": "0"},
+        cwd=folder,
+        env={**os.environ, "CXX": str(broken), **environment},
         capture_output=True,
         text=True,
     )
+
+
+def test_a_failed_build_says_so_and_leaves_nothing_stale(tmp_path):
+    """A compiler that fails: exit 0, one clear sentence, no half-built library."""
+    result = build_with_a_broken_compiler(tmp_path, PATCHLIGHT_CUDA="0")
     assert result.returncode == 0, result.stderr
     assert "the C++ library could not be built (reason above). patchlight works without it" in result.stderr
     assert not list((tmp_path / "kernels").rglob("*.so"))
+
+
+def without_a_gpu(folder: Path) -> str:
+    """A search path on which nvidia-smi finds none."""
+    program(folder, "nvidia-smi", "exit 9")
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_without_a_gpu_no_cuda_library_is_built_and_an_old_one_goes(tmp_path):
+    old = tmp_path / "kernels/patchlight_kernels/lib/libpatchlight_cuda.so"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    os.utime(old, (0, 0))
+    nvcc = program(tmp_path, "nvcc", "exit 1")
+    environment = {
+        "NVCC": str(nvcc),
+        "PATH": without_a_gpu(tmp_path),
+        "PATCHLIGHT_CUDA": "",
+        "PATCHLIGHT_CUDA_ARCHS": "",
+    }
+    result = build_with_a_broken_compiler(tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    assert "no CUDA library: no GPU found that it could be built for (PATCHLIGHT_CUDA_ARCHS=all" in result.stdout
+    assert "libpatchlight_cuda.so was older than its sources and is deleted" in result.stdout
+    assert not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "archs"), [("9.0\n8.0\n9.0", ["80", "90a"]), ("10.0\n12.0", ["100", "120"]), ("7.5", []), ("", [])]
+)
+def test_the_cuda_library_is_for_the_gpus_that_are_here(tmp_path, gpus, archs):
+    """From 8.0 on: older ones have no tensor cores for bfloat16."""
+    program(tmp_path, "nvidia-smi", f"printf '{gpus}\n'")
+    code = "import runpy, sys; sys.argv = ['setup.py', '--version']; print(runpy.run_path('setup.py')['gpu_archs']())"
+    result = python(code, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert result.stdout.splitlines()[-1] == str(archs), result.stdout + result.stderr
