@@ -160,14 +160,11 @@ def test_updates_are_timed_on_equal_parameters(monkeypatch):
     rows = update.measure(step.METHODS["dino"], one_block, seconds=0.0)
     assert [row["provider"] for row in rows] == [step.OFFICIAL, update.FOREACH, update.COMPILED, step.OURS]
     for row in rows:
-        if row["provider"] == update.COMPILED and not pick_vec_isa():
-            assert row["status"].startswith("cannot run"), (
-                "Inductor compiles it, which it could not: drop this exception"
-            )
-        else:
-            assert row["status"] == "ok"
-            assert row["error"] <= update.TOLERANCE
-            assert row["median_ms"] > 0
+        if row["status"] != "ok":  # Inductor 2.14 writes no correct C++ where it has no vectors
+            assert row["provider"] == update.COMPILED and not pick_vec_isa(), row["status"]
+            continue
+        assert row["error"] <= update.TOLERANCE
+        assert row["median_ms"] > 0
     monkeypatch.setattr(OfficialStep, "update", lambda self: None)
     monkeypatch.setattr(update, "CompiledUpdate", update.ForeachUpdate)
     with pytest.raises(SystemExit, match="nothing is timed"):
