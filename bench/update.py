@@ -63,16 +63,9 @@ def measure(method: Method, size: Size, seconds: float) -> list[dict]:
     updates = {name: peer.update for name, peer in peers.items()} | {OURS: ours}
     gradients = make_gradients(trainer.student, run.optim.clip)
     calls = {name: with_gradients(branches[name][0], gradients, update) for name, update in updates.items()}
-    cannot: dict[str, dict] = {}
-    for name, call in list(calls.items()):
-        try:
-            for _ in range(2):
-                call()
-        except RuntimeError as problem:  # Inductor, on a CPU for which it has no vectors
-            if name != COMPILED:
-                raise
-            cannot[name] = {"provider": name, "status": f"cannot run: {str(problem).splitlines()[0][:80]}"}
-            del calls[name]
+    for _ in range(2):
+        for call in calls.values():
+            call()
     errors = {name: furthest(branches[name], branches[OFFICIAL]) for name in calls}
     for name, error in errors.items():
         if error > TOLERANCE:
@@ -92,14 +85,13 @@ def measure(method: Method, size: Size, seconds: float) -> list[dict]:
     }
     memory = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
     timings = interleaved({name: [call] for name, call in calls.items()}, device, seconds)
-    rows = {
-        name: base
+    return [
+        base
         | {"provider": name, "median_ms": t.median, "p20_ms": t.p20, "p80_ms": t.p80, "rounds": t.rounds}
         | {"percent_of_floor": 100 * floor / t.median, "gb_per_s": moved / t.median / 1e6, "error": errors[name]}
         | {"peak_extra_mb": "" if memory[name] is None else memory[name] / 1e6}
         for name, t in timings.items()
-    }
-    return [rows[name] if name in rows else base | cannot[name] for name in updates]
+    ]
 
 
 def make_gradients(student: torch.nn.Module, clip: float) -> dict[str, Tensor]:

@@ -53,6 +53,8 @@ class Outcome:
 def run_tests(row: str, *arguments: str, python: str = sys.executable, log: str = "", **environment: str) -> Outcome:
     """pytest in a process of its own; its last line and what failed."""
     path, began = FOLDER / f"{log or row}.log", time.perf_counter()
+    # Inductor keeps what it compiled for one instruction set and would run it under another.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(FOLDER / f"inductor-{row}")
     print(f"{log or row}: running; log in {path.relative_to(ROOT)}", flush=True)
     with open(path, "w") as file:
         command = [python, *PYTEST, *arguments]
