@@ -86,11 +86,8 @@ def environment_of(row: str, *packages: str) -> Outcome:
         print(f"{row}: setting up {home.relative_to(ROOT)} (several gigabytes)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    others = [
-        *project["dependencies"],
-        *project["optional-dependencies"]["test"],
-        *project["optional-dependencies"]["bench"],
-    ]
+    extras = (project["optional-dependencies"][name] for name in ("test", "bench", "tracking"))
+    others = [*project["dependencies"], *(package for extra in extras for package in extra)]
     for wanted in (packages, ("setuptools>=77", *others)):
         install = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True)
         if install.returncode:
