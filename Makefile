@@ -51,8 +51,8 @@ build: $(READY)
 $(VENV)/torch:
 	@$(PYTHON) -c "import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else 'patchlight needs Python 3.11 to 3.13, found %d.%d; run make PYTHON=python3.12' % sys.version_info[:2])"
 	@echo "patchlight: setting up $(VENV) (torch and its CUDA libraries are several gigabytes; this happens once)"
-	test -x $(PY) || $(NEW_VENV)
-	$(INSTALL) "setuptools>=77" "torch>=2.11" $(TELL)
+	@test -x $(PY) || $(NEW_VENV)
+	@$(INSTALL) "setuptools>=77" "numpy>=1.26" "torch>=2.11" $(TELL)
 	@touch $@
 
 # Before the package is installed, as pip would hide how far the compiler is.
