@@ -6,6 +6,9 @@ UV := $(shell command -v uv 2>/dev/null)
 READY := $(VENV)/built $(VENV)/installed
 CSRC := $(shell find csrc -type f 2>/dev/null) setup.py
 
+# One more than processors, as some tests wait for processes that they start.
+WORKERS := $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
@@ -25,7 +28,7 @@ demo: $(READY)  ## pretrains a small ViT on procedural images; report, pictures 
 	$(PY) train.py demo --output.folder runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 test: $(READY)  ## every test that this machine can run
-	$(PY) -m pytest -n $(shell nproc 2>/dev/null || echo 2) --dist worksteal
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test-matrix: $(READY)  ## the tests on other instruction sets, other versions of torch and other seeds; MATRIX="seeds avx2" picks
 	$(PY) tests/matrix.py $(MATRIX)
