@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from parity import ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
+from parity import ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running, spread
 from torch.nn.functional import normalize
 
 from patchlight_kernels import force, prototype_ce, registry
@@ -167,8 +167,9 @@ def test_the_backward_that_computes_logits_again(device, name, dtype):
         later = torch.autograd.grad(3 * loss, leaves)
         at_once = torch.autograd.grad(3 * prototype_ce(**arguments), leaves)
     tolerance = 4 * torch.finfo(dtype).eps
-    for a, b in zip(later, at_once, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+    rounding = spread(lambda given: with_gradients(given)[1:], arguments)
+    for a, b, moves in zip(later, at_once, rounding, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max() + 3 * 4 * moves
 
 
 @every_runner
@@ -197,11 +198,12 @@ def test_pairs_and_rows_that_weigh_nothing(device, name):
     row_weight = arguments["row_weight"].clone()
     row_weight[3] = 0
     with running(device, name):
-        loss, dz, _ = with_gradients(arguments | {"pair_weight": pair_weight, "row_weight": row_weight})
+        given = arguments | {"pair_weight": pair_weight, "row_weight": row_weight}
+        loss, dz, _ = with_gradients(given)
         only = arguments | {"pair_weight": pair_weight[1:, 2:], "row_weight": row_weight}
         alone = with_gradients(only | {"z": arguments["z"][2:], "teacher_z": arguments["teacher_z"][1:]})
     torch.testing.assert_close(loss, alone[0])
-    torch.testing.assert_close(dz[2:], alone[1], rtol=1e-5, atol=1e-7)
+    assert (dz[2:] - alone[1]).abs().max() <= 4 * spread(with_gradients, given)[1]
     assert (dz[:2] == 0).all()
     assert (dz[2, 3] == 0).all()
 

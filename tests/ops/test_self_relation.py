@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from harness import FOLDER
 from harness import Case as Recorded
-from parity import ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
+from parity import EPS, ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running, signs
 
 from patchlight_kernels import force, registry, self_relation
 from patchlight_kernels.registry import Case
@@ -59,19 +59,26 @@ def test_the_reference_is_the_formula(teacher_width):
     torch.testing.assert_close(with_gradient(arguments), (loss.detach(), torch.autograd.grad(loss, leaf)[0]))
 
 
-def test_the_gradient_needs_the_sums_of_both_rows_only():
-    """D + D^T of the symmetric relation from two vectors of log-sum-exps, and one product with the features."""
-    a = double(some_arguments())
+def gradient_from_sums(a, off=0.0):
+    """D + D^T of the symmetric relation from two vectors of log-sum-exps, and one product with the features.
+
+    `off` is what share of themselves the sums are wrong by, up or down at random.
+    """
     relations = [
         scale * (x @ x.mT) for scale, x in ((a["student_scale"], a["student"]), (a["teacher_scale"], a["teacher"]))
     ]
-    both = []
+    both, generator = [], torch.Generator().manual_seed(1)
     for relation in relations:
         sums = relation.logsumexp(-1)
+        sums = sums * (1 + off * signs(sums, generator))
         both.append((relation - sums[..., :, None]).exp() + (relation - sums[..., None, :]).exp())
     of_sample = a["weight"] * a["student_scale"] / (2 * 7)
-    pulled = of_sample[:, :, None, None, None] * ((both[0] - both[1]) @ a["student"])
-    torch.testing.assert_close(with_gradient(a)[1], pulled)
+    return of_sample[:, :, None, None, None] * ((both[0] - both[1]) @ a["student"])
+
+
+def test_the_gradient_needs_the_sums_of_both_rows_only():
+    a = double(some_arguments())
+    torch.testing.assert_close(with_gradient(a)[1], gradient_from_sums(a))
 
 
 def test_the_teacher_meets_the_sum_of_students():
@@ -253,7 +260,9 @@ def test_extreme_relations_stay_finite(device, name):
     with running(device, name):
         mine = outcome(SPEC, arguments)
     assert all(value.isfinite().all() for value in mine.values())
-    assert_as_exact_as_pytorch(SPEC, arguments, mine, name)
+    wide = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in double(arguments).items()}
+    saved = (gradient_from_sums(wide, off=EPS) - gradient_from_sums(wide)).abs().max().item()  # sums in the thousands
+    assert_as_exact_as_pytorch(SPEC, arguments, mine, name, also={"gradient of student": saved})
 
 
 def test_samples_weigh_the_same_by_default():
