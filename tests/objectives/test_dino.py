@@ -144,7 +144,7 @@ def test_sinkhorn_balances_the_teachers_rows():
     target = objective.teach(teacher, 0.04, has_local=True)
     logits = target.z @ target.prototypes.T
     share = ((logits + target.bias) / 0.04).softmax(dim=-1).mean(dim=(0, 1))
-    assert share.max() < 0.7 * (logits / 0.04).softmax(dim=-1).mean(dim=(0, 1)).max()
+    assert share.std() < 0.7 * (logits / 0.04).softmax(dim=-1).mean(dim=(0, 1)).std()
     assert run(objective, student, teacher).isfinite()
     objective.after_step(cases.clock_of(0))
     assert objective.state_dict() == {}
