@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from harness import FOLDER
 from harness import Case as Recorded
-from parity import EPS, ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running, signs
+from parity import EPS, ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running, signs, spread
 
 from patchlight_kernels import force, registry, self_relation
 from patchlight_kernels.registry import Case
@@ -203,8 +203,9 @@ def test_the_backward_that_computes_relations_again(device, name, dtype):
         assert unmade.numel() == 0
         later = torch.autograd.grad(3 * loss, leaf)[0]
         at_once = torch.autograd.grad(3 * self_relation(**arguments), leaf)[0]
+    (moves,) = spread(lambda given: with_gradient(given)[1:], arguments)
     tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(later, at_once, rtol=tolerance, atol=tolerance * at_once.abs().max().item())
+    assert (later - at_once).abs().max() <= tolerance * at_once.abs().max() + 3 * 4 * moves
 
 
 # ---------------------------------------------------------------------------------------------------- who counts
