@@ -9,7 +9,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null) setup.py
 # One more than processors, as some tests wait for processes that they start.
 WORKERS := $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 
-SHELL := /bin/bash
+SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 ifdef UV
@@ -48,7 +48,8 @@ sanitize: $(READY)  ## the CUDA kernels on CPU threads under the thread and the 
 doctor: $(READY)
 	$(PY) -m patchlight_kernels doctor
 
-build: $(READY)
+build: $(READY)  ## again, as PATCHLIGHT_CUDA_ARCHS may ask for more than was built; what is there stays
+	@$(PY) setup.py -q build_ext --inplace
 
 # torch goes first: the libraries compile against the torch that is installed, and no second one is fetched for it.
 $(VENV)/torch:

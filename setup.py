@@ -145,17 +145,8 @@ def build_cpp(target: Path, work: Path, level: int | None = None) -> None:
     """
     include, libraries = torch_flags()
     one_level = [f"-DPATCHLIGHT_CPU_LEVEL={level}"] if level else []
-    compile_ = [
-        compiler(),
-        "-std=c++20",
-        "-O3",
-        "-fPIC",
-        "-fvisibility=hidden",
-        *MATH,
-        *one_level,
-        STABLE_ABI,
-        *include,
-    ]
+    compile_ = [compiler(), "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *MATH]
+    compile_ += [*one_level, STABLE_ABI, *include]
     sources = [CSRC / "library.cpp", *sorted(CSRC.rglob("*_cpu.cpp"))]
     objects = compile_all(compile_, sources, work / f"cpp{level or ''}")
     link([compiler(), "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10"], target)
@@ -210,10 +201,11 @@ class BuildLibraries(build_ext):
         if archs:
             self._try("CUDA", cuda, build_cuda, archs)
             return
-        why = "no GPU found that it could be built for (PATCHLIGHT_CUDA_ARCHS=all builds it for every one)"
-        print(
-            f"patchlight: no CUDA library: {why if path else 'no nvcc found'}; Triton kernels serve GPUs.", flush=True
-        )
+        if path:
+            why = "no GPU found that it could be built for (PATCHLIGHT_CUDA_ARCHS=all builds it for every one)"
+        else:
+            why = "PATCHLIGHT_CUDA=0" if os.environ.get("PATCHLIGHT_CUDA") == "0" else "no nvcc found"
+        print(f"patchlight: no CUDA library: {why}; Triton kernels serve GPUs.", flush=True)
         if cuda.exists() and cuda.stat().st_mtime < max(path.stat().st_mtime for path in CSRC.rglob("*.*")):
             cuda.unlink()
             print(f"patchlight: {cuda.name} was older than its sources and is deleted.", flush=True)

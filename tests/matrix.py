@@ -3,7 +3,7 @@
     default, avx2, avx512   ATen, MKL, oneDNN, OpenBLAS and our C++ library held to one instruction set
     oldest                  the oldest torch and Triton that we support, in an environment of their own
     newest                  the newest ones that pip finds, likewise
-    seeds                   what draws random inputs, with seeds 1 to 20
+    seeds                   operations, objectives, heads and backbones on the random inputs of seeds 1 to 20
 
 A row that this machine cannot run says why. Logs and environments lie in build/matrix; a table ends the output.
 """
@@ -22,8 +22,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build/matrix"
-PYTEST = ("-m", "pytest", "-q", "-n", str(os.cpu_count()), "--dist", "worksteal")
-OLDEST = ("torch==2.11.0", "torchvision==0.26.0", "triton==3.6.0")
+PYTEST = ("-m", "pytest", "-q", "-n", str(len(os.sched_getaffinity(0)) + 1), "--dist", "worksteal")  # as `make test`
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OLDEST = tuple(
+    re.sub(r">=([\d.]+).*", r"==\1.*", text) for text in PROJECT["dependencies"] if re.match("torch|triton", text)
+)
 NEWEST = ("--upgrade", "torch", "torchvision", "triton")
 SEEDS = range(1, 21)
 RANDOM = ("tests/ops", "tests/objectives", "tests/heads", "tests/backbones")
@@ -85,15 +88,12 @@ def environment_of(row: str, *packages: str) -> Outcome:
     if not home.exists():
         print(f"{row}: setting up {home.relative_to(ROOT)} (several gigabytes)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = (project["optional-dependencies"][name] for name in ("test", "bench", "tracking"))
-    others = [*project["dependencies"], *(package for extra in extras for package in extra)]
-    for wanted in (packages, ("setuptools>=77", *others)):
-        install = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True)
-        if install.returncode:
-            return Outcome(
-                row, f"not run: pip found no {' '.join(wanted)}: {install.stderr.strip()[-300:]}", failed=True
-            )
+    extras = (PROJECT["optional-dependencies"][name] for name in ("test", "bench", "tracking"))
+    others = [*PROJECT["dependencies"], *(package for extra in extras for package in extra)]
+    wanted = (*packages, "setuptools>=77", *others)  # in one, so that nothing else moves torch
+    install = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True)
+    if install.returncode:
+        return Outcome(row, f"not run: pip: {install.stderr.strip()[-300:]}", failed=True)
     versions = "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
     found = subprocess.run([python, "-c", versions], capture_output=True, text=True, check=True).stdout.strip()
     result = run_tests(row, python=python, PYTHONPATH=f"{ROOT / 'kernels'}:{ROOT / 'ssl'}")

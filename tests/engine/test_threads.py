@@ -68,8 +68,11 @@ def test_nothing_is_watched_where_nothing_spins(two_threads, monkeypatch):
     assert not watched(), "the threads only launch"
 
 
-def test_queueing_time_grows():
-    if not threads.TASKS.exists():
-        pytest.skip("this system tells no queueing time")
-    first = threads.queued_seconds()
-    assert threads.queued_seconds() >= first >= 0
+def test_queueing_time_of_all_threads(tmp_path, monkeypatch):
+    """The second number of each thread's file, in nanoseconds; a thread without one has ended meanwhile."""
+    for task, line in (("11", "7 1500000000 3"), ("12", "9 250000000 1"), ("13", None)):
+        (tmp_path / task).mkdir()
+        if line:
+            (tmp_path / task / "schedstat").write_text(line)
+    monkeypatch.setattr(threads, "TASKS", tmp_path)
+    assert threads.queued_seconds() == 1.75

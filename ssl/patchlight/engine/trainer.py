@@ -359,7 +359,10 @@ class Trainer:
 
     def say(self, sentence: str | Table) -> None:
         if self.mesh.rank == 0:
-            print_sentence(sentence) if isinstance(sentence, str) else Console().print(sentence)
+            if isinstance(sentence, str):
+                print_sentence(sentence)
+            else:
+                Console().print(sentence)
 
 
 def build_loader(run: Run, mesh: Mesh) -> Loader:
