@@ -24,7 +24,8 @@ from rich.table import Table
 
 from patchlight.data.loaders import build_loader, dali_is_there
 from patchlight.data.policy import selfpatch_policy
-from patchlight.data.sources import ImageFolder, Source, as_ppm
+from patchlight.data.sources import ImageFolder
+from patchlight.data.stored import Source, as_ppm
 
 from .machine import PROVENANCE, provenance
 from .ops import write

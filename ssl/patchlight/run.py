@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from .checks import check, check_choice
 from .data.interface import MOST_BAD
 from .data.loaders import LOADERS
 from .data.masking import MaskRule
@@ -27,16 +28,6 @@ Options = (
     | PqclOptions
     | SereOptions
 )
-
-
-def _choose(where: str, value: str, *choices: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{where} must be one of {', '.join(choices)}, got {value!r}; pick one of them.")
-
-
-def _demand(holds: bool, rule: str, got: object, remedy: str) -> None:
-    if not holds:
-        raise ValueError(f"{rule}, got {got}; {remedy}.")
 
 
 @dataclass(frozen=True)
@@ -68,9 +59,9 @@ class Model:
     """Other sizes than the architecture's own, e.g. {"depth": 2, "width": 32, "heads": 2} for a test."""
 
     def __post_init__(self) -> None:
-        _choose("Model.summary", self.summary, "cls", "class_attention", "mean")
-        _choose("Model.positions", self.positions, "learned", "sincos", "sincos_rows_first", "sincos_printed")
-        _demand(
+        check_choice("Model.summary", self.summary, ("cls", "class_attention", "mean"))
+        check_choice("Model.positions", self.positions, ("learned", "sincos", "sincos_rows_first", "sincos_printed"))
+        check(
             self.image_size % self.patch_size == 0,
             "Model.image_size must be a multiple of patch_size",
             f"{self.image_size} and {self.patch_size}",
@@ -92,11 +83,11 @@ class Objectives:
     """fixed: every batch hides equally many patches, so shapes never change; released: the count varies as in iBOT."""
 
     def __post_init__(self) -> None:
-        _choose("Objectives.mask_counts", self.mask_counts, "fixed", "released")
+        check_choice("Objectives.mask_counts", self.mask_counts, ("fixed", "released"))
         kinds = [type(options).__name__ for options in self.options]
-        _demand(len(kinds) > 0, "Objectives.options needs at least one objective", "none", "add DinoOptions()")
-        _demand(len(set(kinds)) == len(kinds), "Objectives.options may name each objective once", kinds, "remove one")
-        _demand(
+        check(len(kinds) > 0, "Objectives.options needs at least one objective", "none", "add DinoOptions()")
+        check(len(set(kinds)) == len(kinds), "Objectives.options may name each objective once", kinds, "remove one")
+        check(
             all(weight >= 0 for weight in self.weights.values()),
             "Objectives.weights must not be negative",
             self.weights,
@@ -127,18 +118,18 @@ class Data:
     """Share of unreadable images at which a run stops; below it others take their places, which the log says."""
 
     def __post_init__(self) -> None:
-        _choose("Data.loader", self.loader, *LOADERS)
-        _choose("Data.photometric", self.photometric, "op", "dali")
-        _demand(
+        check_choice("Data.loader", self.loader, LOADERS)
+        check_choice("Data.photometric", self.photometric, ("op", "dali"))
+        check(
             self.photometric == "op" or self.loader == "dali",
             'Data.photometric="dali" is a part of the dali loader',
             f"loader={self.loader!r}",
             'set loader="dali"',
         )
-        _demand(0 <= self.most_bad <= 1, "Data.most_bad must lie in [0, 1]", self.most_bad, "0.05 is usual")
-        _demand(self.batch_per_rank > 0, "Data.batch_per_rank must be positive", self.batch_per_rank, "use 1 or more")
-        _demand(self.workers >= 0, "Data.workers must not be negative", self.workers, "use 0 or more")
-        _demand(
+        check(0 <= self.most_bad <= 1, "Data.most_bad must lie in [0, 1]", self.most_bad, "0.05 is usual")
+        check(self.batch_per_rank > 0, "Data.batch_per_rank must be positive", self.batch_per_rank, "use 1 or more")
+        check(self.workers >= 0, "Data.workers must not be negative", self.workers, "use 0 or more")
+        check(
             bool(self.path) == (self.loader != "procedural"),
             "Data.path belongs to every loader but the procedural one, and they need it",
             f"path={self.path!r} with loader={self.loader!r}",
@@ -186,10 +177,10 @@ class Optim:
     """Non-finite steps in a row, all of them skipped, after which the run gives up."""
 
     def __post_init__(self) -> None:
-        _choose("Optim.name", self.name, "adamw", "lars", "lamb")
-        _choose("Optim.clip_mode", self.clip_mode, "per_tensor", "global")
-        _choose("Optim.warmup_ends", self.warmup_ends, "last", "next")
-        _choose("Optim.decayed", self.decayed, "matrices", "biases", "all")
+        check_choice("Optim.name", self.name, ("adamw", "lars", "lamb"))
+        check_choice("Optim.clip_mode", self.clip_mode, ("per_tensor", "global"))
+        check_choice("Optim.warmup_ends", self.warmup_ends, ("last", "next"))
+        check_choice("Optim.decayed", self.decayed, ("matrices", "biases", "all"))
         for name in (
             "base_lr",
             "min_lr",
@@ -199,13 +190,11 @@ class Optim:
             "weight_decay_end",
             "clip",
         ):
-            _demand(
-                getattr(self, name) >= 0, f"Optim.{name} must not be negative", getattr(self, name), "use 0 or more"
-            )
+            check(getattr(self, name) >= 0, f"Optim.{name} must not be negative", getattr(self, name), "use 0 or more")
         for name in ("teacher_momentum", "teacher_momentum_end"):
             value = getattr(self, name)
-            _demand(0 <= value <= 1, f"Optim.{name} must lie in [0, 1]", value, "0.996 is usual")
-        _demand(self.most_refused > 0, "Optim.most_refused must be positive", self.most_refused, "use 1 or more")
+            check(0 <= value <= 1, f"Optim.{name} must lie in [0, 1]", value, "0.996 is usual")
+        check(self.most_refused > 0, "Optim.most_refused must be positive", self.most_refused, "use 1 or more")
 
 
 @dataclass(frozen=True)
@@ -218,8 +207,8 @@ class Schedule:
     """Optimizer steps that count as an epoch; by default images // global batch."""
 
     def __post_init__(self) -> None:
-        _demand(self.epochs > 0, "Schedule.epochs must be positive", self.epochs, "use 1 or more")
-        _demand(
+        check(self.epochs > 0, "Schedule.epochs must be positive", self.epochs, "use 1 or more")
+        check(
             self.steps_per_epoch is None or self.steps_per_epoch > 0,
             "Schedule.steps_per_epoch must be positive",
             self.steps_per_epoch,
@@ -249,10 +238,10 @@ class Parallel:
     """Seed of weights, data order, crops and masks."""
 
     def __post_init__(self) -> None:
-        _choose("Parallel.precision", self.precision, "bf16", "fp16", "fp32")
+        check_choice("Parallel.precision", self.precision, ("bf16", "fp16", "fp32"))
         for name in ("shard", "accumulate"):
-            _demand(getattr(self, name) > 0, f"Parallel.{name} must be positive", getattr(self, name), "use 1 or more")
-        _demand(
+            check(getattr(self, name) > 0, f"Parallel.{name} must be positive", getattr(self, name), "use 1 or more")
+        check(
             self.replicate is None or self.replicate > 0,
             "Parallel.replicate must be positive",
             self.replicate,
@@ -280,14 +269,14 @@ class Output:
     """Continue from the latest checkpoint in the folder; start anew if there is none."""
 
     def __post_init__(self) -> None:
-        _demand(
+        check(
             self.look_every is None or self.look_every >= 0,
             "Output.look_every must not be negative",
             self.look_every,
             "use 0 for no looks",
         )
         for name in ("save_every", "keep", "log_every"):
-            _demand(getattr(self, name) > 0, f"Output.{name} must be positive", getattr(self, name), "use 1 or more")
+            check(getattr(self, name) > 0, f"Output.{name} must be positive", getattr(self, name), "use 1 or more")
 
 
 @dataclass(frozen=True)
@@ -311,14 +300,14 @@ class Run:
 
     def __post_init__(self) -> None:
         for kind, specs in self.data.crops.kinds():
-            _demand(
+            check(
                 specs[0].size % self.model.patch_size == 0,
                 f"The size of {kind} must be a multiple of Model.patch_size={self.model.patch_size}",
                 specs[0].size,
                 "change one of them",
             )
         warmup, epochs = self.optim.warmup_epochs, self.schedule.epochs
-        _demand(
+        check(
             warmup <= epochs,
             "Optim.warmup_epochs must not exceed Schedule.epochs",
             f"{warmup} of {epochs}",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from patchlight.data.sources import as_ppm
+from patchlight.data.stored import as_ppm
 
 
 class Pictures:

@@ -5,7 +5,8 @@ import pytest
 from data.pictures import picture, write_pictures
 from PIL import Image
 
-from patchlight.data.sources import FileList, ImageFolder, decode, open_source
+from patchlight.data.sources import FileList, ImageFolder, open_source
+from patchlight.data.stored import decode
 
 
 def test_a_nested_folder_is_read_in_sorted_order(tmp_path):

@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from patchlight.engine import checkpoint
 from patchlight.engine.checkpoint import EXPORT, StopRequest
 from patchlight.engine.parallel import processes
-from patchlight.engine.run_folder import RUN_FILE
 from patchlight.engine.trainer import Trainer
+from patchlight.report.run_folder import RUN_FILE
 from patchlight_kernels import force
 
 DROPS = {"image_size": 16, "patch_size": 4, "drop_path": 0.5, "sizes": {"width": 20, "depth": 2, "heads": 2}}

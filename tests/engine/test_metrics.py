@@ -11,12 +11,12 @@ from engine.tiny_run import DINO, IBOT, on_processes, tiny_run
 from rich.console import Console
 
 from patchlight.engine import metrics as metrics_module
-from patchlight.engine.console import Display
 from patchlight.engine.metrics import Cost, Metrics, backbone_flops, build_metrics, flops_per_image, prototype_counts
 from patchlight.engine.parallel import Mesh, processes
-from patchlight.engine.run_folder import append_line, read_lines
 from patchlight.engine.sentinels import Diagnosis
 from patchlight.records import Clock
+from patchlight.report.console import Display
+from patchlight.report.run_folder import append_line, read_lines
 from patchlight.run import Model, Parallel
 
 ALONE = Mesh(torch.device("cpu"))

@@ -8,7 +8,8 @@ import torch
 from engine.tiny_run import DINO, IBOT, SELFPATCH, largest_difference, on_processes, tiny_run, tiny_trainer, train_tiny
 from torch import nn
 
-from patchlight.engine.parallel import Mesh, local, processes, set_gradient_sync
+from patchlight.engine.dtensor import local
+from patchlight.engine.parallel import Mesh, processes, set_gradient_sync
 from patchlight.run import Parallel
 
 STEPS = 6

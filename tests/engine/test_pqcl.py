@@ -131,7 +131,7 @@ def test_other_features_do_not_depend_on_queries():
 @pytest.mark.parametrize(
     ("run", "sentence"),
     [
-        (lambda: tiny_run("", options=(PQCL,)), "rides on iBOT or DINO; got PqclOptions only; add"),
+        (lambda: tiny_run("", options=(PQCL,)), "rides on iBOT or DINO, got PqclOptions only; add"),
         (
             lambda: tiny_run("", options=(DINO, PQCL), data={"crops": dino_policy(0, 16)}),
             "need query crops, got a crop",

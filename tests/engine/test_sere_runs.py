@@ -188,5 +188,5 @@ def test_what_cannot_work_is_refused_at_build():
         build_objectives(run)
     wrong = build_objectives(tiny_run("", options=(DinoOptions(), SereOptions(heads=3))))
     sizes = {"width": 20, "depth": 1, "heads": 2}
-    with pytest.raises(ValueError, match="must divide the backbone's width; got 3 and 20; set"):
+    with pytest.raises(ValueError, match="must divide the backbone's width, got 3 and 20; set"):
         build_branches(Model(image_size=16, patch_size=4, sizes=sizes), wrong.parts)

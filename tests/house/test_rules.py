@@ -12,31 +12,35 @@ from patchlight_kernels import registry
 
 SOURCES = sorted(path for top in ("kernels", "ssl", "bench") for path in (ROOT / top).rglob("*.py"))
 BANNED_FILES = {"utils", "util", "helpers", "helper", "misc", "common"}
+GROUND = {"records", "checks", "threads"}
 # Each part of patchlight and what it may import from its own package; siblings do not meet, but for objectives -> heads.
 MAY_IMPORT = {
     "records": set(),
-    "backbones": {"records"},
-    "heads": {"records"},
-    "data": {"records"},
-    "objectives": {"records", "heads", "data.masking"},
-    "evaluation": {"records", "backbones", "heads", "data"},
-    "run": {"records", "backbones", "heads", "objectives", "data"},
-    "engine": {"records", "backbones", "heads", "objectives", "data", "run", "evaluation"},
-    "recipes": {"records", "backbones", "heads", "objectives", "data", "run", "engine"},
+    "checks": set(),
+    "threads": set(),
+    "report": GROUND,
+    "backbones": GROUND,
+    "heads": GROUND,
+    "data": GROUND,
+    "objectives": GROUND | {"heads", "data.masking"},
+    "evaluation": GROUND | {"report", "backbones", "heads", "data"},
+    "run": GROUND | {"objectives", "data"},
+    "engine": GROUND | {"report", "backbones", "heads", "objectives", "data", "run", "evaluation"},
+    "recipes": GROUND | {"objectives", "data", "run", "engine"},
 }
 
 
-def imports(path) -> set[str]:
-    """Absolute names of the modules a file imports."""
+def imports(path) -> list[tuple[str, str]]:
+    """What a file imports: the module's absolute name, and the name that it takes from there, or none."""
     package = list(path.relative_to(ROOT).with_suffix("").parts[1:])
-    found = set()
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            found += [(module, alias.name) for alias in node.names]
     return found
 
 
@@ -56,20 +60,68 @@ def test_file_names_are_nouns(path):
 )
 def test_imports_point_downward(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
-    for name in imports(path):
+    for module, taken in imports(path):
+        name = f"{module}.{taken}".rstrip(".")
         assert name.split(".")[0] not in ("bench", "tests"), f"{name}: nothing imports bench or tests"
         if parts[0] == "kernels":
             assert name.split(".")[0] != "patchlight", "patchlight_kernels knows nothing of patchlight"
             continue
         assert not re.match(r"patchlight_kernels\.(ops|extension|hardware)", name), f"{name}: use the public names"
-        own = (
-            parts[2] if len(parts) > 2 and parts[-1] != "__main__" else ""
-        )  # a command line stands on top of everything
+        own = parts[2] if len(parts) > 2 else ""
         target = name.split(".")[1:] if name.startswith("patchlight.") else []
         if not target or own not in MAY_IMPORT or target[0] == own:
             continue
         allowed = MAY_IMPORT[own] | {a.split(".")[0] for a in MAY_IMPORT[own] if ".".join(target).startswith(a)}
         assert target[0] in allowed, f"{own} may not import {name}"
+
+
+def modules_of(top: str) -> dict[str, set[str]]:
+    """What each module of a package imports from its own package, by names; a package stands for its __init__ file."""
+    files = {}
+    for path in sorted((ROOT / top).rglob("*.py")):
+        parts = path.relative_to(ROOT / top).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    arrows = {}
+    for name, path in files.items():
+        others = {f"{module}.{taken}" if f"{module}.{taken}" in files else module for module, taken in imports(path)}
+        arrows[name] = {other for other in others if other in files and other != name}
+    return arrows
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Some names that lead back to the first of them; empty if there are none."""
+    done: set[str] = set()
+
+    def follow(path: list[str]) -> list[str]:
+        for name in sorted(arrows.get(path[-1], ())):
+            if name in path:
+                return [*path[path.index(name) :], name]
+            if name not in done and (found := follow([*path, name])):
+                return found
+        done.add(path[-1])
+        return []
+
+    return next((found for name in sorted(arrows) if name not in done and (found := follow([name]))), [])
+
+
+@pytest.mark.parametrize("top", ["ssl", "kernels"])
+def test_no_file_imports_itself_by_way_of_others(top):
+    """Imports inside functions and for type checkers count."""
+    assert not circle(modules_of(top))
+
+
+def test_no_folder_imports_itself_by_way_of_others():
+    arrows: dict[str, set[str]] = {}
+    for name, others in modules_of("ssl").items():
+        if "." in name:
+            room = name.split(".")[1]
+            arrows.setdefault(room, set()).update({other.split(".")[1] for other in others if "." in other} - {room})
+    assert not circle(arrows)
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert not circle({"a": {"b", "c"}, "b": {"c"}})
 
 
 @pytest.mark.parametrize("name", registry.names())

@@ -129,20 +129,20 @@ def test_low_precision_does_not_reach_the_scores():
 def test_what_is_missing_is_named():
     objective, heads = build(MocoV3, MOCO)
     student, teacher = sides(heads)
-    with pytest.raises(ValueError, match="the student needs a predictor; got none"):
+    with pytest.raises(ValueError, match="the student needs a predictor, got none"):
         run(objective, dataclasses.replace(student, predictor=None), teacher)
     with pytest.raises(ValueError, match="needs another view"):
         ordered_pairs(1)
     objective, heads = build(Moby, MOBY)
-    with pytest.raises(ValueError, match="each of two views; got 3"):
+    with pytest.raises(ValueError, match="each of two views, got 3"):
         run(objective, *sides(heads, views=3))
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (lambda: MocoV3Options(temperature=0), "temperature must be positive; got 0"),
-        (lambda: MobyOptions(queue=0), "queue and temperature must be positive; got 0"),
+        (lambda: MocoV3Options(temperature=0), "temperature must be positive, got 0"),
+        (lambda: MobyOptions(queue=0), "queue and temperature must be positive, got 0"),
     ],
 )
 def test_nonsense_is_refused(options, sentence):
@@ -184,5 +184,5 @@ def test_patches_find_their_neighbors_among_the_summaries_of_other_images():
 
 def test_patches_need_aggregated_neighbors():
     objective, heads = build(SelfPatchContrast, SelfPatchContrastOptions(hidden=10, out=5))
-    with pytest.raises(ValueError, match="must aggregate each patch's neighbors; got features without"):
+    with pytest.raises(ValueError, match="must aggregate each patch's neighbors, got features without"):
         run(objective, *patch_sides(heads, neighbors=False))

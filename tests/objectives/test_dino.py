@@ -169,7 +169,7 @@ def test_needs_follow_the_center():
 def test_a_missing_head_is_named(branch):
     objective, student_head, teacher_head = build()
     heads = [None if branch == name else head for name, head in (("student", student_head), ("teacher", teacher_head))]
-    with pytest.raises(ValueError, match=f"dino: its head must be in both branches; got none in the {branch}"):
+    with pytest.raises(ValueError, match=f"dino: its head must be in both branches, got none in the {branch}"):
         run(objective, *sides(*heads))
 
 

@@ -148,7 +148,7 @@ def test_ibot_is_the_host_before_dino():
     assert choose_host((HOST, IbotOptions())) == IbotOptions()
     assert choose_host((SelfPatchOptions(), HOST)) is HOST
     with pytest.raises(
-        ValueError, match=r"rides on iBOT or DINO; got SelfPatchOptions, PqclOptions only; add IbotOptions"
+        ValueError, match=r"rides on iBOT or DINO, got SelfPatchOptions, PqclOptions only; add IbotOptions"
     ):
         choose_host((SelfPatchOptions(), PqclOptions()))
 

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .reading import REPORT_FILE, why_unreadable
 from .shards import INDEX_SUFFIX, TarShards
-from .sources import Source, Stored, open_source
+from .sources import open_source
+from .stored import Source, Stored
 
 _PER_TASK = 64  # images that a thread is handed at a time
 

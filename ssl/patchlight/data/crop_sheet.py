@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from ..records import Crops, Views
 from .policy import CropPolicy
-from .sources import Source
+from .stored import Source
 
 _COLORS = {"global_crops": "#2f6fde", "local_crops": "#e0862c", "query_crops": "#23967f"}
 _SIDE, _GAP, _EDGE = 128, 6, 2  # pixels of a source image's longer side, between pictures, of a frame

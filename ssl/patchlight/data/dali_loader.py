@@ -27,7 +27,7 @@ from .dali_photometric import change_in_dali
 from .interface import Loader, Position, host_tensors
 from .policy import CropPolicy, CropTable, sample_crops
 from .reading import Replacement, read_samples
-from .sources import Source, as_ppm, decode
+from .stored import Source, as_ppm, decode
 
 _PREFETCHED = 2  # batches that DALI works on ahead
 _USUAL_PIXELS = 512 * 512  # of a source image: what decoding buffers are made for at the start

@@ -18,7 +18,7 @@ from .counter import ORDER, counter_bits
 from .photometric import change, look_table
 from .policy import CropPolicy, CropTable
 from .reading import Replacement
-from .sources import Source
+from .stored import Source
 
 MOST_BAD = 0.05  # share of unreadable images at which a run stops
 

@@ -9,7 +9,7 @@ import torch
 
 from .interface import Loader
 from .policy import CropPolicy
-from .sources import Source
+from .stored import Source
 
 LOADERS = ("auto", "dali", "torchvision", "procedural")  # as Data.loader names them
 

@@ -39,15 +39,15 @@ class MaskRule:
 
     def __post_init__(self) -> None:
         if self.shape not in ("block", "random"):
-            raise ValueError(f"MaskRule: shape is 'block' or 'random'; got {self.shape!r}; use one of the two.")
+            raise ValueError(f"MaskRule: shape is 'block' or 'random', got {self.shape!r}; use one of the two.")
         for mean, spread in self.ratios:
             if not 0 <= spread <= mean <= 1 - spread:
                 raise ValueError(
-                    f"MaskRule: mean - spread and mean + spread must lie in 0..1; got {mean} and {spread}; "
+                    f"MaskRule: mean - spread and mean + spread must lie in 0..1, got {mean} and {spread}; "
                     "use a smaller spread."
                 )
         if not any(mean for mean, _ in self.ratios):
-            raise ValueError(f"MaskRule: some ratio must be above 0; got {self.ratios}; ((0.3, 0.0),) is as released.")
+            raise ValueError(f"MaskRule: some ratio must be above 0, got {self.ratios}; ((0.3, 0.0),) is as released.")
 
 
 @dataclass(frozen=True, slots=True)

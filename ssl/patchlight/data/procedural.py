@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .counter import PROCEDURAL, counter_uniform
-from .sources import as_ppm
+from .stored import as_ppm
 
 CLASSES = (
     "disk",

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from .counter import SUBSTITUTE, counter_bits
-from .sources import Source
+from .stored import Source
 
 MOST_SUBSTITUTES = 16  # so many unreadable samples in a row are no accident
 

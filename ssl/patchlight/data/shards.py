@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .sources import EXTENSIONS, Stored
+from .stored import EXTENSIONS, Stored
 
 INDEX_SUFFIX = ".index"
 

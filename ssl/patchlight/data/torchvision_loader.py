@@ -15,7 +15,7 @@ from ..records import Views
 from .interface import Loader, Position, host_tensors
 from .policy import IMAGENET_MEAN, IMAGENET_STD, CropPolicy, CropTable, sample_crops
 from .reading import Replacement, read_samples
-from .sources import Source
+from .stored import Source
 
 
 class TorchvisionLoader(Loader):

@@ -24,8 +24,8 @@ from ..objectives.selfpatch_contrast import SelfPatchContrast, SelfPatchContrast
 from ..objectives.sere import Sere, SereOptions
 from ..records import Clock, Crops, Cues, Features, Side, Tokens, Views, Wanted
 from ..run import Model, Options, Run
+from .dtensor import local
 from .pairing import check_pairing
-from .parallel import local
 
 # FSDP2 looks for tensors in what a module returns; torch 2.11 looks into registered classes only.
 torch.export.register_dataclass(Features)

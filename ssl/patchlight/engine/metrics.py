@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones.interface import build_backbone
 from ..records import Clock
+from ..report.console import Display
+from ..report.environment import peak_memory, write_environment
+from ..report.page import write_report
+from ..report.run_folder import DIAGNOSES_FILE, EPOCHS_FILE, METRICS_FILE, append_line, read_lines, rewind
 from ..run import Model, Run
-from .console import Display
-from .environment import peak_memory, write_environment
 from .parallel import Mesh
-from .report import write_report
-from .run_folder import DIAGNOSES_FILE, EPOCHS_FILE, METRICS_FILE, append_line, read_lines, rewind
 
 if TYPE_CHECKING:
     from .sentinels import Diagnosis

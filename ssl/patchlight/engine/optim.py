@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..heads.prototypes import Prototypes
 from ..run import Optim
-from .parallel import Mesh, like, local
+from .dtensor import like, local
+from .parallel import Mesh
 from .precision import LossScaler
 
 Norms = Callable[[list[Tensor]], Tensor]

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -205,17 +204,3 @@ def set_gradient_sync(branch: Branch, sync: bool) -> None:
     """Whether the next backward reduces gradients over processes: only the last one of an accumulated step does."""
     if isinstance(branch, FSDPModule):
         branch.set_requires_gradient_sync(sync)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's piece of a tensor: the tensor itself where nothing is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(piece: Tensor, whole: Tensor) -> Tensor:
-    """A local piece as a tensor sharded like `whole`, the inverse of `local`."""
-    if not isinstance(whole, DTensor):
-        return piece
-    return DTensor.from_local(
-        piece, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )

@@ -12,15 +12,15 @@ from torch.distributed.tensor import DTensor
 
 from ..data.crop_sheet import draw_crops
 from ..data.procedural import ProceduralSource
-from ..data.sources import Source
+from ..data.stored import Source
 from ..data.torchvision_loader import plain_batches
 from ..evaluation.attention import class_attention_maps, draw_attention, summary_attention_maps
 from ..evaluation.knn import knn_accuracy
 from ..records import Clock, Crops, Views
+from ..report.run_folder import KNN_FILE, PICTURES_FOLDER, append_line, rewind
 from ..run import Run
 from .branches import Teacher
 from .precision import autocast
-from .run_folder import KNN_FILE, PICTURES_FOLDER, append_line, rewind
 
 NEIGHBORS = (10, 20)
 MOST_GALLERY, MOST_QUERIES, PICTURES, BATCH = 2048, 512, 4, 64

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..heads.prototypes import Prototypes
 from ..records import Clock, Features
 from .branches import Student, Teacher, check_teacher_student
+from .dtensor import local
 from .optim import Update
-from .parallel import Mesh, local
+from .parallel import Mesh
 
 PATIENCE = 10  # log lines in a row that a symptom must last
 UNIFORM = 1e-3  # how near loss / ln K must be to 1

@@ -17,7 +17,10 @@ from ..data.procedural import ProceduralSource
 from ..data.reading import REPORT_FILE as BAD_FILES
 from ..data.sources import open_source
 from ..records import Clock, Views
+from ..report.console import print_sentence
+from ..report.run_folder import REPORT_FILE, RUN_FILE, write_whole
 from ..run import Run
+from ..threads import considerate_threads
 from .branches import Teacher, build_branches, build_objectives, check_teacher_student
 from .checkpoint import (
     Checkpoints,
@@ -32,16 +35,13 @@ from .checkpoint import (
     stored_tensors,
     timm_weights,
 )
-from .console import print_sentence
 from .init_from import init_from
 from .metrics import build_metrics
 from .optim import StepState, Update
 from .parallel import Mesh, parallelize, processes, set_gradient_sync
 from .precision import autocast, build_scaler
-from .run_folder import REPORT_FILE, RUN_FILE, write_whole
 from .schedules import cosine
 from .sentinels import Diagnosis, Sentinels, TrainingError, spread
-from .threads import considerate_threads
 
 
 class Loader(Protocol):

@@ -11,10 +11,10 @@ import tyro
 from PIL import Image
 
 from ..data.procedural_video import write_davis
-from ..engine.console import print_sentence
-from ..engine.environment import describe_environment
-from ..engine.report import write_report
-from ..engine.threads import considerate_threads
+from ..report.console import print_sentence
+from ..report.environment import describe_environment
+from ..report.page import write_report
+from ..threads import considerate_threads
 from .checkpoints import home, open_checkpoint
 from .davis import DavisFolder, DavisProtocol, evaluate_davis
 from .encoder import Encoder

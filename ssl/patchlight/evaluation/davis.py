@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.sources import EXTENSIONS, decode
+from ..data.stored import EXTENSIONS, decode
 from .davis_scores import VOID, SequenceScores, score_sequence, summarize
 from .encoder import Encoder
 from .overlay import PALETTE, draw_sheet, save_preview

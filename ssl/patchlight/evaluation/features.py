@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from ..data.sources import Source
+from ..data.stored import Source
 from .encoder import Encoder
 from .progress import progress
 from .ranks import Ranks

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data.procedural import ProceduralSource
-from ..data.sources import FileList, Files, ImageFolder, Source, open_source
+from ..data.sources import FileList, Files, ImageFolder, open_source
+from ..data.stored import Source
 
 _IMAGENET = (1000, 50_000)  # classes, images of its validation set
 PROCEDURAL = "procedural"

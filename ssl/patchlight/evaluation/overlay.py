@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.sources import decode
+from ..data.stored import decode
 from .davis_scores import VOID
 
 _GAP, _COLUMNS, _WIDTH, _MOST_FRAMES = 4, 5, 256, 60  # of a sheet, pixels of a picture in it, frames of an animation

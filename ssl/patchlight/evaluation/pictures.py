@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..data.sources import Source
+from ..data.stored import Source
 from .attention import class_attention_maps, draw_attention, heat_colors, query_attention_maps, summary_attention_maps
 from .encoder import Encoder
 from .features import CenterCrops

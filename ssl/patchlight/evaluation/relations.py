@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..data.policy import dino_policy
-from ..data.sources import Source
+from ..data.stored import Source
 from ..data.torchvision_loader import TorchvisionLoader
 from ..records import Crops
 from .encoder import Encoder

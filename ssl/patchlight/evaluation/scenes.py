@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.procedural import CLASSES, ProceduralSource
-from ..data.sources import EXTENSIONS, decode
+from ..data.stored import EXTENSIONS, decode
 from .labelled import PROCEDURAL
 
 IGNORE = -1  # a pixel that is neither learned nor scored

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..records import Side
-from .dino import check_heads
+from .interface import check_heads
 from .targets import distributed
 
 
@@ -41,13 +41,13 @@ def queries_and_keys(name: str, student: Side, teacher: Side) -> tuple[Tensor, T
 def check_predictor(name: str, student: Side) -> None:
     """Only the student has one."""
     if student.predictor is None:
-        raise ValueError(f"{name}: the student needs a predictor; got none; build it with predictor(width).")
+        raise ValueError(f"{name}: the student needs a predictor, got none; build it with predictor(width).")
 
 
 def ordered_pairs(views: int) -> list[tuple[int, int]]:
     """Each view's query with each other view's key."""
     if views < 2:
-        raise ValueError("A view needs another view to be compared with; got one crop per image; use two global crops.")
+        raise ValueError("A view needs another view to be compared with, got one crop per image; use two global crops.")
     return list(permutations(range(views), 2))
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
-from ..records import Clock, Features, Side, SoftTarget, Views
-from .interface import Needs, Objective
+from ..records import Clock, Side, SoftTarget, Views
+from .interface import Needs, Objective, check_heads, local_crops_of
 from .targets import TeacherTemperature, build_target
 
 
@@ -94,26 +95,5 @@ def other_views(teacher_views: int, z_SRD: Tensor) -> Tensor:
     """[T, S] equal weights that sum to 1, and 0 for a view with itself; the student's first T views are the same."""
     pairs = teacher_views * (len(z_SRD) - 1)
     if pairs < 1:
-        raise ValueError("A view needs another view to learn from; got one crop per image; use two global crops.")
+        raise ValueError("A view needs another view to learn from, got one crop per image; use two global crops.")
     return z_SRD.new_full((teacher_views, len(z_SRD)), 1 / pairs).fill_diagonal_(0)
-
-
-def check_heads(name: str, *sides: Side) -> None:
-    """Both branches must carry the objective's head."""
-    for side, branch in zip(sides, ("student", "teacher"), strict=True):
-        if side.head is None:
-            raise ValueError(
-                f"{name}: its head must be in both branches; got none in the {branch}; build it with head(width)."
-            )
-
-
-def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{what} is one of {choices}; got {value!r}; the first is the default.")
-
-
-def local_crops_of(side: Side, branch: str, asked_by: str, remedy: str) -> Features:
-    """A branch's local crops, which an option asked for."""
-    if side.local_crops is None:
-        raise ValueError(f"{asked_by} needs local crops in the {branch}; got none; feed them to it, or {remedy}.")
-    return side.local_crops

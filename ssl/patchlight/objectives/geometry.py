@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from ..records import Crops
-from .dino import check_choice
 
 ANCHORS = ("corner", "center")
 OUTSIDE = -0.5  # a position so far out that no cell has a part in it; -2 on the scale of `grid_sample`, as released

@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Side, SoftTarget, Views
-from .dino import check_choice, check_heads, other_views
-from .interface import Needs, Objective
+from .dino import other_views
+from .interface import Needs, Objective, check_heads
 from .targets import TeacherTemperature, build_target, distributed
 
 
@@ -120,7 +121,7 @@ class Ibot(Objective):
         rows = self.masks.rows(crops, batch, grid)
         if rows < 1:
             raise ValueError(
-                f"ibot: at least one patch of a batch must be masked; got none in {crops} x {batch} crops "
+                f"ibot: at least one patch of a batch must be masked, got none in {crops} x {batch} crops "
                 f"with a grid of {grid}; use larger ratios."
             )
         rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
@@ -151,7 +152,7 @@ class Ibot(Objective):
         """The masked patches of this batch, masked ones first, then padding, without asking how many there are."""
         if self.mask is None:
             raise RuntimeError(
-                "ibot: each forward needs a cue before it; got none; call cue, then the student, then forward."
+                "ibot: each forward needs a cue before it, got none; call cue, then the student, then forward."
             )
         mask, self.mask = self.mask, None
         crops, batch, number = mask.shape

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..records import Clock, Cues, NeighborRule, Side, Views
+from ..records import Clock, Cues, Features, NeighborRule, Side, Views
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +56,19 @@ class Objective(nn.Module):
 
     def after_step(self, clock: Clock) -> None:
         """Moves centers and queues, once per optimizer step. State is buffers, so it checkpoints."""
+
+
+def check_heads(name: str, *sides: Side) -> None:
+    """Both branches must carry the objective's head."""
+    for side, branch in zip(sides, ("student", "teacher"), strict=True):
+        if side.head is None:
+            raise ValueError(
+                f"{name}: its head must be in both branches, got none in the {branch}; build it with head(width)."
+            )
+
+
+def local_crops_of(side: Side, branch: str, asked_by: str, remedy: str) -> Features:
+    """A branch's local crops, which an option asked for."""
+    if side.local_crops is None:
+        raise ValueError(f"{asked_by} needs local crops in the {branch}, got none; feed them to it, or {remedy}.")
+    return side.local_crops

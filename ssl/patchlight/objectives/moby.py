@@ -34,7 +34,7 @@ class MobyOptions:
     def __post_init__(self) -> None:
         if self.queue < 1 or self.temperature <= 0:
             raise ValueError(
-                f"MobyOptions: queue and temperature must be positive; got {self.queue} and {self.temperature}; "
+                f"MobyOptions: queue and temperature must be positive, got {self.queue} and {self.temperature}; "
                 "4096 and 0.2 are usual."
             )
 
@@ -69,7 +69,7 @@ class Moby(Objective):
     def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
         queries, keys = queries_and_keys(self.name, student, teacher)
         if len(keys) != len(self.queue):
-            raise ValueError(f"moby: it has a queue for each of two views; got {len(keys)}; use two global crops.")
+            raise ValueError(f"moby: it has a queue for each of two views, got {len(keys)}; use two global crops.")
         self.arrived.append(gather_rows(keys)[0])
         return {"moby/contrast": self.contrast(queries, keys)}
 

@@ -34,7 +34,7 @@ class MocoV3Options:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise ValueError(f"MocoV3Options.temperature must be positive; got {self.temperature}; 0.2 is usual.")
+            raise ValueError(f"MocoV3Options.temperature must be positive, got {self.temperature}; 0.2 is usual.")
 
 
 class MocoV3(Objective):

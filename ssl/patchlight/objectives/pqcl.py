@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Queries, Side, SoftTarget, Views
-from .dino import DinoOptions, check_choice, check_heads
+from .dino import DinoOptions
 from .geometry import ANCHORS, relative_positions
 from .ibot import IbotOptions
-from .interface import Needs, Objective
+from .interface import Needs, Objective, check_heads
 from .targets import TeacherTemperature, build_target
 
 HEADS = ("shared", "semi", "vanilla")
@@ -99,7 +100,7 @@ class Pqcl(Objective):
         check_heads(self.name, student, teacher)
         if student.global_crops.queries is None or teacher.query_crops is None:
             raise ValueError(
-                "pqcl: the student needs queries beside its global crops, and the teacher the query crops; got none in "
+                "pqcl: the student needs queries beside its global crops, and the teacher the query crops, got none in "
                 f"the {'student' if student.global_crops.queries is None else 'teacher'}; pass the cue, and "
                 "query_crops=True."
             )
@@ -126,7 +127,7 @@ def choose_host(options: Sequence[object]) -> DinoOptions | IbotOptions:
     hosts = [one for kind in (IbotOptions, DinoOptions) for one in options if isinstance(one, kind)]
     if not hosts:
         raise ValueError(
-            f"pqcl: it rides on iBOT or DINO; got {', '.join(type(one).__name__ for one in options)} only; "
+            f"pqcl: it rides on iBOT or DINO, got {', '.join(type(one).__name__ for one in options)} only; "
             "add IbotOptions() or DinoOptions()."
         )
     return hosts[0]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
 from ..records import Clock, Features, NeighborRule, Side, SoftTarget, Views
-from .dino import check_choice, check_heads, local_crops_of
-from .interface import Needs, Objective
+from .interface import Needs, Objective, check_heads, local_crops_of
 from .targets import TeacherTemperature, build_target
 
 
@@ -108,7 +108,7 @@ class SelfPatch(Objective):
         crops = self.taught(teacher, "teacher")
         if any(size.neighbors is None for size in crops):
             raise ValueError(
-                "selfpatch: the teacher must aggregate each patch's neighbors; got features without them; "
+                "selfpatch: the teacher must aggregate each patch's neighbors, got features without them; "
                 "build the teacher with this objective's needs().neighbors."
             )
         z = teacher.head(torch.cat([size.neighbors.flatten(0, 2) for size in crops]))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ..heads.contrast import ContrastHead
 from ..records import Clock, NeighborRule, Side, Views
 from .contrast import check_predictor, find_key, gather_rows, unit_rows
-from .dino import check_heads
-from .interface import Needs, Objective
+from .interface import Needs, Objective, check_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class SelfPatchContrastOptions:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(
-                f"SelfPatchContrastOptions.temperature must be positive; got {self.temperature}; 0.2 is usual."
+                f"SelfPatchContrastOptions.temperature must be positive, got {self.temperature}; 0.2 is usual."
             )
 
 
@@ -74,7 +73,7 @@ class SelfPatchContrast(Objective):
         crops = teacher.global_crops
         if crops.neighbors is None:
             raise ValueError(
-                "selfpatch_contrast: the teacher must aggregate each patch's neighbors; got features without them; "
+                "selfpatch_contrast: the teacher must aggregate each patch's neighbors, got features without them; "
                 "build the teacher with this objective's needs().neighbors."
             )
         shape = crops.neighbors.shape

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from patchlight_kernels import self_relation
 
+from ..checks import check_choice, check_least, check_positive
 from ..heads.relation import RelationFeatures, RelationHead, RelationPredictor, StudentRelations
 from ..records import Clock, Crops, Features, Side, Views
-from .dino import check_choice, check_heads
 from .geometry import Overlap, overlap, sample_patches, sampling_matrices
-from .interface import Needs, Objective
+from .interface import Needs, Objective, check_heads
 from .targets import distributed
 
 
@@ -56,15 +56,11 @@ class SereOptions:
         check_choice("SereOptions.no_overlap", self.no_overlap, ("count", "skip"))
         for branch in ("teacher", "student"):
             for kind in ("spatial", "channel"):
-                _at_least(f"{branch}_{kind}_temperature", getattr(self, f"{branch}_{kind}_temperature"), 1e-6, "0.5")
-        _at_least("heads", 1 if self.heads is None else self.heads, 1, "None")
-        _at_least("global_points", self.global_points, 2, "13")
-        _at_least("local_points", self.local_points, 2, "6")
-
-
-def _at_least(name: str, value: float, least: float, usual: str) -> None:
-    if value < least:
-        raise ValueError(f"SereOptions.{name} must be at least {least:g}; got {value}; {usual} is usual.")
+                name = f"{branch}_{kind}_temperature"
+                check_positive(f"SereOptions.{name}", getattr(self, name), "0.5 is usual")
+        check_least("SereOptions.heads", 1 if self.heads is None else self.heads, 1, "None is usual")
+        check_least("SereOptions.global_points", self.global_points, 2, "13 is usual")
+        check_least("SereOptions.local_points", self.local_points, 2, "6 is usual")
 
 
 def sere_weights(base: dict[str, float], alpha: float, beta: float, rescale_base: bool = True) -> dict[str, float]:
@@ -104,7 +100,7 @@ class Sere(Objective):
     def head(self, width: int) -> nn.Module:
         if self.heads is None or width % self.heads:
             raise ValueError(
-                f"sere: its heads must divide the backbone's width; got {self.heads} and {width}; set SereOptions.heads."
+                f"sere: its heads must divide the backbone's width, got {self.heads} and {width}; set SereOptions.heads."
             )
         return RelationHead(width)
 
@@ -116,7 +112,7 @@ class Sere(Objective):
     def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
         check_heads(self.name, student, teacher)
         if len(views.global_crops.box) < 2:
-            raise ValueError("sere: a global crop needs another one to learn from; got one per image; use two.")
+            raise ValueError("sere: a global crop needs another one to learn from, got one per image; use two.")
         with torch.no_grad():
             taught = self.show(teacher.head(residual(teacher.global_crops)), teacher.global_crops, views.global_crops)
         features = self.see(student)
@@ -128,13 +124,13 @@ class Sere(Objective):
         """The student's features of its global and local crops."""
         if student.local_crops is not None and not self.local:
             raise ValueError(
-                "sere: local crops need heads of their own; got crops but no heads; build it with local=True."
+                "sere: local crops need heads of their own, got crops but no heads; build it with local=True."
             )
         projected = student.head(residual(student.global_crops))
         if not (self.options.asymmetric or self.local):
             return StudentRelations(projected, None)
         if student.predictor is None:
-            raise ValueError("sere: its predictor must be in the student; got none; build it with predictor(width).")
+            raise ValueError("sere: its predictor must be in the student, got none; build it with predictor(width).")
         local = None if student.local_crops is None else residual(student.local_crops)
         return student.predictor(projected, local)
 
@@ -235,7 +231,7 @@ def residual(crops: Features) -> Tensor:
     """The patches before the backbone's final norm."""
     if crops.residual is None:
         raise ValueError(
-            "sere: features must come with the residual stream; got none; build branches with needs().residual."
+            "sere: features must come with the residual stream, got none; build branches with needs().residual."
         )
     return crops.residual
 

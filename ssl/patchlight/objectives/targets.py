@@ -33,10 +33,10 @@ class TeacherTemperature:
 
     def __post_init__(self) -> None:
         if self.by not in ("epoch", "step"):
-            raise ValueError(f"TeacherTemperature: by is 'epoch' or 'step'; got {self.by!r}; 'epoch' is as released.")
+            raise ValueError(f"TeacherTemperature: by is 'epoch' or 'step', got {self.by!r}; 'epoch' is as released.")
         if min(self.warmup, self.final) <= 0:
             raise ValueError(
-                f"TeacherTemperature: temperatures must be positive; got {self.warmup} and {self.final}; 0.04 is usual."
+                f"TeacherTemperature: temperatures must be positive, got {self.warmup} and {self.final}; 0.04 is usual."
             )
 
     def at(self, clock: Clock) -> float:
@@ -88,7 +88,7 @@ class Center(nn.Module):
     def after_step(self) -> None:
         if self.directions is None:
             raise RuntimeError(
-                "Center: a step needs a forward before after_step; got none; call after_step once per optimizer step."
+                "Center: a step needs a forward before after_step, got none; call after_step once per optimizer step."
             )
         seen = torch.cat([self.row_sum, self.row_count])
         if distributed():
@@ -160,7 +160,7 @@ def build_target(kind: str, prototypes: int, bottleneck: int, momentum: float) -
         return Center(prototypes, bottleneck, momentum)
     if kind == "sinkhorn":
         return Sinkhorn()
-    raise ValueError(f"target is 'centering' or 'sinkhorn'; got {kind!r}; 'centering' is as released.")
+    raise ValueError(f"target is 'centering' or 'sinkhorn', got {kind!r}; 'centering' is as released.")
 
 
 def distributed() -> bool:

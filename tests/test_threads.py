@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from patchlight.engine import threads
+from patchlight import threads
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 
 from .charts import Series, legend, line_chart, percent, short
-from .report_style import SCRIPT, STYLE
 from .run_folder import (
     DIAGNOSES_FILE,
     ENVIRONMENT_FILE,
@@ -23,6 +22,7 @@ from .run_folder import (
     read_lines,
     write_whole,
 )
+from .style import SCRIPT, STYLE
 
 _NOT_LOSSES = ("data", "memory", "speed", "step", "gradient", "teacher")
 _MOST_PICTURES = 4  # of one kind, spread over the run

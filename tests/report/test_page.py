@@ -9,10 +9,10 @@ import pytest
 from engine.tiny_run import tiny_run
 from PIL import Image
 
-from patchlight.engine.charts import MOST_POINTS, Series, line_chart, nice_ticks, percent, short, thinned
-from patchlight.engine.environment import describe_environment
-from patchlight.engine.report import build_report, write_report
-from patchlight.engine.run_folder import append_line
+from patchlight.report.charts import MOST_POINTS, Series, line_chart, nice_ticks, percent, short, thinned
+from patchlight.report.environment import describe_environment
+from patchlight.report.page import build_report, write_report
+from patchlight.report.run_folder import append_line
 
 
 def fill(folder, lines: int = 6, knn: int = 3, pictures: int = 1):

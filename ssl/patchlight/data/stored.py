@@ -1,0 +1,90 @@
+"""What a source of images is, and how a stored image becomes pixels. Ids are stable: a source has one fixed order."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+
+
+class Source(Protocol):
+    """Numbered images. Labels are optional and serve evaluation only."""
+
+    classes: tuple[str, ...]  # empty when there are no labels
+    labels: np.ndarray | None  # [n] int64
+    fingerprint: str  # differs when the images or their order differ
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message."""
+
+    def encoded(self, index: int) -> bytes:
+        """The image as it is stored: a whole file of any format that Pillow knows."""
+
+    def read(self, index: int) -> np.ndarray:
+        """The image, [H, W, 3] uint8 RGB."""
+
+
+class Stored(ABC):
+    """Images that are stored under names, with optional class names."""
+
+    names: list[str]  # in the order of the ids; they decide the fingerprint
+    class_names: list[str] | None  # [n], one per image
+    classes: tuple[str, ...]
+    labels: np.ndarray | None
+
+    def __init__(self, names: list[str], class_names: list[str] | None):
+        self.names, self.class_names = names, class_names
+        self.classes = tuple(sorted(set(class_names))) if class_names else ()
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.labels = np.array([numbers[name] for name in class_names], dtype=np.int64) if class_names else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call the image in a message."""
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The image as it is stored."""
+
+    @abstractmethod
+    def line(self, index: int) -> str:
+        """The image as a line of a list that `open_source` reads, whichever folder the list is in."""
+
+    def read(self, index: int) -> np.ndarray:
+        return decode(self.encoded(index))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def decode(data: bytes) -> np.ndarray:
+    """A stored image as [H, W, 3] uint8 RGB. Turning by EXIF is left out, as in the recipes this library follows."""
+    if not data:
+        raise ValueError("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("the file is no image that Pillow knows") from None
+    with image:
+        if image.mode.startswith("I"):  # 16 bits per pixel: Pillow would clip instead of scale
+            gray = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            return np.repeat(gray[:, :, None], 3, axis=2)
+        return np.array(image.convert("RGB"))
+
+
+def as_ppm(image: np.ndarray) -> bytes:
+    """An image [H, W, 3] uint8 as a file that every decoder reads to the same pixels."""
+    return b"P6 %d %d 255\n" % (image.shape[1], image.shape[0]) + image.tobytes()
