@@ -22,7 +22,7 @@ class Crops:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Everything a step sees of one batch."""
+    """A batch: all crops of B images."""
 
     global_crops: Crops
     local_crops: Crops | None
@@ -32,7 +32,7 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Places of which the student guesses what is there: a masked token for each, in every block, which none sees."""
+    """Positions whose content the student predicts: each is a masked token in every block, to which no patch attends."""
 
     positions: Tensor  # [V, B, Q, 2] x, y in patches of the global crop, any real numbers; V x B as one in a backbone
     keys: str = "all"  # queries attend to the raw tokens and the queries ("all"), or to the raw tokens only ("raw")
@@ -41,7 +41,7 @@ class Queries:
 
 @dataclass(frozen=True, slots=True)
 class Cues:
-    """What an objective tells a branch before it looks at the global crops."""
+    """What the student's backbone gets together with the global crops."""
 
     mask: Tensor | None = None  # [V, B, N] bool; True patches are replaced by the mask token
     queries: Queries | None = None
@@ -59,7 +59,7 @@ class NeighborRule:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a branch is to look at and to say, besides its features of the global crops."""
+    """What a branch must compute besides the features of the global crops."""
 
     local_crops: bool = True  # features of the local crops, if there are any
     query_crops: bool = False
@@ -69,14 +69,14 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What a backbone says of M images."""
+    """The output of a backbone for M images."""
 
     cls: Tensor | None  # [M, D] class token after the final norm; None when the backbone has no class token
     patches: Tensor  # [M, N, D] after the final norm, or the raw residual stream when the backbone has no class token
     grid: tuple[int, int]  # rows, columns; rows * columns = N
     layers: tuple[Tensor, ...] = ()  # [M, N (+1), D] each, the requested intermediate layers
     queries: Tensor | None = None  # [M, Q, D] as the patches, when there were queries
-    residual: Tensor | None = None  # [M, N, D] patches before the final norm, when asked for
+    residual: Tensor | None = None  # [M, N, D] patches before the final norm, when wanted
 
 
 register_dataclass(Tokens)  # so that FSDP2 finds the tensors in a module's output
@@ -84,20 +84,20 @@ register_dataclass(Tokens)  # so that FSDP2 finds the tensors in a module's outp
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """One branch's view of one crop size."""
+    """The output of one branch for crops of one size."""
 
     summary: Tensor  # [V, B, D] one vector per image
     patches: Tensor  # [V, B, N, D] normalised patch features
     grid: tuple[int, int]
     neighbors: Tensor | None = None  # [V, B, N, D] each patch's aggregated neighbors, when an objective needs them
     layers: tuple[Tensor, ...] = ()  # [V, B, N (+1), D] each
-    queries: Tensor | None = None  # [V, B, Q, D] normalised, when an objective has cued them
+    queries: Tensor | None = None  # [V, B, Q, D] normalised, when an objective's cue has some
     residual: Tensor | None = None  # [V, B, N, D] patches before the final norm, when an objective needs them
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One branch (student or teacher) as an objective sees it: its features, and the objective's own modules there."""
+    """What an objective gets of one branch: its features, and the objective's own modules there."""
 
     global_crops: Features
     local_crops: Features | None = None
@@ -122,16 +122,26 @@ class SoftTarget:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The only notion of time; all of it is checkpointed."""
+    """The only notion of time. A checkpoint has it as it is between two steps."""
 
     step: int  # optimizer steps done
     total: int  # optimizer steps of the whole run
     images_seen: int  # over all ranks
     steps_per_epoch: int
+    first_image: int = 0  # running number of this rank's first image in the batch at hand, counted over the whole run
 
     @property
     def epoch(self) -> int:
         return self.step // self.steps_per_epoch
 
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {name: getattr(self, name) for name in ("step", "total", "images_seen", "steps_per_epoch")}
+
+    def at_batch(self, number: int, rank: int, world: int, images: int) -> Clock:
+        """The clock for one of the step's batches of so many images per rank."""
+        return replace(self, first_image=self.images_seen + (number * world + rank) * images)
+
     def next(self, images: int) -> Clock:
+        """The clock of the next step, after so many images."""
         return replace(self, step=self.step + 1, images_seen=self.images_seen + images)

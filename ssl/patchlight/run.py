@@ -9,25 +9,7 @@ from .data.interface import MOST_BAD
 from .data.loaders import LOADERS
 from .data.masking import MaskRule
 from .data.policy import CropPolicy, dino_policy
-from .objectives.dino import DinoOptions
-from .objectives.ibot import IbotOptions
-from .objectives.moby import MobyOptions
-from .objectives.moco_v3 import MocoV3Options
-from .objectives.pqcl import PqclOptions
-from .objectives.selfpatch import SelfPatchOptions
-from .objectives.selfpatch_contrast import SelfPatchContrastOptions
-from .objectives.sere import SereOptions
-
-Options = (
-    DinoOptions
-    | IbotOptions
-    | MocoV3Options
-    | MobyOptions
-    | SelfPatchOptions
-    | SelfPatchContrastOptions
-    | PqclOptions
-    | SereOptions
-)
+from .objectives import OBJECTIVES, DinoOptions, ObjectiveOptions
 
 
 @dataclass(frozen=True)
@@ -35,7 +17,7 @@ class Model:
     """The network of both branches, heads apart."""
 
     arch: str = "vit_small"
-    """Name of the backbone, as build_backbone knows it."""
+    """Name of the backbone, as build_backbone takes it."""
     patch_size: int = 16
     """Pixels between neighboring patches."""
     image_size: int = 224
@@ -43,7 +25,7 @@ class Model:
     drop_path: float = 0.1
     """The last block's rate of dropping a residual branch, in the student; the teacher never drops."""
     summary: str = "cls"
-    """What speaks for an image: the class token (cls), class attention over the patches (class_attention), or their mean."""
+    """The vector of an image: the class token (cls), class attention over the patches (class_attention), or their mean."""
     position_resize: str = "released"
     """How the position table meets local crops: as the released code resizes it, or by size."""
     positions: str = "learned"
@@ -71,14 +53,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Objectives:
-    """Which losses teach the student, and how much each counts."""
+    """The losses, and how much each counts."""
 
-    options: tuple[Options, ...] = (DinoOptions(),)
+    options: tuple[ObjectiveOptions, ...] = (DinoOptions(),)
     """One entry per objective."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of a loss term by its name, e.g. {"selfpatch/patch": 0.1}; 1 for the others."""
     masks: MaskRule = MaskRule()  # noqa: RUF009 frozen
-    """How much of the student's global crops is hidden, where an objective asks for masks."""
+    """How much of the student's global crops is masked, where an objective needs masks."""
     mask_counts: str = "fixed"
     """fixed: every batch hides equally many patches, so shapes never change; released: the count varies as in iBOT."""
 
@@ -86,6 +68,10 @@ class Objectives:
         check_choice("Objectives.mask_counts", self.mask_counts, ("fixed", "released"))
         kinds = [type(options).__name__ for options in self.options]
         check(len(kinds) > 0, "Objectives.options needs at least one objective", "none", "add DinoOptions()")
+        unknown = [type(options).__name__ for options in self.options if type(options) not in OBJECTIVES.values()]
+        check(
+            not unknown, "Objectives.options must be registered options", unknown, "call patchlight.objectives.register"
+        )
         check(len(set(kinds)) == len(kinds), "Objectives.options may name each objective once", kinds, "remove one")
         check(
             all(weight >= 0 for weight in self.weights.values()),
@@ -109,13 +95,13 @@ class Data:
     crops: CropPolicy = dino_policy()  # noqa: RUF009 frozen
     """Which crops an image gives."""
     batch_per_rank: int = 64
-    """Images that one process sees at once; the global batch is this x processes x Parallel.accumulate."""
+    """Images of one process in one batch; the global batch is this x processes x Parallel.accumulate."""
     workers: int = 8
     """Processes (or threads) per rank that read ahead; 0 reads in the training process."""
     procedural_images: int = 4096
     """How many procedural images there are."""
     most_bad: float = MOST_BAD
-    """Share of unreadable images at which a run stops; below it others take their places, which the log says."""
+    """Share of unreadable images at which a run stops; below it others replace them, which the log counts."""
 
     def __post_init__(self) -> None:
         check_choice("Data.loader", self.loader, LOADERS)
@@ -263,17 +249,17 @@ class Output:
     """Write checkpoints while training goes on; costs a copy of the state in host memory."""
     log_every: int = 50
     """Steps between log lines; only there does the host wait for the device."""
-    look_every: int | None = None
-    """Steps between looks at the teacher (k-NN accuracy, attention pictures); by default an epoch's. 0: never."""
+    evaluate_every: int | None = None
+    """Steps between evaluations of the teacher (k-NN accuracy, attention pictures); by default an epoch's. 0: never."""
     resume: bool = False
     """Continue from the latest checkpoint in the folder; start anew if there is none."""
 
     def __post_init__(self) -> None:
         check(
-            self.look_every is None or self.look_every >= 0,
-            "Output.look_every must not be negative",
-            self.look_every,
-            "use 0 for no looks",
+            self.evaluate_every is None or self.evaluate_every >= 0,
+            "Output.evaluate_every must not be negative",
+            self.evaluate_every,
+            "use 0 for none",
         )
         for name in ("save_every", "keep", "log_every"):
             check(getattr(self, name) > 0, f"Output.{name} must be positive", getattr(self, name), "use 1 or more")
@@ -317,6 +303,6 @@ class Run:
     def to_dict(self) -> dict:
         """Plain values only, for run.json and checkpoints; an objective's options carry the name of their class."""
         plain = asdict(self)
-        options = zip(self.objectives.options, plain["objectives"]["options"], strict=True)
-        plain["objectives"]["options"] = [{"kind": type(one).__name__, **values} for one, values in options]
+        pairs = zip(self.objectives.options, plain["objectives"]["options"], strict=True)
+        plain["objectives"]["options"] = [{"kind": type(options).__name__, **values} for options, values in pairs]
         return plain

@@ -8,8 +8,10 @@ from engine.tiny_run import DINO, IBOT, SELFPATCH, NoiseLoader, tiny_run
 from torch import nn
 
 from patchlight.data.policy import dino_policy
-from patchlight.engine.branches import WeightedObjectives, build_branches, build_objectives, check_teacher_student
+from patchlight.engine.assembly import build_branches, build_objectives
+from patchlight.engine.branches import check_teacher_student
 from patchlight.objectives.interface import Needs, NeighborRule, Objective
+from patchlight.objectives.weighted import WeightedObjectives
 from patchlight.records import Clock, Cues, Wanted
 from patchlight_kernels import force
 
@@ -18,7 +20,7 @@ CLOCK = Clock(0, 10, 0, 5)
 
 def built(run):
     objectives = build_objectives(run)
-    return (*build_branches(run.model, objectives.parts), objectives, next(NoiseLoader(run)))
+    return (*build_branches(run.model, objectives.objectives()), objectives, next(NoiseLoader(run)))
 
 
 def test_a_branch_sees_each_crop_as_if_alone():
@@ -85,7 +87,7 @@ def test_predictors_belong_to_the_student_and_buffers_do_not_follow():
     student, teacher = build_branches(run.model, [WithPredictor()])
     check_teacher_student(teacher, student)
     views = next(NoiseLoader(run))
-    sides = [branch.side("predicts", branch(views)) for branch in (student, teacher)]
+    sides = [branch.sides(branch(views))["predicts"] for branch in (student, teacher)]
     assert isinstance(sides[0].predictor, nn.Linear)
     assert sides[1].predictor is None
     student.heads["predicts"].running_mean += 1
@@ -122,33 +124,33 @@ def test_the_loss_is_the_weighted_sum_of_the_terms():
     run = replace(run, objectives=replace(run.objectives, options=(DINO, SELFPATCH)))
     student, teacher, objectives, views = built(run)
     with force(neighbor_topk="reference"):
-        taught = teacher(views, wanted=objectives.of_teacher)
-    loss, terms = objectives((student, student(views)), (teacher, taught), views, CLOCK)
+        teacher_sides = teacher.sides(teacher(views, wanted=objectives.teacher_wants))
+    loss, terms = objectives(student.sides(student(views)), teacher_sides, views, Cues(), CLOCK)
     assert terms.keys() == {"dino/cls", "selfpatch/patch"}
     torch.testing.assert_close(loss, terms["dino/cls"] + 0.1 * terms["selfpatch/patch"])
 
 
-def test_an_objective_sees_only_what_it_asked_of_the_teacher():
-    """SelfPatch makes the teacher look at local crops; DINO beside it must not notice."""
+def test_an_objective_gets_only_what_it_needs_from_the_teacher():
+    """SelfPatch makes the teacher compute local crops; DINO beside it must not get them."""
     run = tiny_run("", options=(DINO, SELFPATCH))
     _, teacher, objectives, views = built(run)
     with force(neighbor_topk="reference"):
-        taught = teacher(views, wanted=objectives.of_teacher)
-    seen = {}
+        features = teacher(views, wanted=objectives.teacher_wants)
+    received = {}
 
     def remember(name: str):
-        def forward(student, teacher, views, clock):
-            seen[name] = teacher
+        def forward(student, teacher, views, cues, clock):
+            received[name] = teacher
             return {name: torch.zeros(())}
 
         return forward
 
-    for one in objectives.parts:
-        one.forward = remember(one.name)
-    objectives((teacher, taught), (teacher, taught), views, CLOCK)
-    assert seen["dino"].local_crops is None
-    assert seen["selfpatch"].local_crops is taught[1]
-    assert seen["dino"].head is teacher.heads["dino"]
+    for objective in objectives.objectives():
+        objective.forward = remember(objective.name)
+    objectives(teacher.sides(features), teacher.sides(features), views, Cues(), CLOCK)
+    assert received["dino"].local_crops is None
+    assert received["selfpatch"].local_crops is features.local_crops
+    assert received["dino"].head is teacher.heads["dino"]
 
 
 def test_a_weight_without_a_term_is_refused():
@@ -156,7 +158,7 @@ def test_a_weight_without_a_term_is_refused():
     run = replace(run, objectives=replace(run.objectives, weights={"dino/clss": 2.0}))
     student, teacher, objectives, views = built(run)
     with pytest.raises(ValueError, match=r"got \['dino/clss'\] where the terms are \['dino/cls'\]"):
-        objectives((student, student(views)), (teacher, teacher(views)), views, CLOCK)
+        objectives(student.sides(student(views)), teacher.sides(teacher(views)), views, Cues(), CLOCK)
 
 
 class Wishes(Objective):
@@ -170,7 +172,7 @@ class Wishes(Objective):
 
 def test_objectives_must_agree():
     same = WeightedObjectives([Wishes(neighbors=NeighborRule(k=2)), Wishes(neighbors=NeighborRule(k=2)), Wishes()])
-    assert same.of_teacher.neighbors == NeighborRule(k=2)
+    assert same.teacher_wants.neighbors == NeighborRule(k=2)
     with pytest.raises(ValueError, match="must agree on neighbors"):
         WeightedObjectives([Wishes(neighbors=NeighborRule(k=2)), Wishes(neighbors=NeighborRule(k=4))])
     with pytest.raises(ValueError, match="must agree on masks"):

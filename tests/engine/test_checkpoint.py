@@ -27,9 +27,9 @@ from engine.tiny_run import (
 from safetensors.torch import load_file
 
 from patchlight.engine import checkpoint
+from patchlight.engine.assembly import build_trainer
 from patchlight.engine.checkpoint import EXPORT, StopRequest
 from patchlight.engine.parallel import processes
-from patchlight.engine.trainer import Trainer
 from patchlight.report.run_folder import RUN_FILE
 from patchlight_kernels import force
 
@@ -69,7 +69,7 @@ def test_ten_steps_and_ten_resumed_are_twenty_bit_for_bit(save_async, tmp_path):
     whole = train_tiny(tiny_run(tmp_path / "whole", model=DROPS))
     output = {"folder": str(tmp_path / "parts"), "save_every": 10, "log_every": 5, "save_async": save_async}
     run = tiny_run("", model=DROPS, output=output)
-    first = Trainer(run, None, NoiseLoader(run), Notebook())
+    first = build_trainer(run, None, NoiseLoader(run), Notebook())
     for _ in range(10):
         first.step()
     first.save()
@@ -162,7 +162,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, capsy
     run = tiny_run(tmp_path / "parts")
     before = signal.getsignal(signal.SIGTERM)
     metrics = Notebook()
-    Trainer(run, None, EndsAt(run, None, 7, terminate), metrics).fit()
+    build_trainer(run, None, EndsAt(run, None, 7, terminate), metrics).fit()
     assert metrics.closed
     assert signal.getsignal(signal.SIGTERM) is before
     assert saved_steps(tmp_path / "parts") == ["step-00000008"]
@@ -174,7 +174,7 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, capsy
 def stop_one_rank(run) -> int:
     """Only rank 1 gets the signal; both must stop at the same step."""
     with processes(run.parallel) as mesh:
-        trainer = Trainer(run, mesh, EndsAt(run, mesh, 7, terminate if mesh.rank == 1 else int), Notebook())
+        trainer = build_trainer(run, mesh, EndsAt(run, mesh, 7, terminate if mesh.rank == 1 else int), Notebook())
         trainer.fit()
         return trainer.clock.step
 

@@ -9,7 +9,7 @@ from data.pictures import write_pictures
 from engine.tiny_run import tiny_run
 
 from patchlight.data.loaders import dali_is_there
-from patchlight.engine.trainer import Trainer, train
+from patchlight.engine.assembly import build_trainer, train
 
 needs_dali = pytest.mark.skipif(not dali_is_there(), reason="NVIDIA DALI is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot be read")
@@ -32,7 +32,7 @@ def test_a_poisoned_folder_trains_to_the_end_and_the_run_says_how(images, tmp_pa
     if torch.cuda.is_available():
         ran = "dali"
     folder = tmp_path / "run"
-    train(run_over(images, folder, asked, output={"folder": str(folder), "look_every": 0, "log_every": 4}))
+    train(run_over(images, folder, asked, output={"folder": str(folder), "evaluate_every": 0, "log_every": 4}))
     assert json.loads((folder / "run.json").read_text())["data"]["loader"] == ran
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"loader {ran} " in said
@@ -47,20 +47,25 @@ def test_a_poisoned_folder_trains_to_the_end_and_the_run_says_how(images, tmp_pa
 @needs_dali
 def test_a_stopped_run_continues_with_the_same_images(images, tmp_path):
     def ids(trainer, count):
-        seen, look = [], trainer.look
-        trainer.look = lambda views: (seen.append((views.ids, views.global_crops.pixels)), look(views))[1]
+        batches, forward = [], trainer.forward
+
+        def keep(views, clock):
+            batches.append((views.ids, views.global_crops.pixels))
+            return forward(views, clock)
+
+        trainer.forward = keep
         for _ in range(count):
             trainer.step()
         trainer.loader.close()
-        return seen
+        return batches
 
-    whole = ids(Trainer(run_over(images, tmp_path / "a", "dali")), 7)
-    first = Trainer(run_over(images, tmp_path / "b", "dali"))
+    whole = ids(build_trainer(run_over(images, tmp_path / "a", "dali")), 7)
+    first = build_trainer(run_over(images, tmp_path / "b", "dali"))
     before = ids(first, 3)
     first.save()
     first.checkpoints.finish()
     run = run_over(images, tmp_path / "b", "dali")
-    second = Trainer(replace(run, output=replace(run.output, resume=True)))
+    second = build_trainer(replace(run, output=replace(run.output, resume=True)))
     second.begin()
     for (left, pixels), (right, again) in zip(before + ids(second, 4), whole, strict=True):
         assert torch.equal(left, right)

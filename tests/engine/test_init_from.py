@@ -15,7 +15,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from patchlight.backbones.vit import VisionTransformer
-from patchlight.engine.branches import build_branches
+from patchlight.engine.assembly import build_branches
 from patchlight.engine.init_from import init_from
 from patchlight.heads.summary import ClassAttentionSummary
 from patchlight.run import Model

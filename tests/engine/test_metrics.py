@@ -11,11 +11,14 @@ from engine.tiny_run import DINO, IBOT, on_processes, tiny_run
 from rich.console import Console
 
 from patchlight.engine import metrics as metrics_module
-from patchlight.engine.metrics import Cost, Metrics, backbone_flops, build_metrics, flops_per_image, prototype_counts
+from patchlight.engine.assembly import build_metrics, build_objectives
+from patchlight.engine.cost import Cost, backbone_flops, flops_per_image
+from patchlight.engine.metrics import Metrics
 from patchlight.engine.parallel import Mesh, processes
 from patchlight.engine.sentinels import Diagnosis
 from patchlight.records import Clock
 from patchlight.report.console import Display
+from patchlight.report.journal import Journal
 from patchlight.report.run_folder import append_line, read_lines
 from patchlight.run import Model, Parallel
 
@@ -37,7 +40,7 @@ def lines(folder) -> list[dict]:
 
 def test_adding_never_reads_the_device(tmp_path):
     """Tensors on the meta device have no values: whatever reads one fails."""
-    metrics = Metrics(tmp_path, ALONE)
+    metrics = Metrics(ALONE, Journal(tmp_path))
     terms = {"loss": torch.empty((), device="meta", requires_grad=True), "dino/cls": torch.empty((), device="meta")}
     for _ in range(3):
         metrics.add(terms)
@@ -47,7 +50,7 @@ def test_adding_never_reads_the_device(tmp_path):
 
 
 def test_a_line_is_the_mean_since_the_last_one(tmp_path):
-    metrics = Metrics(tmp_path, ALONE, {"dino": 64})
+    metrics = Metrics(ALONE, Journal(tmp_path), {"dino/cls": 64})
     for losses in ([1.0, 2.0, 6.0], [10.0, 20.0]):
         for loss in losses:
             metrics.add({"loss": torch.tensor(loss), "dino/cls": torch.tensor(2 * loss)})
@@ -62,14 +65,14 @@ def test_a_line_is_the_mean_since_the_last_one(tmp_path):
 
 
 def test_sums_do_not_lose_small_numbers(tmp_path):
-    metrics = Metrics(tmp_path, ALONE)
+    metrics = Metrics(ALONE, Journal(tmp_path))
     for _ in range(3000):
         metrics.add({"loss": torch.tensor(11.0904)})
     assert metrics.log(clock(3000, 9000), {})["loss"] == pytest.approx(float(torch.tensor(11.0904)), rel=1e-12)
 
 
 def test_one_bad_step_does_not_hide_the_others(tmp_path):
-    metrics = Metrics(tmp_path, ALONE, {"dino": 64})
+    metrics = Metrics(ALONE, Journal(tmp_path), {"dino/cls": 64})
     add(metrics, 1.0, float("nan"), 3.0, float("inf"), **{"dino/cls": 5.0})
     record = metrics.log(clock(4), {})
     assert record["loss"] == 2.0
@@ -89,7 +92,7 @@ def test_speed_waiting_and_use_of_the_device(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(metrics_module, "write_report", lambda folder: None)
-    metrics = Metrics(tmp_path, ALONE, cost=Cost(flops_per_image=1e9, peak_flops=1e11))
+    metrics = Metrics(ALONE, Journal(tmp_path), cost=Cost(flops_per_image=1e9, peak_flops=1e11))
     now[0] = 160.0  # building and compiling
     for _ in range(5):
         add(metrics, 1.0)
@@ -112,7 +115,7 @@ def test_speed_waiting_and_use_of_the_device(tmp_path, monkeypatch):
 
 
 def test_the_epochs_file_is_dinos(tmp_path):
-    metrics = Metrics(tmp_path, ALONE)
+    metrics = Metrics(ALONE, Journal(tmp_path))
     for before, step in ((0, 4), (4, 10), (10, 14), (14, 20), (20, 24)):
         add(metrics, *[float(step)] * (step - before), **{"dino/cls": 1.0})
         metrics.log(clock(step), {"lr": step / 100, "weight_decay": 0.04})
@@ -125,7 +128,7 @@ def test_the_epochs_file_is_dinos(tmp_path):
 
 
 def test_short_epochs_between_two_lines_are_not_forgotten(tmp_path):
-    metrics = Metrics(tmp_path, ALONE)
+    metrics = Metrics(ALONE, Journal(tmp_path))
     add(metrics, *[2.0] * 35)
     metrics.log(clock(35), {})
     records = read_lines(tmp_path / "log.txt")
@@ -133,7 +136,7 @@ def test_short_epochs_between_two_lines_are_not_forgotten(tmp_path):
 
 
 def test_a_resumed_run_drops_the_lines_of_its_lost_future(tmp_path):
-    first = Metrics(tmp_path, ALONE)
+    first = Metrics(ALONE, Journal(tmp_path))
     for step in (5, 10, 15, 20):
         add(first, *[1.0] * 5)
         first.log(clock(step), {})
@@ -154,7 +157,7 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "los')
     assert len(lines(tmp_path)) == 1
-    metrics = Metrics(tmp_path, ALONE)
+    metrics = Metrics(ALONE, Journal(tmp_path))
     add(metrics, *[1.0] * 5)
     metrics.log(clock(10), {})
     assert [line["step"] for line in lines(tmp_path)] == [5, 10]
@@ -163,7 +166,7 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
 def two_ranks(folder: str) -> dict:
     torch.set_num_threads(1)
     with processes(Parallel()) as mesh:
-        metrics = Metrics(folder, mesh)
+        metrics = Metrics(mesh, Journal(folder) if mesh.rank == 0 else None)
         for loss in (1.0, 2.0):
             metrics.add({"loss": torch.tensor(loss + 10 * mesh.rank)})
         if mesh.rank == 1:
@@ -185,8 +188,7 @@ def test_a_line_is_the_mean_over_ranks_and_the_longest_wait(tmp_path):
 
 def test_diagnoses_are_said_and_kept(tmp_path):
     said = io.StringIO()
-    metrics = Metrics(tmp_path, ALONE, display=Display(Console(file=said, width=200)))
-    metrics.folder.mkdir(exist_ok=True)
+    metrics = Metrics(ALONE, Journal(tmp_path, Display(Console(file=said, width=200))))
     metrics.diagnose(clock(7), Diagnosis("uniform collapse", "Lower the temperature."))
     assert "step 7: uniform collapse: Lower the temperature." in said.getvalue()
     assert read_lines(tmp_path / "diagnoses.jsonl")[0]["name"] == "uniform collapse"
@@ -194,7 +196,7 @@ def test_diagnoses_are_said_and_kept(tmp_path):
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
     said = io.StringIO()
-    metrics = Metrics(tmp_path, ALONE, {"dino": 64}, display=Display(Console(file=said, width=60)))
+    metrics = Metrics(ALONE, Journal(tmp_path, Display(Console(file=said, width=60))), {"dino/cls": 64})
     for step in (5, 10):
         for _ in range(5):
             metrics.add({"loss": torch.tensor(3.5), "dino/cls": torch.tensor(4.0)})
@@ -211,7 +213,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
 def test_a_bar_where_there_is_one(tmp_path):
     said = io.StringIO()
     display = Display(Console(file=said, width=120, force_terminal=True))
-    metrics = Metrics(tmp_path, ALONE, display=display)
+    metrics = Metrics(ALONE, Journal(tmp_path, display))
     for step in (20, 40):
         add(metrics, *[1.0] * 20)
         metrics.log(clock(step), {"data/wait_seconds": 0.0})
@@ -225,7 +227,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        metrics = Metrics(tmp_path, ALONE, tensorboard=True)
+        metrics = Metrics(ALONE, Journal(tmp_path, tensorboard=True))
         add(metrics, *[2.0] * 40)
         metrics.log(clock(40), {})
         metrics.close()
@@ -235,9 +237,9 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 def test_what_build_metrics_knows_of_a_run(tmp_path):
     run = tiny_run(tmp_path, options=(DINO, IBOT))
-    assert prototype_counts(run) == {"dino": 37, "ibot": 37}
-    metrics = build_metrics(run, ALONE)
-    assert metrics.folder == tmp_path
+    metrics = build_metrics(run, ALONE, build_objectives(run))
+    assert metrics.prototypes == {"dino/cls": 37, "ibot/cls": 37, "ibot/patch": 37}
+    assert metrics.journal.folder == tmp_path
     assert metrics.cost.peak_flops is None
     globals_, locals_ = (backbone_flops(run.model, size) for size in (16, 12))
     assert flops_per_image(run) == pytest.approx(4 * 2 * globals_ + 3 * 2 * locals_)
@@ -266,7 +268,7 @@ def test_flops_of_a_vit_are_those_of_the_formula():
 
 def test_nothing_is_written_before_the_first_line(tmp_path):
     folder = tmp_path / "run"
-    metrics = Metrics(folder, ALONE)
+    metrics = Metrics(ALONE, Journal(folder))
     add(metrics, 1.0)
     assert not folder.exists(), "the trainer must be able to refuse an occupied folder"
     metrics.log(clock(1), {})

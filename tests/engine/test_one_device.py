@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from patchlight.engine import trainer
+from patchlight.engine import assembly
 from patchlight.engine.parallel import Mesh
 from patchlight.records import Views
 
@@ -48,7 +48,7 @@ def moved(record):
 def meta_trains(monkeypatch):
     """What torch and we refuse on this device alone: its tensors have no addresses, and it has no autocast."""
     autocast, enabled = torch.autocast, torch.is_autocast_enabled
-    monkeypatch.setattr(trainer, "check_teacher_student", lambda *_: None)
+    monkeypatch.setattr(assembly, "check_teacher_student", lambda *_: None)
     monkeypatch.setattr(
         torch, "autocast", lambda kind, *a, **o: nullcontext() if kind == "meta" else autocast(kind, *a, **o)
     )
@@ -72,7 +72,7 @@ def test_a_step_keeps_to_its_device(options, optimizer, tmp_path, meta_trains):
         tmp_path, options=options, optim={"name": optimizer}, parallel={"accumulate": 2}, model={"drop_path": 0.2}
     )
     mesh, notebook = Mesh(META), Notebook()
-    training = trainer.Trainer(run, mesh, MetaLoader(run, mesh), notebook)
+    training = assembly.build_trainer(run, mesh, MetaLoader(run, mesh), notebook)
     with OneDevice():
         training.step()
         training.step()

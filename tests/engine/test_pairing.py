@@ -7,7 +7,7 @@ import torch
 from engine.tiny_run import DINO, IBOT, MOBY, MOCO, SELFPATCH, on_processes, outcome, tiny_run, tiny_trainer, train_tiny
 
 from patchlight.data.policy import dino_policy
-from patchlight.engine.branches import build_branches, build_objectives
+from patchlight.engine.assembly import build_branches, build_objectives
 from patchlight.records import Wanted
 from patchlight.run import Model
 
@@ -90,11 +90,11 @@ def test_what_a_backbone_does_not_have_is_refused(model, sentence):
         build_branches(Model(**model), [])
 
 
-def test_only_a_batch_norm_backbone_takes_views_apart():
+def test_only_a_batch_norm_backbone_takes_views_separately():
     for model, options, apart in ((RESNET, MOCO, True), (RESNET, DINO, False), (SWIN, MOCO, False)):
         run = run_on(model, options)
-        student, _ = build_branches(run.model, build_objectives(run).parts)
-        assert student.views_apart is apart
+        student, _ = build_branches(run.model, build_objectives(run).objectives())
+        assert student.separate_views is apart
 
 
 def test_each_view_is_a_batch_of_its_own_to_the_backbone():

@@ -19,8 +19,8 @@ from engine.tiny_run import (
 )
 
 from patchlight.data.policy import dino_policy, pqcl_policy
-from patchlight.engine.branches import build_branches, build_objectives, check_teacher_student
-from patchlight.engine.trainer import train
+from patchlight.engine.assembly import build_branches, build_objectives, train
+from patchlight.engine.branches import check_teacher_student
 from patchlight.recipes import RECIPES
 from patchlight.recipes.papers import pqcl_vits16_in1k, pqcl_vits16_in1k_ablation
 from patchlight.records import Clock, Cues, Wanted
@@ -77,7 +77,7 @@ def test_two_processes_train_like_one(pqcl, shard, tmp_path):
 def built(*options, **parts):
     run = tiny_run("", options=options, **parts)
     objectives = build_objectives(run)
-    return (*build_branches(run.model, objectives.parts), objectives, next(NoiseLoader(run)))
+    return (*build_branches(run.model, objectives.objectives()), objectives, next(NoiseLoader(run)))
 
 
 @HOSTS
@@ -86,7 +86,7 @@ def test_whose_head_serves_the_queries(host):
         student, teacher, objectives, views = built(host, pqcl)
         check_teacher_student(teacher, student)
         name = objectives.parts[0].name
-        sides = [branch.side("pqcl", branch(views)) for branch in (student, teacher)]
+        sides = [branch.sides(branch(views))["pqcl"] for branch in (student, teacher)]
         for branch, side, has in zip((student, teacher), sides, (student_has, teacher_has), strict=True):
             assert ((side.predictor or side.head) is not branch.heads[name]) == has
 
@@ -115,8 +115,8 @@ def test_queries_pass_the_norm_of_a_class_attention_summary():
     seen = student(views, cues)
     torch.testing.assert_close(seen.global_crops.queries.flatten(0, 1), alone)
     with force(neighbor_topk="reference"):
-        taught = teacher(views, wanted=objectives.of_teacher)
-    _, terms = objectives((student, seen), (teacher, taught), views, CLOCK)
+        teacher_sides = teacher.sides(teacher(views, wanted=objectives.teacher_wants))
+    _, terms = objectives(student.sides(seen), teacher_sides, views, cues, CLOCK)
     assert terms.keys() == {"dino/cls", "selfpatch/patch", "pqcl/query"}
 
 
@@ -131,7 +131,7 @@ def test_other_features_do_not_depend_on_queries():
 @pytest.mark.parametrize(
     ("run", "sentence"),
     [
-        (lambda: tiny_run("", options=(PQCL,)), "rides on iBOT or DINO, got PqclOptions only; add"),
+        (lambda: tiny_run("", options=(PQCL,)), "needs iBOT or DINO beside it, got PqclOptions only; add"),
         (
             lambda: tiny_run("", options=(DINO, PQCL), data={"crops": dino_policy(0, 16)}),
             "need query crops, got a crop",
@@ -162,14 +162,14 @@ def test_any_query_size_up_to_the_view_with_the_real_loader(size, tmp_path):
     run = tiny_run(
         tmp_path, options=(IBOT, PQCL), data={"loader": "procedural", "workers": 0, **data}, schedule={"epochs": 1}
     )
-    train(replace(run, output=replace(run.output, look_every=0)))
+    train(replace(run, output=replace(run.output, evaluate_every=0)))
     assert (tmp_path / "checkpoints" / "step-00000005" / "teacher.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", sorted(name for name in RECIPES if name.startswith("pqcl")))
 def test_recipes_build(name):
     run = RECIPES[name]()
-    assert build_objectives(run).of_teacher.query_crops
+    assert build_objectives(run).teacher_wants.query_crops
     assert run.data.crops.local_crops == ()
     (query,) = run.data.crops.query_crops
     assert (query.count, query.size, query.scale, query.flip) == (1, 96, (0.05, 0.25), 0.0)
@@ -181,5 +181,5 @@ def test_recipes_say_what_the_tables_say():
     (query,) = run.data.crops.query_crops
     assert (query.count, query.size, query.scale) == (4, 32, (0.05, 0.4))
     objectives = build_objectives(run)
-    assert [part.target.center.numel() for part in objectives.parts] == [4096, 4096]
+    assert [part.target.center.numel() for part in objectives.objectives()] == [4096, 4096]
     assert run.objectives.options[0].patch_prototypes == 4096

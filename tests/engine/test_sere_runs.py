@@ -21,9 +21,8 @@ from engine.tiny_run import (
 from torch import Tensor, nn
 
 from patchlight.data.policy import CropPolicy, CropSpec, dino_policy
-from patchlight.engine.branches import build_branches, build_objectives
+from patchlight.engine.assembly import build_branches, build_objectives, build_trainer
 from patchlight.engine.parallel import processes, synchronize_batch_norm
-from patchlight.engine.trainer import Trainer
 from patchlight.objectives.dino import DinoOptions
 from patchlight.objectives.sere import SereOptions
 from patchlight.recipes.compatibility import BACKBONES
@@ -76,7 +75,7 @@ def test_both_terms_fall(host, tmp_path):
         schedule={"epochs": 15, "steps_per_epoch": 4},
     )
     notebook = Notebook()
-    trainer = Trainer(run, loader=PictureLoader(crops), metrics=notebook)
+    trainer = build_trainer(run, loader=PictureLoader(crops), metrics=notebook)
     for _ in range(60):
         trainer.step()
     assert not any(step["step/refused"] for step in notebook.steps)
@@ -146,7 +145,7 @@ def test_every_map_of_features_will_do(backbone, host, tmp_path):
         Output(folder=str(tmp_path)),
     )
     notebook = Notebook()
-    trainer = Trainer(run, loader=PictureLoader(crops, batches=1), metrics=notebook)
+    trainer = build_trainer(run, loader=PictureLoader(crops, batches=1), metrics=notebook)
     before = {name: parameter.detach().clone() for name, parameter in trainer.student.named_parameters()}
     for _ in range(2):
         trainer.step()
@@ -162,9 +161,9 @@ def test_every_map_of_features_will_do(backbone, host, tmp_path):
 def test_only_whom_it_concerns_gets_features_before_the_norm():
     for options in ((DINO,), (DINO, SERE)):
         objectives = build_objectives(tiny_run("", options=options))
-        student, _ = build_branches(tiny_run("").model, objectives.parts)
+        student, _ = build_branches(tiny_run("").model, objectives.objectives())
         views = PictureLoader(dino_policy(2, 16, 12), batches=1).batches[0]
-        seen = student(views, wanted=objectives.of_student)
+        seen = student(views, wanted=objectives.student_wants)
         for crops in (seen.global_crops, seen.local_crops):
             if SERE not in options:
                 assert crops.residual is None
@@ -176,7 +175,7 @@ def test_only_whom_it_concerns_gets_features_before_the_norm():
 def test_without_local_crops_there_are_no_local_heads():
     for local, wanted in ((2, True), (0, False)):
         run = tiny_run("", options=(DINO, SERE), data={"loader": "procedural", "crops": dino_policy(local, 16, 12)})
-        student, teacher = build_branches(run.model, build_objectives(run).parts)
+        student, teacher = build_branches(run.model, build_objectives(run).objectives())
         assert any("local_head" in name for name, _ in student.named_parameters()) == wanted
         assert not any("predictor" in name for name, _ in teacher.named_parameters())
 
@@ -189,4 +188,4 @@ def test_what_cannot_work_is_refused_at_build():
     wrong = build_objectives(tiny_run("", options=(DinoOptions(), SereOptions(heads=3))))
     sizes = {"width": 20, "depth": 1, "heads": 2}
     with pytest.raises(ValueError, match="must divide the backbone's width, got 3 and 20; set"):
-        build_branches(Model(image_size=16, patch_size=4, sizes=sizes), wrong.parts)
+        build_branches(Model(image_size=16, patch_size=4, sizes=sizes), wrong.objectives())

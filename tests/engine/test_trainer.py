@@ -22,9 +22,9 @@ from engine.tiny_run import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from patchlight.engine.assembly import build_trainer, train
 from patchlight.engine.parallel import processes
 from patchlight.engine.schedules import cosine
-from patchlight.engine.trainer import Trainer, train
 from patchlight.records import Views
 from patchlight_kernels import force
 
@@ -86,10 +86,11 @@ def test_the_schedules_are_those_of_the_step(tmp_path):
     peak = 0.5 * 16 / 256
     for step in range(20):
         trainer.clock = replace(trainer.clock, step=step)
-        assert trainer.lr == cosine(step, 20, peak, 0.001, 5)
-        assert trainer.weight_decay == cosine(step, 20, 0.1, 0.3)
-        assert trainer.momentum == cosine(step, 20, 0.9, 1.0)
-        assert trainer.frozen == (step < 5)
+        rates = trainer.rates()
+        assert rates.lr == cosine(step, 20, peak, 0.001, 5)
+        assert rates.weight_decay == cosine(step, 20, 0.1, 0.3)
+        assert rates.momentum == cosine(step, 20, 0.9, 1.0)
+        assert rates.freeze_prototypes == (step < 5)
     assert [round(cosine(step, 20, peak, 0.001, 5) / peak, 6) for step in (0, 2, 4, 5)] == [0, 0.5, 1, 1]
 
 
@@ -124,10 +125,10 @@ def test_an_epoch_follows_the_data(tmp_path):
     run = tiny_run(tmp_path, schedule={"epochs": 3, "steps_per_epoch": None})
     loader = NoiseLoader(run)
     loader.dataset_size = 8 * 11 + 3
-    assert Trainer(run, None, loader, Notebook()).clock.total == 33
+    assert build_trainer(run, None, loader, Notebook()).clock.total == 33
     loader.dataset_size = 7
     with pytest.raises(ValueError, match=r"at least one global batch, got 7 images for 8"):
-        Trainer(run, None, loader, Notebook())
+        build_trainer(run, None, loader, Notebook())
 
 
 def test_equal_seeds_give_equal_weights_and_other_seeds_others(tmp_path):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patchlight.data.policy import dino_policy, pqcl_policy
+from patchlight.engine.assembly import build_trainer
 from patchlight.engine.parallel import Mesh, processes
 from patchlight.engine.trainer import Trainer
 from patchlight.objectives.dino import DinoOptions
@@ -129,7 +130,7 @@ class Notebook:
 
 
 def tiny_trainer(run: Run, mesh: Mesh | None = None, metrics: Notebook | None = None) -> Trainer:
-    return Trainer(run, mesh, NoiseLoader(run, mesh), metrics or Notebook())
+    return build_trainer(run, mesh, NoiseLoader(run, mesh), metrics or Notebook())
 
 
 def on_processes(count: int, work: Callable, *arguments, timeout: float = 600) -> list:

@@ -17,7 +17,7 @@ from rounding import ZeroOnPaper
 from torch import Tensor, nn
 
 from patchlight.backbones.vit import VisionTransformer
-from patchlight.engine.branches import Student, Teacher, WeightedObjectives
+from patchlight.engine.branches import Student, Teacher
 from patchlight.engine.schedules import cosine
 from patchlight.heads.contrast import ContrastHead
 from patchlight.heads.summary import ClassTokenSummary
@@ -25,7 +25,8 @@ from patchlight.objectives.contrast import unit_rows
 from patchlight.objectives.interface import Objective
 from patchlight.objectives.moby import Moby, MobyOptions
 from patchlight.objectives.moco_v3 import MocoV3, MocoV3Options
-from patchlight.records import Crops, Tokens, Views
+from patchlight.objectives.weighted import WeightedObjectives
+from patchlight.records import Crops, Cues, Tokens, Views
 
 FORWARD, LOSS, GRADIENT = 2e-5, 1e-5, 5e-4
 
@@ -188,8 +189,8 @@ class RecordedSteps:
         shape = views_of(pixels.shape[1], len(pixels))
         views = Views(Crops(pixels, shape.global_crops.box, shape.global_crops.flip), None, None, shape.ids)
         with torch.no_grad():
-            taught = self.teacher(views)
-        loss, _ = self.objectives((self.student, self.student(views)), (self.teacher, taught), views, clock)
+            teacher = self.teacher.sides(self.teacher(views))
+        loss, _ = self.objectives(self.student.sides(self.student(views)), teacher, views, Cues(), clock)
         case.close(f"step{number}.loss", loss, rel=LOSS)
         loss.backward()
         parameters = dict(self.student.named_parameters())

@@ -13,10 +13,10 @@ from rounding import ZeroOnPaper
 from torch import Tensor, nn
 
 from patchlight.data.policy import dino_policy
+from patchlight.engine import assembly
 from patchlight.engine.optim import Lars, Update
 from patchlight.engine.parallel import Mesh
-from patchlight.engine.schedules import cosine
-from patchlight.engine.trainer import Trainer
+from patchlight.engine.schedules import Rates, cosine
 from patchlight.heads.projection import ProjectionHead
 from patchlight.heads.prototypes import Prototypes
 from patchlight.objectives.dino import DinoOptions
@@ -131,7 +131,7 @@ class Silent:
         self.terms = terms
 
 
-class RecordedTrainer(Trainer):
+class RecordedTrainer:
     """The real trainer with the recorded values of its schedules; keeps the gradients as they were before clipping.
 
     number: of the recorded step, whose epoch need not follow that of the step before.
@@ -139,7 +139,10 @@ class RecordedTrainer(Trainer):
 
     def __init__(self, run: Run, case: Case) -> None:
         self.case, self.number = case, 0
-        super().__init__(run, CPU, RecordedViews(case), Silent())
+        self.trainer = assembly.build_trainer(run, CPU, RecordedViews(case), Silent())
+        self.trainer.rates = self.recorded_rates
+        self.student, self.teacher = self.trainer.student, self.trainer.teacher
+        self.objectives, self.metrics, self.update = self.trainer.objectives, self.trainer.metrics, self.trainer.update
         self.unclipped: list[Tensor | None] = []
         compute_norms = self.update.norms
 
@@ -149,12 +152,17 @@ class RecordedTrainer(Trainer):
 
         self.update.norms = norms
 
-    def recorded(self, name: str) -> float:
-        return self.case.config[name][self.number]
+    def recorded_rates(self) -> Rates:
+        lr, weight_decay, momentum = (
+            self.case.config[name][self.number] for name in ("lr", "weight_decay", "ema_momentum")
+        )
+        frozen = self.trainer.clock.epoch < self.trainer.run.optim.freeze_prototypes_epochs
+        return Rates(lr, weight_decay, momentum, frozen)
 
-    lr = property(lambda self: self.recorded("lr"))
-    weight_decay = property(lambda self: self.recorded("weight_decay"))
-    momentum = property(lambda self: self.recorded("ema_momentum"))
+    def step(self, number: int, epoch: int) -> None:
+        self.number, clock = number, self.trainer.clock
+        self.trainer.clock = replace(clock, step=epoch * clock.steps_per_epoch)
+        self.trainer.step()
 
 
 def recorded_run(case: Case, options: tuple, weights: dict[str, float] | None = None, summary: str = "cls") -> Run:
@@ -212,7 +220,7 @@ def build_trainer(case: Case, run: Run) -> RecordedTrainer:
         torch.set_default_dtype(torch.float32)
 
 
-def load(trainer: Trainer, case: Case, first: str) -> None:
+def load(trainer: RecordedTrainer, case: Case, first: str) -> None:
     weights = {our_name(name, first): value for name, value in case.under("step0.weight.student.").items()}
     weights.setdefault("backbone.mask_token", torch.zeros(1, case.config["embed_dim"]))
     trainer.student.load_state_dict(weights, strict=True)
@@ -224,8 +232,7 @@ def follow_recorded_steps(case: Case, trainer: RecordedTrainer, first: str, outp
     order = [our_name(name, first) for name in json.loads(case.meta["param_order"])]
     rounding = ZeroOnPaper(trainer.student)
     for number, epoch in enumerate(case.config["epoch_of_step"]):
-        trainer.number, trainer.clock = number, replace(trainer.clock, step=epoch * trainer.clock.steps_per_epoch)
-        trainer.step()
+        trainer.step(number, epoch)
         for key in outputs.keys() & case.under(f"step{number}.output.").keys():
             case.close(f"step{number}.output.{key}", outputs[key](trainer), rel=1e-5)
         gradients = dict(zip(trainer.update.names, trainer.unclipped, strict=True))
@@ -259,7 +266,7 @@ def check_weight(case: Case, key: str, ours: Tensor) -> None:
 def dino_steps(case: Case) -> None:
     trainer = build_trainer(case, recorded_run(case, (DinoOptions(**head_options(case)),)))
     load(trainer, case, "dino")
-    (dino,) = trainer.objectives.parts
+    (dino,) = trainer.objectives.objectives()
     outputs = {"loss": lambda t: t.metrics.terms["dino/cls"], "center": lambda t: dino.target.center[None]}
     follow_recorded_steps(case, trainer, "dino", outputs)
 
@@ -296,7 +303,7 @@ class RecordedMasks:
 def ibot_steps(case: Case) -> None:
     weights = {"ibot/cls": case.config.get("lambda1", 1.0), "ibot/patch": case.config.get("lambda2", 1.0)}
     trainer = build_trainer(case, recorded_run(case, (ibot_options(case),), weights))
-    (ibot,) = trainer.objectives.parts
+    (ibot,) = trainer.objectives.objectives()
     ibot.masks = RecordedMasks(case)
     load(trainer, case, "ibot")
     if case.config["shared_head_teacher"] and not case.config["shared_head_student"]:
@@ -311,7 +318,7 @@ def ibot_steps(case: Case) -> None:
     follow_recorded_steps(case, trainer, "ibot", outputs)
 
 
-def share_the_teachers_prototypes(case: Case, trainer: Trainer, ibot: nn.Module) -> None:
+def share_the_teachers_prototypes(case: Case, trainer: RecordedTrainer, ibot: nn.Module) -> None:
     """The released defaults: a student with separate heads and a teacher with one, which starts as the student's patch head."""
     o = ibot.options
     ours = ProjectionHead(
@@ -341,7 +348,7 @@ def selfpatch_steps(case: Case) -> None:
     weights = {"selfpatch/patch": config["patch_weight"]}
     trainer = build_trainer(case, recorded_run(case, options, weights, summary="class_attention"))
     load(trainer, case, "dino")
-    dino, selfpatch = trainer.objectives.parts
+    dino, selfpatch = trainer.objectives.objectives()
     outputs = {
         "loss": lambda t: t.metrics.terms["loss"],
         "loss_cls": lambda t: t.metrics.terms["dino/cls"],

@@ -11,7 +11,7 @@ from patchlight.heads.summary import ClassAttentionSummary
 from patchlight.objectives.dino import Dino, DinoOptions
 from patchlight.objectives.interface import NeighborRule
 from patchlight.objectives.selfpatch import SelfPatch, SelfPatchOptions
-from patchlight.records import Features, Side, Tokens
+from patchlight.records import Cues, Features, Side, Tokens
 
 FP32 = 1e-5
 OUR_NAMES = IN_A_SUMMARY | IN_A_HEAD
@@ -132,7 +132,7 @@ def one_neighborhood(case: Case, k: int) -> None:
     terms, clock = {}, cases.clock_of(0)
     for objective, part in zip(objectives, ("c_head", "p_head"), strict=True):
         sides = Side(*seen, head=student.parts[part]), Side(*taught_by, head=teacher.parts[part])
-        terms |= objective(*sides, cases.views_of(batch, len(seen[0].summary)), clock)
+        terms |= objective(*sides, cases.views_of(batch, len(seen[0].summary)), Cues(), clock)
         objective.after_step(clock)
     loss = terms["dino/cls"] + case.config["patch_weight"] * terms["selfpatch/patch"]
     case.close(f"output.loss_cls.k{k}", terms["dino/cls"], FP32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from patchlight.backbones.positions import grid_positions, sincos, sincos_printed
 from patchlight.backbones.vit import Block, VisionTransformer
 from patchlight.data.policy import pqcl_policy
-from patchlight.engine.branches import build_branches, build_objectives
+from patchlight.engine.assembly import build_branches, build_objectives
 from patchlight.objectives.geometry import relative_positions
 from patchlight.objectives.ibot import Ibot, IbotOptions
 from patchlight.objectives.pqcl import Pqcl, PqclOptions
@@ -130,8 +130,8 @@ def losses(case: Case) -> None:
         features(case["teacher_global"], batch), query_crops=Features(query[:, :, 0], query, (0, 0)), head=head
     )
     views, clock = cases.views_of(batch, len(ibot.masks.mask)), cases.clock_of(0)
-    ibot.cue(views, student.global_crops.grid, clock)
-    terms = ibot(student, teacher, views, clock) | pqcl(student, teacher, views, clock)
+    cues = ibot.cue(views, student.global_crops.grid, clock)
+    terms = ibot(student, teacher, views, cues, clock) | pqcl(student, teacher, views, cues, clock)
     loss = check_terms(case, terms, [float(case.meta[f"lambda{n}"]) for n in (1, 2, 3)])
     loss.backward()
     for name, leaf in leaves.items():
@@ -212,10 +212,10 @@ def load(branch: torch.nn.Module, recorded: dict[str, Tensor]) -> None:
 def whole_step(case: Case) -> None:
     run = recorded_run(case)
     objectives = build_objectives(run)
-    student, teacher = build_branches(run.model, objectives.parts)
+    student, teacher = build_branches(run.model, objectives.objectives())
     load(student, case.under("student."))
     load(teacher, case.under("teacher."))
-    ibot, pqcl = objectives.parts
+    ibot, pqcl = objectives.objectives()
     ibot.masks = cases.GivenMasks(masks_of(case, "mask_"))
     pixels, query_pixels = (torch.stack(list(case.numbered(f"image_{kind}_"))) for kind in ("global", "query"))
     flip = torch.randint(2, pixels.shape[:2])  # ignored, as in the release
@@ -223,16 +223,18 @@ def whole_step(case: Case) -> None:
     views = Views(crops, None, queries, torch.arange(pixels.shape[1]))
     clock = cases.clock_of(0)
     with torch.no_grad():
-        taught = teacher(views, wanted=objectives.of_teacher)
-    cues = objectives.cue(views, taught.global_crops.grid, clock)
-    check_cues(case, student, cues, taught.query_crops.grid)
-    seen = student(views, cues)
-    check_logits(case, "student_global_logits", student.heads["ibot"], tokens_of(seen.global_crops))
-    check_logits(case, "student_query_logits", student.heads["ibot"], seen.global_crops.queries.flatten(0, 1))
-    check_logits(case, "teacher_global_logits", teacher.heads["ibot"], tokens_of(taught.global_crops))
-    by_image = taught.query_crops.patches.transpose(0, 1).flatten(1, 2)
+        teacher_features = teacher(views, wanted=objectives.teacher_wants)
+    cues = objectives.cue(views, teacher_features.global_crops.grid, clock)
+    check_cues(case, student, cues, teacher_features.query_crops.grid)
+    student_features = student(views, cues)
+    check_logits(case, "student_global_logits", student.heads["ibot"], tokens_of(student_features.global_crops))
+    check_logits(
+        case, "student_query_logits", student.heads["ibot"], student_features.global_crops.queries.flatten(0, 1)
+    )
+    check_logits(case, "teacher_global_logits", teacher.heads["ibot"], tokens_of(teacher_features.global_crops))
+    by_image = teacher_features.query_crops.patches.transpose(0, 1).flatten(1, 2)
     check_logits(case, "teacher_query_logits", teacher.heads["ibot"], by_image)
-    loss, terms = objectives((student, seen), (teacher, taught), views, clock)
+    loss, terms = objectives(student.sides(student_features), teacher.sides(teacher_features), views, cues, clock)
     check_terms(case, terms, [float(case.meta.get(f"lambda{n}", 1.0)) for n in (1, 2, 3)])  # 1 as released
     loss.backward()
     objectives.after_step(clock)

@@ -14,7 +14,7 @@ from patchlight.objectives.geometry import (
     sample_points,
 )
 from patchlight.objectives.sere import Sere, SereOptions
-from patchlight.records import Crops, Features, Side, Views
+from patchlight.records import Crops, Cues, Features, Side, Views
 
 REL, STEP_LOSS, STEP_GRADIENT = 2e-5, 1e-5, 1e-4
 
@@ -103,13 +103,12 @@ class RecordedSere(Sere):
         values = {name: parsed(value) for name, value in case.meta.items()}
         recorded = {name: value for name, value in values.items() if isinstance(value, int | float)}
         options = SereOptions(
-            heads=int(recorded["num_heads"]),
             teacher_spatial_temperature=recorded["temperature_pixel"],
             teacher_channel_temperature=recorded["temperature_channel"],
             global_points=int(recorded["overlap_size"]),
             local_points=int(recorded["local_overlap_size"]),
         )
-        super().__init__(options, local=recorded["n_local"] > 0)
+        super().__init__(options, int(recorded["num_heads"]), local=recorded["n_local"] > 0)
         self.recorded = recorded
         self.sides: dict[tuple[int, int], float] = {}
 
@@ -155,7 +154,7 @@ def steps(case: Case) -> None:
             objective.sides[crops.grid] = objective.recorded[size[kind]]
     local_crops = crops_of(case["rects_local"]) if locals_ else None
     views = Views(crops_of(case["rects_global"].transpose(0, 1)), local_crops, None, None)
-    terms = objective(student, teacher, views, clock_of(0))
+    terms = objective(student, teacher, views, Cues(), clock_of(0))
     parameters = {
         f"{name}.{part}.{key}": parameter
         for name, pair in parts.items()

@@ -23,7 +23,7 @@ from patchlight.objectives.moby import Moby
 from patchlight.objectives.moco_v3 import MocoV3, MocoV3Options
 from patchlight.objectives.selfpatch import SelfPatch, SelfPatchOptions
 from patchlight.objectives.targets import Center, Sinkhorn
-from patchlight.records import Clock, Crops, Features, Side, Views
+from patchlight.records import Clock, Crops, Cues, Features, Side, Views
 
 STEPS_PER_EPOCH = 7
 
@@ -122,7 +122,7 @@ def dino_step(tensors: dict, objective: Dino, batch: int, epoch: int = 0) -> dic
     teacher = with_head(Side(cls_features(teacher_logits)), LogitsHead(count, count))
     clock = clock_of(epoch)
     before = objective.target.center.clone()
-    loss = objective(student, teacher, views_of(batch, len(teacher_logits)), clock)["dino/cls"]
+    loss = objective(student, teacher, views_of(batch, len(teacher_logits)), Cues(), clock)["dino/cls"]
     loss.backward()
     objective.after_step(clock)
     return {
@@ -168,8 +168,8 @@ def ibot_step(tensors: dict, objective: Ibot, config: dict, epoch: int) -> dict:
     before = objective.target.center.clone(), objective.patch_target.center.clone()
     cues = objective.cue(views, grid, clock)
     assert torch.equal(cues.mask, mask & (epoch >= o.patch_start_epoch))
-    objective.mask = mask  # before that epoch it is the released loader that masks nothing, not the loss
-    terms = objective(student, teacher, views, clock)
+    # Before that epoch it is the released loader that masks nothing, not the loss.
+    terms = objective(student, teacher, views, Cues(mask=mask), clock)
     lambdas = (config.get(name, 1.0) for name in ("lambda1", "lambda2"))
     weighted = [w * terms[name] for w, name in zip(lambdas, ("ibot/cls", "ibot/patch"), strict=True)]  # as recorded
     loss = sum(weighted)
@@ -219,7 +219,7 @@ def selfpatch_step(
     for objective in objectives:
         head = LogitsHead(objective.options.prototypes, objective.options.prototypes)
         sides = [Side(side["global"], side.get("local"), head=head) for side in (student, teacher)]
-        terms |= objective(*sides, views, clock)
+        terms |= objective(*sides, views, Cues(), clock)
     loss = terms["dino/cls"] + weight * terms["selfpatch/patch"]
     loss.backward()
     for objective in objectives:
@@ -283,7 +283,7 @@ def moco_loss_and_gradient(q: Tensor, k: Tensor, temperature: float) -> tuple[Te
 
 def targets_on_a_rank(rank: int, rows: tuple[Tensor, Tensor], directions: Tensor) -> tuple[Tensor, Tensor]:
     """The moved center and Sinkhorn's bias, of this rank's rows."""
-    center = Center(*directions.shape)
+    center = Center(len(directions))
     center(rows[rank], directions, 0.1)
     center.after_step()
     return center.center, Sinkhorn()(rows[rank], directions, 0.1)

@@ -119,9 +119,58 @@ def test_no_folder_imports_itself_by_way_of_others():
     assert not circle(arrows)
 
 
+def reachable(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Everything that a name leads to, by way of others too."""
+    found = {name: set(others) for name, others in arrows.items()}
+    for _ in found:
+        for name, others in found.items():
+            found[name] = others.union(*(found.get(other, set()) for other in others))
+    return found
+
+
+def test_the_diagram_of_the_architecture_is_that_of_the_rules():
+    text = (ROOT / "docs/architecture.md").read_text()
+    diagram: dict[str, set[str]] = {}
+    for start, end in re.findall(r"^    (\w+) --> (\w+)$", text, re.MULTILINE):
+        diagram.setdefault(start, set()).update(GROUND if end == "ground" else {end})
+    rules = {name: {other.split(".")[0] for other in others} for name, others in MAY_IMPORT.items() if others}
+    assert reachable(diagram) == reachable(rules)
+    assert diagram.keys() - GROUND == {name for name in MAY_IMPORT if name not in GROUND}
+
+
+def test_the_page_of_the_architecture_names_what_exists():
+    for name in re.findall(r"`((?:ssl|kernels|csrc|tests)/[\w/.]+)`", (ROOT / "docs/architecture.md").read_text()):
+        assert (ROOT / name).exists(), name
+
+
 def test_a_circle_is_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert not circle({"a": {"b", "c"}, "b": {"c"}})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ssl").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_and_classes_are_short(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= (200 if isinstance(node, ast.ClassDef) else 60), f"{node.name}: {lines} lines"
+
+
+def test_the_engine_is_short():
+    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "ssl/patchlight/engine").glob("*.py")) < 2300
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ssl/patchlight/objectives").glob("*.py")), ids=lambda path: path.name)
+def test_objectives_keep_nothing_between_calls(path):
+    """What a step leaves behind is in buffers, which are changed in place: no method but __init__ sets an attribute."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(function, ast.FunctionDef) or function.name == "__init__":
+            continue
+        for node in ast.walk(function):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                own = isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
+                assert not own or isinstance(node, ast.AugAssign), f"{function.name} sets {ast.unparse(target)}"
 
 
 @pytest.mark.parametrize("name", registry.names())

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from bench import study
 
-from patchlight.engine.branches import build_objectives
+from patchlight.engine.assembly import build_objectives
 
 
 def test_cells_differ_in_what_is_studied_only():
@@ -15,7 +15,7 @@ def test_cells_differ_in_what_is_studied_only():
     }
     host = runs["host"].to_dict()
     for name, run in runs.items():
-        assert build_objectives(run).parts, name
+        assert build_objectives(run).objectives(), name
         differing = {part for part, value in run.to_dict().items() if value != host[part]}
         assert differing <= {"objectives", "output", "model", "data"}, name
         assert replace(run.model, summary="cls") == runs["host"].model

@@ -11,7 +11,7 @@ from patchlight.objectives.contrast import ordered_pairs
 from patchlight.objectives.moby import Moby, MobyOptions
 from patchlight.objectives.moco_v3 import MocoV3, MocoV3Options
 from patchlight.objectives.selfpatch_contrast import SelfPatchContrast, SelfPatchContrastOptions
-from patchlight.records import Features, Side
+from patchlight.records import Cues, Features, Side
 
 WIDTH, BATCH = 6, 4
 MOCO = MocoV3Options(hidden=10, out=5)
@@ -33,7 +33,7 @@ def sides(heads, views=2):
 
 
 def run(objective, student, teacher):
-    (term,) = objective(student, teacher, cases.views_of(BATCH), cases.clock_of(0)).values()
+    (term,) = objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(0)).values()
     return term
 
 
@@ -134,7 +134,7 @@ def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="needs another view"):
         ordered_pairs(1)
     objective, heads = build(Moby, MOBY)
-    with pytest.raises(ValueError, match="each of two views, got 3"):
+    with pytest.raises(ValueError, match="must be two views, each with its queue, got 3"):
         run(objective, *sides(heads, views=3))
 
 

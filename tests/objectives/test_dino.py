@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from patchlight.objectives.dino import Dino, DinoOptions, other_views
-from patchlight.records import Side
+from patchlight.records import Cues, Side
 
 WIDTH, BATCH, LOCAL = 12, 3, 4
 SMALL = DinoOptions(prototypes=20, bottleneck=6, hidden=16)
@@ -45,7 +45,7 @@ def loop(objective, student, teacher, temperature=0.04):
 
 
 def run(objective, student, teacher, epoch=0):
-    return objective(student, teacher, cases.views_of(BATCH), cases.clock_of(epoch))["dino/cls"]
+    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(epoch))["dino/cls"]
 
 
 @pytest.mark.parametrize("local", [0, LOCAL])
@@ -141,7 +141,7 @@ def test_temperature_follows_the_clock():
 def test_sinkhorn_balances_the_teachers_rows():
     objective, *heads = build(dataclasses.replace(SMALL, target="sinkhorn"))
     student, teacher = sides(*heads)
-    target = objective.teach(teacher, 0.04, has_local=True)
+    target = objective.teacher_targets(teacher, teacher.head, 0.04, has_local=True)
     logits = target.z @ target.prototypes.T
     share = ((logits + target.bias) / 0.04).softmax(dim=-1).mean(dim=(0, 1))
     assert share.std() < 0.7 * (logits / 0.04).softmax(dim=-1).mean(dim=(0, 1)).std()

@@ -8,7 +8,7 @@ import torch
 
 from patchlight.data.masking import FixedMasks, MaskRule, ReleasedMasks
 from patchlight.objectives.ibot import Ibot, IbotOptions
-from patchlight.records import Features, Side
+from patchlight.records import Cues, Features, Side
 
 WIDTH, BATCH, GRID = 10, 3, (3, 4)
 SMALL = IbotOptions(prototypes=16, bottleneck=6, hidden=12, warmup_epochs=0)
@@ -41,8 +41,8 @@ def sides(student_head, teacher_head):
 
 def run(objective, student, teacher, clock=None):
     clock = clock or cases.clock_of(0)
-    objective.cue(cases.views_of(BATCH), GRID, clock)
-    return objective(student, teacher, cases.views_of(BATCH), clock)
+    cues = objective.cue(cases.views_of(BATCH), GRID, clock)
+    return objective(student, teacher, cases.views_of(BATCH), cues, clock)
 
 
 def patch_loop(objective, student, teacher, average="image", temperature=0.07):
@@ -145,7 +145,7 @@ def test_masks_and_their_schedule_wait_for_their_epoch():
         assert objective.patch_temperature.at(clock) == pytest.approx(temperature)
         cues = objective.cue(cases.views_of(BATCH), GRID, clock)
         assert cues.mask.any() == (epoch >= 2)
-        assert (objective(student, teacher, cases.views_of(BATCH), clock)["ibot/patch"] > 0) == (epoch >= 2)
+        assert (objective(student, teacher, cases.views_of(BATCH), cues, clock)["ibot/patch"] > 0) == (epoch >= 2)
         assert objective.temperature.at(clock) == pytest.approx([0.04, 0.055, 0.07][min(epoch, 2)])
 
 
@@ -168,22 +168,19 @@ def test_micro_batches_get_the_running_numbers_of_one_batch():
     recorder = Recorder(given_masks().mask)
     objective, *heads = build(masks=recorder)
     clock = cases.clock_of(1)  # after 1000 images
-    for _ in range(3):
-        run(objective, *sides(*heads), clock)
+    for number in range(3):
+        run(objective, *sides(*heads), clock.at_batch(number, 0, 1, BATCH))
     objective.after_step(clock)
-    run(objective, *sides(*heads), clock.next(3 * BATCH))
+    run(objective, *sides(*heads), clock.next(3 * BATCH).at_batch(0, 0, 1, BATCH))
     assert recorder.first == [1000, 1000 + BATCH, 1000 + 2 * BATCH, 1000 + 3 * BATCH]
 
 
-def test_ranks_get_their_part_of_the_running_numbers(monkeypatch):
-    monkeypatch.setattr("patchlight.objectives.ibot.distributed", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+def test_ranks_get_their_part_of_the_running_numbers():
     first = []
     for rank in range(2):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         objective = Ibot(Recorder(given_masks().mask), SMALL)
-        for _ in range(2):
-            objective.cue(cases.views_of(BATCH), GRID, cases.clock_of(0))
+        for number in range(2):
+            objective.cue(cases.views_of(BATCH), GRID, cases.clock_of(0).at_batch(number, rank, 2, BATCH))
         first.append(objective.masks.first)
     assert first == [[0, 2 * BATCH], [BATCH, 3 * BATCH]]
 
@@ -194,7 +191,7 @@ def test_runs_on_both_kinds_of_masks(masks):
     student, teacher = sides(*heads)
     cues = objective.cue(cases.views_of(BATCH), GRID, cases.clock_of(0))
     assert cues.mask.shape == (2, BATCH, 12)
-    rows = objective.choose()
+    rows = objective.masked_patches(cues, GRID)
     assert len(rows.row) == masks.rows(2, BATCH, GRID)
     assert torch.equal(torch.zeros(72).index_fill_(0, rows.row[rows.valid], 1).bool().view(2, BATCH, 12), cues.mask)
     assert run(objective, student, teacher)["ibot/patch"] > 0
@@ -203,8 +200,8 @@ def test_runs_on_both_kinds_of_masks(masks):
 def test_what_is_missing_is_named():
     objective, *heads = build()
     student, teacher = sides(*heads)
-    with pytest.raises(RuntimeError, match="needs a cue before"):
-        objective(student, teacher, cases.views_of(BATCH), cases.clock_of(0))
+    with pytest.raises(ValueError, match="forward needs the mask that cue returned, got none"):
+        objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(0))
     with pytest.raises(ValueError, match=r"ibot: its head .* got none in the teacher"):
         run(objective, student, Side(features()))
     with pytest.raises(ValueError, match="at least one patch of a batch must be masked"):

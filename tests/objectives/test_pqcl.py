@@ -11,7 +11,7 @@ from patchlight.objectives.geometry import relative_positions
 from patchlight.objectives.ibot import IbotOptions
 from patchlight.objectives.pqcl import Pqcl, PqclOptions, choose_host
 from patchlight.objectives.selfpatch import SelfPatchOptions
-from patchlight.records import Crops, Features, Side, Views
+from patchlight.records import Crops, Cues, Features, Side, Views
 
 WIDTH, BATCH, CROPS, GRID = 10, 3, 2, (2, 3)
 QUERIES = CROPS * 6
@@ -35,7 +35,7 @@ def sides(student_head, teacher_head, predictor=None):
 
 
 def run(objective, student, teacher):
-    return objective(student, teacher, cases.views_of(BATCH), cases.clock_of(0))["pqcl/query"]
+    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(0))["pqcl/query"]
 
 
 def loop(objective, student, teacher, head, temperature=0.07):
@@ -148,7 +148,7 @@ def test_ibot_is_the_host_before_dino():
     assert choose_host((HOST, IbotOptions())) == IbotOptions()
     assert choose_host((SelfPatchOptions(), HOST)) is HOST
     with pytest.raises(
-        ValueError, match=r"rides on iBOT or DINO, got SelfPatchOptions, PqclOptions only; add IbotOptions"
+        ValueError, match=r"needs iBOT or DINO beside it, got SelfPatchOptions, PqclOptions only; add IbotOptions"
     ):
         choose_host((SelfPatchOptions(), PqclOptions()))
 

@@ -8,7 +8,7 @@ import torch
 
 from patchlight.objectives.interface import NeighborRule
 from patchlight.objectives.selfpatch import SelfPatch, SelfPatchOptions
-from patchlight.records import Features, Side
+from patchlight.records import Cues, Features, Side
 
 WIDTH, BATCH = 10, 2
 SMALL = SelfPatchOptions(prototypes=14, bottleneck=6, hidden=12)
@@ -34,7 +34,7 @@ def sides(student_head, teacher_head):
 
 
 def run(objective, student, teacher):
-    return objective(student, teacher, cases.views_of(BATCH), cases.clock_of(0))["selfpatch/patch"]
+    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(0))["selfpatch/patch"]
 
 
 def crop_losses(objective, student, teacher):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchlight.objectives.sere import Sere, SereOptions, sere_weights
-from patchlight.records import Crops, Features, Side, Views
+from patchlight.records import Crops, Cues, Features, Side, Views
 
 WIDTH, BATCH = 12, 3
 GRID, LOCAL_GRID = (4, 5), (3, 2)
@@ -20,7 +20,8 @@ SMALL = SereOptions(heads=3, global_points=4, local_points=3)
 def build(views=2, local=4, dtype=torch.float64, seed=0, **options):
     """The objective, both sides with features as a backbone would leave them, and the views."""
     torch.manual_seed(seed)
-    objective = Sere(dataclasses.replace(SMALL, **options), local=local > 0)
+    given = dataclasses.replace(SMALL, **options)
+    objective = Sere(given, given.heads, local=local > 0)
     student_head, teacher_head = objective.head(WIDTH).to(dtype), objective.head(WIDTH).to(dtype).requires_grad_(False)
     predictor = objective.predictor(WIDTH)
     for module in filter(None, (student_head, teacher_head, predictor)):
@@ -122,7 +123,7 @@ def relation(x, options):
 
 
 def run(objective, student, teacher, views):
-    return objective(student, teacher, views, cases.clock_of(0))
+    return objective(student, teacher, views, Cues(), cases.clock_of(0))
 
 
 def leaves_of(student):
@@ -222,14 +223,16 @@ def test_what_cannot_work_is_refused():
     for wrong, sentence in (
         (
             lambda: run(objective, dataclasses.replace(student, global_crops=bare), teacher, views),
-            "residual stream, got",
+            "before the final norm, got",
         ),
-        (lambda: run(objective, dataclasses.replace(student, predictor=None), teacher, views), "predictor must be in"),
+        (
+            lambda: run(objective, dataclasses.replace(student, predictor=None), teacher, views),
+            "the student needs a predictor",
+        ),
         (lambda: run(objective, student, dataclasses.replace(teacher, head=None), views), "got none in the teacher"),
         (lambda: run(objective, student, teacher, dataclasses.replace(views, global_crops=one)), "got one per image"),
-        (lambda: run(Sere(SMALL, local=False), student, teacher, views), "got crops but no heads"),
-        (lambda: Sere(SereOptions(heads=5)).head(12), "heads must divide the backbone's width, got 5 and 12"),
-        (lambda: Sere().head(12), "got None and 12; set SereOptions.heads"),
+        (lambda: run(Sere(SMALL, 3, local=False), student, teacher, views), "got crops but no heads"),
+        (lambda: Sere(SereOptions(), heads=5).head(12), "heads must divide the backbone's width, got 5 and 12"),
         (lambda: SereOptions(heads=0), "heads must be at least 1, got 0"),
         (lambda: SereOptions(global_points=1), "global_points must be at least 2, got 1"),
         (lambda: SereOptions(teacher_channel_temperature=0.0), "teacher_channel_temperature must be .*got 0.0"),

@@ -48,7 +48,7 @@ def test_one_warmup_epoch_stays_at_the_warmup_temperature():
 
 
 def test_center_is_the_running_mean_of_logits_and_used_one_step_late():
-    center, expected = Center(COUNT, WIDTH, momentum=0.8), torch.zeros(COUNT)
+    center, expected = Center(COUNT, momentum=0.8), torch.zeros(COUNT)
     for _ in range(3):
         z, w = rows_and_directions()
         assert torch.equal(center(z, w, 0.04), -center.center)
@@ -60,7 +60,7 @@ def test_center_is_the_running_mean_of_logits_and_used_one_step_late():
 
 def test_center_over_four_micro_batches_is_the_center_of_one_batch():
     z, w = rows_and_directions()
-    whole, pieces = Center(COUNT, WIDTH), Center(COUNT, WIDTH)
+    whole, pieces = Center(COUNT), Center(COUNT)
     whole(z, w, 0.04)
     for part in z.split([1, 7, 6, 10]):  # of unequal size, so that a mean of means would show
         pieces(part, w, 0.04)
@@ -73,7 +73,7 @@ def test_center_over_four_micro_batches_is_the_center_of_one_batch():
 def test_center_counts_marked_rows_only():
     z, w = rows_and_directions()
     marked = torch.arange(ROWS) % 3 == 0
-    center = Center(COUNT, WIDTH)
+    center = Center(COUNT)
     center(z, w, 0.04, marked)
     center.after_step()
     torch.testing.assert_close(center.center, 0.1 * (z[marked] @ w.T).mean(dim=0))
@@ -81,7 +81,7 @@ def test_center_counts_marked_rows_only():
 
 def test_center_sums_half_precision_rows_in_fp32():
     z, w = rows_and_directions(rows=4096)
-    center = Center(COUNT, WIDTH)
+    center = Center(COUNT)
     center(z.bfloat16(), w, 0.04)
     center.after_step()
     torch.testing.assert_close(center.center, 0.1 * (z.bfloat16().double() @ w.double().T).mean(dim=0).float())
@@ -89,7 +89,7 @@ def test_center_sums_half_precision_rows_in_fp32():
 
 def test_autocast_changes_nothing():
     z, w = rows_and_directions()
-    center = Center(COUNT, WIDTH)
+    center = Center(COUNT)
     with torch.autocast("cpu", torch.bfloat16):
         center(z, w, 0.04)
         center.after_step()
@@ -101,7 +101,7 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_batch_that_is_not_finite_does_not_outlive_its_step(bad):
     z, w = rows_and_directions()
-    center = Center(COUNT, WIDTH)
+    center = Center(COUNT)
     center(z, w, 0.04)
     center.after_step()
     kept = center.center.clone()
@@ -117,7 +117,7 @@ def test_a_batch_that_is_not_finite_does_not_outlive_its_step(bad):
 
 def test_a_step_in_which_no_row_counts_leaves_the_center():
     z, w = rows_and_directions()
-    center = Center(COUNT, WIDTH)
+    center = Center(COUNT)
     center.center.fill_(2.0)
     center(z, w, 0.04, torch.zeros(ROWS, dtype=torch.bool))
     center.after_step()
@@ -125,14 +125,16 @@ def test_a_step_in_which_no_row_counts_leaves_the_center():
 
 
 def test_center_keeps_nothing_but_its_state_between_steps():
-    center = Center(COUNT, WIDTH)
+    center = Center(COUNT)
     center(*rows_and_directions(), 0.04)
-    assert center.directions is not None
+    assert center.row_count == ROWS
     center.after_step()
-    assert center.directions is None
+    kept = center.center.clone()
     assert set(center.state_dict()) == {"center"}
-    with pytest.raises(RuntimeError, match="needs a forward"):
-        center.after_step()
+    assert not center.logit_sum.any()
+    assert not center.row_count.any()
+    center.after_step()  # a step without rows
+    assert torch.equal(center.center, kept)
 
 
 def plain_sinkhorn(logits, temperature, iterations=3):
@@ -182,7 +184,7 @@ def test_sinkhorn_survives_logits_that_plain_exp_does_not():
 
 def test_two_processes_agree_with_one():
     z, w = rows_and_directions()
-    center = Center(COUNT, WIDTH)
+    center = Center(COUNT)
     center(z, w, 0.1)
     center.after_step()
     bias = Sinkhorn()(z, w, 0.1)
@@ -192,9 +194,9 @@ def test_two_processes_agree_with_one():
 
 
 def test_unknown_choices_are_refused():
-    with pytest.raises(ValueError, match="'centering' or 'sinkhorn'"):
-        build_target("softmax", COUNT, WIDTH, 0.9)
-    with pytest.raises(ValueError, match="'epoch' or 'step'"):
+    with pytest.raises(ValueError, match="target must be one of centering, sinkhorn, got 'softmax'"):
+        build_target("softmax", COUNT, 0.9)
+    with pytest.raises(ValueError, match="by must be one of epoch, step, got"):
         TeacherTemperature(0.04, 0.07, 30, by="iteration")
     with pytest.raises(ValueError, match="positive"):
         TeacherTemperature(0.0, 0.07, 30)

@@ -8,8 +8,8 @@ from engine.tiny_run import Notebook
 from parity import ROOT
 
 from patchlight.data.policy import CropPolicy
+from patchlight.engine.assembly import build_loader, build_trainer
 from patchlight.engine.parallel import Mesh
-from patchlight.engine.trainer import Trainer, build_loader
 from patchlight.recipes.compatibility import BACKBONES, Pairing, page, pairings
 from patchlight.records import Views
 
@@ -43,14 +43,14 @@ class SameBatch:
 def test_an_allowed_pairing_trains(one):
     """Two steps: all terms finite, and every part that can learn has moved."""
     metrics = Notebook()
-    trainer = Trainer(one.run, None, SameBatch(one), metrics)
+    trainer = build_trainer(one.run, None, SameBatch(one), metrics)
     before = {name: parameter.detach().clone() for name, parameter in trainer.student.named_parameters()}
     for _ in range(2):
         trainer.step()
     for step in metrics.steps:
         assert all(value.isfinite().all() for value in step.values())
         assert step["step/refused"] == 0
-        for part in trainer.objectives.parts:
+        for part in trainer.objectives.objectives():
             assert any(term.startswith(f"{part.name}/") for term in step)
     learning = [(n, p) for n, p in trainer.student.named_parameters() if p.requires_grad]
     still = {

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from patchlight.engine.branches import build_branches, build_objectives
+from patchlight.engine.assembly import build_branches, build_objectives
 from patchlight.recipes import RECIPES
 
 
@@ -18,7 +18,7 @@ def test_a_recipe_builds_for_the_processes_it_names(name):
         assert run.data.batch_per_rank == int(found[2])
     objectives = build_objectives(run, world)
     with torch.device("meta"):
-        student, teacher = build_branches(run.model, objectives.parts)
+        student, teacher = build_branches(run.model, objectives.objectives())
     assert {n for n, _ in teacher.named_parameters()} <= {n for n, _ in student.named_parameters()}
     product = re.search(r"x \d+ = (\d+)", text)
     if product:
@@ -27,7 +27,7 @@ def test_a_recipe_builds_for_the_processes_it_names(name):
 
 def test_moco_v3_as_its_readme_says():
     run = RECIPES["moco_v3_vits16_in1k"]()
-    student, _ = build_branches(run.model, build_objectives(run, 8).parts)
+    student, _ = build_branches(run.model, build_objectives(run, 8).objectives())
     assert student.backbone.heads == 12
     still = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
     assert still == {"backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"}

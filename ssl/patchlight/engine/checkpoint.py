@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,15 +37,15 @@ class Checkpoints:
     def __init__(self, folder: Path, mesh: Mesh, keep: int, asynchronous: bool = False) -> None:
         self.folder, self.mesh, self.keep, self.asynchronous = Path(folder), mesh, keep, asynchronous
         self.under_way: tuple[Future, Path, dict, dict] | None = None
-        # A save beside the training speaks in a group of its own: two conversations in one would mix.
-        self.group = dist.new_group(backend="gloo") if asynchronous and mesh.world > 1 else None
+        # A save beside the training has a process group of its own: its messages must not mix with those of training.
+        self.group: Any = dist.new_group(backend="gloo") if asynchronous and mesh.world > 1 else None
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
 
     def latest(self) -> Path | None:
-        """The newest one, as rank 0 sees the folder now and all ranks will when they have met."""
+        """The newest one. Ranks meet first, so that all find the same."""
         self.mesh.barrier()
         found = self.all()
         return found[-1] if found else None
@@ -62,7 +62,8 @@ class Checkpoints:
         self.mesh.barrier()
         alone = self.mesh.world == 1
         if self.asynchronous:
-            future = dcp.async_save(state, checkpoint_id=partial, process_group=self.group, no_dist=alone)
+            save = dcp.async_save(state, checkpoint_id=partial, process_group=self.group, no_dist=alone)
+            future = cast("Future", save)  # as we do not ask for more
             self.under_way = (future, path, facts, export)
             return path
         with _quiet():
@@ -176,7 +177,7 @@ def load_tensors(path: Path, state: dict[str, Any], world: int) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """That a lone process saves alone is no news."""
+    """Without torch's warning that a single process saves alone."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
@@ -184,7 +185,7 @@ def _quiet() -> Iterator[None]:
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """All random number generators of this process, as tensors."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 the global one is what libraries draw from
+    name, keys, *rest = cast("tuple", np.random.get_state())  # noqa: NPY002 the global one is what libraries draw from
     host = json.dumps([random.getstate(), [name, keys.tolist(), *rest]]).encode()
     state = {"torch": torch.get_rng_state(), "host": torch.frombuffer(bytearray(host), dtype=torch.uint8)}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
@@ -203,8 +204,8 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 def timm_weights(branch: Branch) -> dict[str, Tensor]:
     """The whole backbone on the host under timm's names, ready for timm.create_model(checkpoint_path=...).
 
-    The mask token stays behind. A backbone that left its final norm to its summary gets it back.
-    To be called by all ranks, as shards are put together.
+    Without the mask token; with the final norm, also where the summary has it. All ranks must call this, as shards are put
+    together.
     """
     weights = {name: tensor for name, tensor in branch.backbone.state_dict().items() if name != "mask_token"}
     if branch.backbone.norm_eps is not None and not any(name.startswith("norm.") for name in weights):
@@ -214,7 +215,7 @@ def timm_weights(branch: Branch) -> dict[str, Tensor]:
 
 
 class StopRequest:
-    """Turns SIGTERM, the signal of schedulers and torchrun, into a wish that the training loop reads between steps."""
+    """Turns SIGTERM, the signal of schedulers and torchrun, into a flag that the training loop reads between steps."""
 
     def __init__(self) -> None:
         self.received = False

@@ -1,10 +1,11 @@
-"""Starts a student from published weights, and says of every tensor what became of it."""
+"""Starts a student from published weights, and lists which tensors were loaded, reshaped, missing and unused."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -49,7 +50,9 @@ def init_from(student: Student, path: Path) -> Taken:
     published = read_published(path)
     state = student.state_dict()
     wanted = {name: tensor for name, tensor in state.items() if not name.startswith(NOT_WANTED)}
-    loaded, reshaped, unused = [], [], []
+    loaded: list[str] = []
+    reshaped: list[str] = []
+    unused: list[str] = []
     for name, tensor in published.weights.items():
         target = _target(name, wanted)
         if target is None:
@@ -95,8 +98,8 @@ def _fit(student: Student, name: str, tensor: Tensor, shape: torch.Size, path: P
 
 
 def _fit_positions(student: Student, table: Tensor, shape: torch.Size, path: Path) -> Tensor:
-    """Resampled to the model's grid. A class row that the model has no use for goes; one that the file lacks is zero."""
-    backbone = student.backbone
+    """Resampled to the model's grid. A class row that the model does not need is left out; one that the file lacks is zero."""
+    backbone: Any = student.backbone
     side = math.isqrt(table.shape[1])
     if shape[2] != table.shape[2] or side**2 not in (table.shape[1], table.shape[1] - 1):
         raise ValueError(

@@ -6,7 +6,8 @@ path, and nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .dtensor import like, local
 from .parallel import Mesh
 from .precision import LossScaler
 
-Norms = Callable[[list[Tensor]], Tensor]
+Norms = Callable[[Sequence[Tensor | None]], Tensor]
 
 
 def has_decay(name: str, parameter: Tensor, decayed: str = "matrices") -> bool:
@@ -41,18 +42,18 @@ class Update:
 
     A step is refused on every rank when any rank has a non-finite loss term or gradient: parameters, optimizer state and
     step counters then stay as they are. The decision is a device number that the optimizers read (`found_inf`, as torch's
-    fused AdamW understands it); the host learns of it at log lines, from `refusals`.
+    fused AdamW does); the host reads it at log lines, from `refusals`.
     """
 
     def __init__(self, student: nn.Module, options: Optim, mesh: Mesh, scaler: LossScaler | None = None) -> None:
         trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in trainable]
         self.parameters = [p for _, p in trainable]
-        # What the optimizer sees: the parameter itself, or a leaf that shares the memory of this rank's shard.
+        # What the optimizer gets: the parameter itself, or a leaf that shares the memory of this rank's shard.
         self.pieces = [p if local(p) is p else nn.Parameter(local(p).detach()) for p in self.parameters]
         self.frozen_first = prototype_names(student)
         self.options, self.mesh, self.scaler = options, mesh, scaler
-        self.optimizer = build_optimizer(self.groups(), options, self.norms)
+        self.optimizer: Any = build_optimizer(self.groups(), options, self.norms)
         self.total_refused = torch.zeros((), dtype=torch.int64, device=mesh.device)
         self.refused_in_a_row = torch.zeros((), dtype=torch.int64, device=mesh.device)
         self.culprit = torch.zeros((), dtype=torch.int64, device=mesh.device)
@@ -67,12 +68,12 @@ class Update:
 
     @torch.no_grad()
     def step(self, terms: dict[str, Tensor], lr: float, weight_decay: float, freeze: bool) -> tuple[Tensor, Tensor]:
-        """Moves the student along its gradients and forgets them; returns whether it refused (0 or 1) and the norm."""
-        self._take_gradients()
+        """Updates the student by its gradients and drops them; returns whether it refused (0 or 1), and the norm."""
+        self._read_gradients()
         if self.scaler is not None:
             self.scaler.unscale([piece.grad for piece in self.pieces if piece.grad is not None])
         norms = self.norms([piece.grad for piece in self.pieces])
-        refused = self._judge(terms, norms)
+        refused = self._check(terms, norms)
         self._clip(norms)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -85,10 +86,10 @@ class Update:
         self.optimizer.step()
         if self.scaler is not None:
             self.scaler.update(refused)
-        self._forget_gradients()
+        self._drop_gradients()
         return refused, norms.square().sum().sqrt()
 
-    def norms(self, tensors: list[Tensor | None]) -> Tensor:
+    def norms(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """The norm of each whole tensor from its pieces, [P]; 0 where there is none."""
         present = [tensor for tensor in tensors if tensor is not None and tensor.numel()]
         found = iter(torch._foreach_norm(present) if present else ())
@@ -96,7 +97,7 @@ class Update:
         pieces = torch.stack([zero if tensor is None or not tensor.numel() else next(found) for tensor in tensors])
         return self.mesh.sum_over_shards(pieces.square()).sqrt()
 
-    def _judge(self, terms: dict[str, Tensor], norms: Tensor) -> Tensor:
+    def _check(self, terms: dict[str, Tensor], norms: Tensor) -> Tensor:
         """1 if anything is not finite anywhere, else 0, the same on all ranks; remembers the first that was not."""
         self.checked = [f"the loss term {name}" for name in terms]
         self.checked += [f"the gradient of {name}" for name in self.names]
@@ -120,13 +121,13 @@ class Update:
         if clipped:
             torch._foreach_mul_(*(list(column) for column in zip(*clipped, strict=True)))
 
-    def _take_gradients(self) -> None:
+    def _read_gradients(self) -> None:
         for parameter, piece in zip(self.parameters, self.pieces, strict=True):
             if piece is not parameter:
                 piece.data = local(parameter)  # FSDP2 may have moved an uneven shard when it started
                 piece.grad = None if parameter.grad is None else local(parameter.grad)
 
-    def _forget_gradients(self) -> None:
+    def _drop_gradients(self) -> None:
         for parameter, piece in zip(self.parameters, self.pieces, strict=True):
             parameter.grad = piece.grad = None
 
@@ -211,12 +212,14 @@ class Lars(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # no loss is computed again
         for group in self.param_groups:
             pieces = [p for p in group["params"] if p.grad is not None]
             updates = [p.grad.add(p, alpha=group["weight_decay"]) if group["decayed"] else p.grad for p in pieces]
             if group["decayed"] and pieces:
-                updates = torch._foreach_mul(updates, list(_ratios(self.norms, pieces, updates, self.TRUST).unbind()))
+                updates = [
+                    *torch._foreach_mul(updates, list(_ratios(self.norms, pieces, updates, self.TRUST).unbind()))
+                ]
             for p, update in zip(pieces, updates, strict=True):
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
@@ -234,24 +237,24 @@ class Lamb(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # no loss is computed again
         for group in self.param_groups:
             pieces = [p for p in group["params"] if p.grad is not None]
-            updates = [self._adam(p).add(p, alpha=group["weight_decay"]) for p in pieces]
+            updates = [self._adam(p, p.grad).add(p, alpha=group["weight_decay"]) for p in pieces]
             if group["decayed"] and pieces:
-                updates = torch._foreach_mul(updates, list(_ratios(self.norms, pieces, updates).unbind()))
+                updates = [*torch._foreach_mul(updates, list(_ratios(self.norms, pieces, updates).unbind()))]
             for p, update in zip(pieces, updates, strict=True):
                 _replace(p, p - group["lr"] * update, self.found_inf)
 
-    def _adam(self, p: Tensor) -> Tensor:
+    def _adam(self, p: Tensor, gradient: Tensor) -> Tensor:
         """Adam's direction, and its moments moved."""
         state, (beta1, beta2) = self.state[p], self.betas
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         _replace(state["step"], state["step"] + 1, self.found_inf)
-        _replace(state["exp_avg"], state["exp_avg"].lerp(p.grad, 1 - beta1), self.found_inf)
-        _replace(state["exp_avg_sq"], state["exp_avg_sq"].lerp(p.grad.square(), 1 - beta2), self.found_inf)
+        _replace(state["exp_avg"], state["exp_avg"].lerp(gradient, 1 - beta1), self.found_inf)
+        _replace(state["exp_avg_sq"], state["exp_avg_sq"].lerp(gradient.square(), 1 - beta2), self.found_inf)
         mean = state["exp_avg"] / (1 - beta1 ** state["step"])
         return mean / ((state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt() + self.eps)
 

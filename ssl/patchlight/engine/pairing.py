@@ -1,4 +1,4 @@
-"""Which objectives, backbone, summary and crops go together: one rule for each way in which they cannot."""
+"""Which objectives, backbone, summary and crops work together: one rule for each way in which they do not."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..run import Run
 
 def check_pairing(run: Run, objectives: Sequence[Objective], world: int) -> None:
     """Refuses what cannot work, before anything is built of it."""
-    needs = [one.needs() for one in objectives]
+    needs = [objective.needs() for objective in objectives]
     if run.data.crops.query_crops and not any(need.queries for need in needs):
         raise ValueError(
-            "Query crops are for an objective that asks for them, got some and none that does; add PqclOptions(), or take "
+            "Query crops need an objective that uses them, got some and none that does; add PqclOptions(), or choose "
             "a crop policy without."
         )
-    for one in objectives:
-        for reason in refusals(run, one.name, one.needs(), world):
+    for objective in objectives:
+        for reason in refusals(run, objective.name, objective.needs(), world):
             raise ValueError(reason)
 
 
@@ -46,7 +46,7 @@ def refusals(run: Run, name: str, needs: Needs, world: int) -> Iterator[str]:
     if needs.local_crops and not crops.local_crops:
         yield (
             "The objectives need local crops, got a crop policy without; add some, "
-            "or let the teacher see global crops only."
+            "or give the teacher global crops only."
         )
     if needs.batch_norm and batch < 2:
         yield f"{name} has BatchNorm, which needs 2 images per process, got {batch}; raise Data.batch_per_rank."
@@ -61,7 +61,7 @@ def refusals(run: Run, name: str, needs: Needs, world: int) -> Iterator[str]:
 
 
 def query_refusals(run: Run) -> Iterator[str]:
-    """Query crops must be there, no larger than what they are asked of, and positions fixed."""
+    """Query crops must be there and no larger than the global crops, and positions must be fixed."""
     crops = run.data.crops
     if not crops.query_crops:
         yield "The objectives need query crops, got a crop policy without; take pqcl_policy()."

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others, and the few collectives the engine needs; none of them waits for the device."""
+    """This process among the others, and the collectives that the engine needs; only `any` waits for the device."""
 
     device: torch.device
     rank: int = 0
@@ -53,7 +53,7 @@ class Mesh:
         return values / self.world
 
     def any(self, here: bool) -> bool:
-        """Whether any process says yes. This one waits: for log lines only."""
+        """Whether it is true on any process. This one waits: for log lines only."""
         if self.world == 1:
             return here
         return bool(self.max_over_all(torch.tensor(float(here), device=self.device)).item())
@@ -141,7 +141,7 @@ def synchronize_batch_norm(branch: Branch, mesh: Mesh) -> None:
         return
     for module in branch.modules():
         if isinstance(module, _BatchNorm):
-            module.forward = partial(normalize_over_ranks, module)  # in place, so that parameter names stay
+            module.forward = partial(normalize_over_ranks, module)  # type: ignore[method-assign] # in place: names stay
 
 
 def normalize_over_ranks(norm: _BatchNorm, x: Tensor) -> Tensor:
@@ -156,9 +156,13 @@ def normalize_over_ranks(norm: _BatchNorm, x: Tensor) -> Tensor:
     centered = exact - mean.view(of_channels)
     variance = SumOverRanks.apply(centered.square().sum(rows)) / count
     with torch.no_grad():
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var.dtype), norm.momentum)
+        batches, running_mean, running_var = norm.num_batches_tracked, norm.running_mean, norm.running_var
+        assert (
+            batches is not None and running_mean is not None and running_var is not None and norm.momentum is not None
+        )
+        batches += 1
+        running_mean.lerp_(mean.to(running_mean.dtype), norm.momentum)
+        running_var.lerp_((variance * count / (count - 1)).to(running_var.dtype), norm.momentum)
     y = centered * (variance + norm.eps).rsqrt().view(of_channels)
     if norm.affine:
         y = y * norm.weight.view(of_channels) + norm.bias.view(of_channels)

@@ -1,4 +1,4 @@
-"""A look at the teacher while it trains: k-NN accuracy on labelled images, and pictures of where it looks."""
+"""Evaluates the teacher while it trains: k-NN accuracy on labelled images, and pictures of its attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..data.crop_sheet import draw_crops
+from ..data.crop_sheet import draw_crops as draw_crop_sheet
 from ..data.procedural import ProceduralSource
 from ..data.stored import Source
 from ..data.torchvision_loader import plain_batches
@@ -20,6 +20,7 @@ from ..records import Clock, Crops, Views
 from ..report.run_folder import KNN_FILE, PICTURES_FOLDER, append_line, rewind
 from ..run import Run
 from .branches import Teacher
+from .parallel import Mesh
 from .precision import autocast
 
 NEIGHBORS = (10, 20)
@@ -47,19 +48,20 @@ class Subset:
 class TeacherProbe:
     """Classifies held-out images by their nearest neighbors among others, in the teacher's features.
 
-    Procedural data brings unseen images. A labelled folder gives every fifth image as a query; the run trains on those
-    too, without their labels, so the number follows a run and is no benchmark. Without labels there is no number.
-    Every rank runs the same images, as a sharded teacher needs all ranks; the first one writes.
+    Procedural data has images that no run trains on. Of a labelled folder every fifth image is a query; the run trains on
+    those too, without their labels, so the accuracy tells how a run goes and is no benchmark. Without labels there is none.
+    Every rank computes all images, as a sharded teacher needs all ranks; rank 0 writes.
     """
 
-    def __init__(self, run: Run, source: Source, folder: Path, device: torch.device, writes: bool) -> None:
-        self.run, self.source, self.device, self.writes = run, source, device, writes
-        self.folder, self.pictures = folder, folder / PICTURES_FOLDER
+    def __init__(self, run: Run, source: Source, mesh: Mesh) -> None:
+        self.run, self.source, self.device, self.writes = run, source, mesh.device, mesh.rank == 0
+        self.folder = Path(run.output.folder)
+        self.pictures = self.folder / PICTURES_FOLDER
         self.gallery, self.queries = split(source, run.parallel.seed)
         self.labelled = source.labels is not None
 
     def rewind(self, clock: Clock) -> dict[str, float]:
-        """Drops the looks that a resumed run takes again; returns the first one, if it was of the untrained teacher."""
+        """Removes results of later steps, which a resumed run computes again; returns those of the untrained teacher, if any."""
         if not self.writes:
             return {}
         kept = rewind(self.folder / KNN_FILE, lambda line: line["step"] <= clock.step)
@@ -67,21 +69,21 @@ class TeacherProbe:
             {name: value for name, value in kept[0].items() if name != "step"} if kept and not kept[0]["step"] else {}
         )
 
-    def show_crops(self, views: Views) -> None:
+    def draw_crops(self, views: Views) -> None:
         """A picture of the first batch's crops beside where they were cut."""
         if self.writes:
-            self._save(draw_crops(views, self.source, self.run.data.crops), "crops", 0)
+            self._save(draw_crop_sheet(views, self.source, self.run.data.crops), "crops", 0)
 
     @torch.no_grad()
-    def look(self, teacher: Teacher, clock: Clock) -> dict[str, float]:
-        """The accuracies at this step by name, written down, and a picture of the attention."""
-        teacher.eval()  # a BatchNorm must neither see these images nor remember them
+    def evaluate(self, teacher: Teacher, clock: Clock) -> dict[str, float]:
+        """The accuracies at this step by name, which are also written to a file; draws the attention."""
+        teacher.eval()  # a BatchNorm must not use or keep the statistics of these images
         try:
-            return self._look(teacher, clock)
+            return self._evaluate(teacher, clock)
         finally:
             teacher.train()
 
-    def _look(self, teacher: Teacher, clock: Clock) -> dict[str, float]:
+    def _evaluate(self, teacher: Teacher, clock: Clock) -> dict[str, float]:
         accuracies: dict[str, float] = {}
         if self.labelled:
             gallery, queries = (self._features(teacher, part) for part in (self.gallery, self.queries))
@@ -118,7 +120,7 @@ class TeacherProbe:
         elif self.run.model.summary == "class_attention":
             maps = summary_attention_maps(teacher.summary, backbone(pixels).patches)
         else:
-            return  # a mean looks everywhere alike
+            return  # a mean has no attention
         images = self._unnormalized(pixels)
         self._save(draw_attention(images, maps.cpu(), backbone.grid(*pixels.shape[-2:])), "attention", clock.step)
 

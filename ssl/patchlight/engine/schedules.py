@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from ..records import Clock
+from ..run import Optim
 
 
 def cosine(
@@ -18,3 +22,31 @@ def cosine(
         return start + (base - start) * step / max(1, warmup - (ends == "last"))
     done = (step - warmup) / max(1, total - warmup)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The values of all schedules for one step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float  # of the teacher
+    freeze_prototypes: bool
+
+
+def peak_lr(optim: Optim, global_batch: int) -> float:
+    """Linear rule: base_lr per 256 images."""
+    return optim.base_lr * global_batch / 256
+
+
+def rates_at(clock: Clock, optim: Optim, global_batch: int) -> Rates:
+    """The rates of the step that comes next."""
+    step, total = clock.step, clock.total
+    warmup = int(optim.warmup_epochs * clock.steps_per_epoch)
+    peak, start, ends = peak_lr(optim, global_batch), optim.warmup_start_lr, optim.warmup_ends
+    return Rates(
+        lr=cosine(step, total, peak, optim.min_lr, warmup, start, ends),
+        weight_decay=cosine(step, total, optim.weight_decay, optim.weight_decay_end),
+        momentum=cosine(step, total, optim.teacher_momentum, optim.teacher_momentum_end),
+        freeze_prototypes=clock.epoch < optim.freeze_prototypes_epochs,
+    )

@@ -1,14 +1,14 @@
-"""Failures that look like training, each called by its name on a log line."""
+"""Failures that a loss curve may hide, each reported by its name at a log line."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..heads.prototypes import Prototypes
 from ..records import Clock, Features
 from .branches import Student, Teacher, check_teacher_student
 from .dtensor import local
@@ -17,12 +17,12 @@ from .parallel import Mesh
 
 PATIENCE = 10  # log lines in a row that a symptom must last
 UNIFORM = 1e-3  # how near loss / ln K must be to 1
-CONSTANT = 1e-3  # spread of the features, 1 for independent directions, below which they say nothing
+CONSTANT = 1e-3  # spread of the features, 1 for independent directions, below which they are constant
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What is wrong, what was seen and what to do; fatal ends the run."""
+    """What is wrong, by which numbers, and what to do; fatal ends the run."""
 
     name: str
     sentence: str
@@ -40,14 +40,14 @@ def spread(features: Features) -> Tensor:
 
 
 class Sentinels:
-    """Watches a run from one log line to the next. Reads the device, so it is called on log lines only."""
+    """Checks a run at each log line. It reads the device, so it is called at log lines only."""
 
-    def __init__(self, student: Student, teacher: Teacher, update: Update, mesh: Mesh) -> None:
+    def __init__(
+        self, student: Student, teacher: Teacher, update: Update, mesh: Mesh, prototypes: Mapping[str, int]
+    ) -> None:
+        """prototypes: the number that a term has."""
         self.student, self.teacher, self.update, self.mesh = student, teacher, update, mesh
-        self.prototypes = {
-            name: sorted({part.count for part in student.head_of(name).modules() if isinstance(part, Prototypes)})
-            for name in [*student.heads, *student.hosts]
-        }
+        self.prototypes = dict(prototypes)
         self.lines: dict[str, int] = {}
         self.refused = 0
         self.before: tuple[Tensor, Tensor] | None = None
@@ -72,18 +72,18 @@ class Sentinels:
 
     def _uniform(self, values: dict[str, float]) -> list[Diagnosis]:
         found = []
-        for term, value in values.items():
-            for count in self.prototypes.get(term.split("/")[0], ()):
-                ratio = value / math.log(count)
-                if self._lasts(f"{term} {count}", abs(ratio - 1) < UNIFORM):
-                    found.append(
-                        Diagnosis(
-                            "uniform collapse",
-                            f"{term} has been {value:.4f} = {ratio:.4f} x ln {count} for {PATIENCE} log lines: student and "
-                            "teacher say the same of every image. Lower the teacher's temperature, warm up longer, or "
-                            "lower the learning rate.",
-                        )
+        for term, count in self.prototypes.items():
+            value = values.get(term, math.nan)
+            ratio = value / math.log(count)
+            if self._lasts(term, abs(ratio - 1) < UNIFORM):
+                found.append(
+                    Diagnosis(
+                        "uniform collapse",
+                        f"{term} has been {value:.4f} = {ratio:.4f} x ln {count} for {PATIENCE} log lines: student and "
+                        "teacher give the same for every image. Lower the teacher's temperature, warm up longer, or "
+                        "lower the learning rate.",
                     )
+                )
         return found
 
     def _constant(self, values: dict[str, float]) -> Diagnosis | None:
@@ -101,7 +101,7 @@ class Sentinels:
             check_teacher_student(self.teacher, self.student)
         except ValueError as problem:
             return [Diagnosis("teacher aliases student", str(problem), fatal=True)]
-        now = tuple(self._fingerprint(branch) for branch in (self.student, self.teacher))
+        now = self._fingerprint(self.student), self._fingerprint(self.teacher)
         before, self.before = self.before, now
         if before is None or self.update.refusals()[1]:
             return []
@@ -131,6 +131,6 @@ class Sentinels:
         return self.mesh.sum_over_shards(norms.square()).cpu()
 
     def _lasts(self, symptom: str, present: bool) -> bool:
-        """Whether a symptom has been there for so many log lines; said once, then again after as many."""
+        """Whether a symptom has lasted PATIENCE log lines; true once, then again after as many."""
         self.lines[symptom] = self.lines.get(symptom, 0) + 1 if present else 0
         return present and self.lines[symptom] % PATIENCE == 0

@@ -1,1 +1,40 @@
-"""The methods: each a loss with its state, none with a loop, an optimizer or a backbone."""
+"""The methods, and the one registry of them: an objective is known by the class of its options.
+
+`register` makes one known that lives anywhere else; docs/new_method.md walks through it.
+"""
+
+from __future__ import annotations
+
+from .dino import DinoOptions
+from .ibot import IbotOptions
+from .interface import ObjectiveOptions
+from .moby import MobyOptions
+from .moco_v3 import MocoV3Options
+from .pqcl import PqclOptions
+from .selfpatch import SelfPatchOptions
+from .selfpatch_contrast import SelfPatchContrastOptions
+from .sere import SereOptions
+
+OBJECTIVES: dict[str, type[ObjectiveOptions]] = {}  # by the name of the options' class, which run.json writes
+
+
+def register(options: type[ObjectiveOptions]) -> type[ObjectiveOptions]:
+    """Makes an objective known by its options. Also a decorator."""
+    name = options.__name__
+    if OBJECTIVES.get(name, options) is not options:
+        raise ValueError(f"Options must have a name of their own, got a second {name}; rename the class.")
+    OBJECTIVES[name] = options
+    return options
+
+
+for _options in (
+    DinoOptions,
+    IbotOptions,
+    MocoV3Options,
+    MobyOptions,
+    SelfPatchOptions,
+    SelfPatchContrastOptions,
+    PqclOptions,
+    SereOptions,
+):
+    register(_options)

@@ -1,4 +1,4 @@
-"""What the contrastive methods share: rows of all ranks, and the cross-entropy of finding one's own key."""
+"""What the contrastive methods share: rows of all ranks, and the cross-entropy of each query against its own key."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check
 from ..records import Side
-from .interface import check_heads
+from .interface import heads_of, predictor_of
 from .targets import distributed
 
 
@@ -30,28 +31,21 @@ def gather_rows(x_VBD: Tensor) -> tuple[Tensor, int]:
 
 
 def queries_and_keys(name: str, student: Side, teacher: Side) -> tuple[Tensor, Tensor]:
-    """[V, B, D] each, normalised: what the student predicts of each view, and what the teacher makes of it."""
-    check_heads(name, student, teacher)
-    check_predictor(name, student)
+    """[V, B, D] each, normalised: the student's prediction for each view, and the teacher's projection of it."""
+    head, teacher_head = heads_of(name, student, teacher)
+    predictor = predictor_of(name, student)
     with torch.no_grad():
-        keys = unit_rows(teacher.head(teacher.global_crops.summary))
-    return unit_rows(student.predictor(student.head(student.global_crops.summary))), keys
-
-
-def check_predictor(name: str, student: Side) -> None:
-    """Only the student has one."""
-    if student.predictor is None:
-        raise ValueError(f"{name}: the student needs a predictor, got none; build it with predictor(width).")
+        keys = unit_rows(teacher_head(teacher.global_crops.summary))
+    return unit_rows(predictor(head(student.global_crops.summary))), keys
 
 
 def ordered_pairs(views: int) -> list[tuple[int, int]]:
     """Each view's query with each other view's key."""
-    if views < 2:
-        raise ValueError("A view needs another view to be compared with, got one crop per image; use two global crops.")
+    check(views > 1, "A view needs another view to be compared with", "one crop per image", "use two global crops")
     return list(permutations(range(views), 2))
 
 
-def find_key(logits: Tensor, place: Tensor) -> Tensor:
-    """The mean cross-entropy of logits [R, keys] against the place [R] of each row's own key."""
+def cross_entropy(logits: Tensor, place: Tensor) -> Tensor:
+    """The mean cross-entropy of logits [R, keys] against the place [R] of each row's own key, not under autocast."""
     with torch.autocast(logits.device.type, enabled=False):
         return F.cross_entropy(logits, place)

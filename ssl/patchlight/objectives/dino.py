@@ -1,32 +1,33 @@
-"""DINO: what the student makes of one view of an image learns from what the teacher makes of its other views."""
+"""DINO: the student's output for one view of an image is trained towards the teacher's output for the other views."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice
+from ..checks import check, check_choice
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
-from ..records import Clock, Side, SoftTarget, Views
-from .interface import Needs, Objective, check_heads, local_crops_of
+from ..records import Clock, Cues, Side, SoftTarget, Views
+from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, local_crops_of
 from .targets import TeacherTemperature, build_target
 
 
 @dataclass(frozen=True, slots=True)
-class DinoOptions:
+class DinoOptions(ObjectiveOptions):
     """The defaults are those of the released code.
 
     teacher_temperature and its warm-up: flat 0.04 as the code defaults; the paper and the 300-epoch command take
         0.04 to 0.07 in 30 epochs. warmup_by: "epoch" as released, or "step" for the same line in small steps.
     train_norm: train the prototypes' lengths. False as released (norm_last_layer=True); True is advised for ViT-S.
     hidden_norm: None as released, or "batch": BatchNorm after the head's hidden layers, which the released code offers
-        and which makes short runs on little data move.
+        and without which short runs on little data hardly learn.
     target: "centering" as released, or "sinkhorn".
     center_over: whose teacher rows the center averages (or Sinkhorn balances): "global" crops, as DINO does, or "all"
-        crops, as the released SelfPatch does, whose teacher sees the local crops anyway; its paper says only "as DINO".
+        crops, as the released SelfPatch does, whose teacher gets the local crops anyway; its paper says only "as DINO".
     """
 
     prototypes: int = 65536
@@ -47,9 +48,12 @@ class DinoOptions:
     def __post_init__(self) -> None:
         check_choice("DinoOptions.center_over", self.center_over, ("global", "all"))
 
+    def build(self, context: BuildContext) -> Dino:
+        return Dino(self)
+
 
 class Dino(Objective):
-    """The term "dino/cls": every teacher view of a global crop teaches every student view but the same crop's."""
+    """The term "dino/cls": each of the teacher's global crops is the target of every crop of the student but the same one."""
 
     name = "dino"
 
@@ -59,31 +63,35 @@ class Dino(Objective):
         self.temperature = TeacherTemperature(
             o.warmup_teacher_temperature, o.teacher_temperature, o.warmup_epochs, o.warmup_by
         )
-        self.target = build_target(o.target, o.prototypes, o.bottleneck, o.center_momentum)
+        self.target = build_target(o.target, o.prototypes, o.center_momentum)
 
     def needs(self) -> Needs:
         return Needs(teacher_sees_local=self.options.center_over == "all")
+
+    def prototype_counts(self) -> dict[str, int]:
+        return {"dino/cls": self.options.prototypes}
 
     def head(self, width: int) -> nn.Module:
         o = self.options
         prototypes = Prototypes(o.bottleneck, o.prototypes, o.train_norm)
         return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, hidden_norm=o.hidden_norm)
 
-    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
-        check_heads(self.name, student, teacher)
-        target = self.teach(teacher, self.temperature.at(clock), has_local=student.local_crops is not None)
-        z = student.head(torch.cat([crops.summary for crops in student.crop_sizes()]))
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+        head, teacher_head = heads_of(self.name, student, teacher)
+        has_local = student.local_crops is not None
+        target = self.teacher_targets(teacher, teacher_head, self.temperature.at(clock), has_local)
+        z = head(torch.cat([crops.summary for crops in student.crop_sizes()]))
         pairs = other_views(len(target.z), z)
-        return {"dino/cls": student.head.prototypes(z, target, self.options.student_temperature, pairs)}
+        return {"dino/cls": head.prototypes(z, target, self.options.student_temperature, pairs)}
 
     @torch.no_grad()
-    def teach(self, teacher: Side, temperature: float, has_local: bool) -> SoftTarget:
-        """The targets of the global crops; with center_over="all" the local crops enter the statistics."""
+    def teacher_targets(self, teacher: Side, head: Any, temperature: float, has_local: bool) -> SoftTarget:
+        """The targets of the global crops; with center_over="all" the local crops are in the center's mean."""
         sizes = [teacher.global_crops]
         if self.options.center_over == "all" and has_local:
             sizes.append(local_crops_of(teacher, "teacher", "dino: center_over='all'", "set it to 'global'"))
-        z = teacher.head(torch.cat([crops.summary for crops in sizes]))
-        directions = teacher.head.prototypes.directions()
+        z = head(torch.cat([crops.summary for crops in sizes]))
+        directions = head.prototypes.directions()
         bias = self.target(z.flatten(0, 1), directions, temperature)
         return SoftTarget(z[: len(teacher.global_crops.summary)], directions, temperature, bias)
 
@@ -92,8 +100,7 @@ class Dino(Objective):
 
 
 def other_views(teacher_views: int, z_SRD: Tensor) -> Tensor:
-    """[T, S] equal weights that sum to 1, and 0 for a view with itself; the student's first T views are the same."""
+    """[T, S] weights of pairs of views: equal, with sum 1, and 0 for equal views; the student's first T are the teacher's."""
     pairs = teacher_views * (len(z_SRD) - 1)
-    if pairs < 1:
-        raise ValueError("A view needs another view to learn from, got one crop per image; use two global crops.")
+    check(pairs > 0, "A view needs another view as its target", "one crop per image", "use two global crops")
     return z_SRD.new_full((teacher_views, len(z_SRD)), 1 / pairs).fill_diagonal_(0)

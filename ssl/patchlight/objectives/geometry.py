@@ -1,7 +1,7 @@
-"""Where crops of one image lie to each other, where two of them meet, and their features read there.
+"""Where crops of one image lie, where two of them overlap, and their features sampled there.
 
 Boxes are [..., 4] x, y, w, h in source pixels, flips [...] bool, and leading dimensions broadcast. A position in a view is
-a part of its side, 0 to 1 from the left and from the top, in the view as it is shown: mirrored if the crop was.
+a part of its side, 0 to 1 from the left and from the top, in the view as the network gets it: mirrored if the crop was.
 """
 
 from __future__ import annotations

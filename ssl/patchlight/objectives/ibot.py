@@ -1,35 +1,24 @@
-"""iBOT: DINO whose student sees global crops with holes, and guesses what the teacher sees in the holes."""
+"""iBOT: DINO with masked global crops, whose student predicts the teacher's output for each masked patch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_choice
+from ..checks import check, check_choice, sentence
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Side, SoftTarget, Views
 from .dino import other_views
-from .interface import Needs, Objective, check_heads
-from .targets import TeacherTemperature, build_target, distributed
-
-
-class Masks(Protocol):
-    """Where masks come from: `data.masking.FixedMasks`, or `ReleasedMasks`."""
-
-    def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
-        """The number of masked patches of a batch, or a number that no batch exceeds."""
-
-    def __call__(self, first: int, views: int, batch: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """[V, B, N] bool for the samples with the running numbers first .. first + batch - 1."""
+from .interface import BuildContext, Masks, Needs, Objective, ObjectiveOptions, heads_of
+from .targets import TeacherTemperature, build_target
 
 
 @dataclass(frozen=True, slots=True)
-class IbotOptions:
+class IbotOptions(ObjectiveOptions):
     """The defaults are those of the published ViT-S command.
 
     patch_prototypes: None lets the class token and the patches share one set of prototypes; a number gives patches a
@@ -37,8 +26,8 @@ class IbotOptions:
         targets then never follow the student's patch prototypes; paper and published command share them throughout.
     patch_teacher_temperature and its warm-up: a schedule of its own, as released. In the paper and in the command it is
         that of the class token.
-    patch_start_epoch: until then nothing is masked, the patch term is 0 and its temperature waits (50 in the published
-        Swin command).
+    patch_start_epoch: until then nothing is masked, the patch term is 0 and its temperature's warm-up has not begun (50
+        in the published Swin command).
     patch_average: "image", as released: the mean over an image's masked patches, then over images, of which those
         without a mask count as 0. "sum", as the paper writes it: the sum over an image's masked patches.
     patch_center_over: whose teacher patches the patch center averages: "all" of the global crops, as released, or only
@@ -69,10 +58,13 @@ class IbotOptions:
         check_choice("IbotOptions.patch_center_over", self.patch_center_over, ("all", "masked"))
         check_choice("IbotOptions.patch_average", self.patch_average, ("image", "sum"))
 
+    def build(self, context: BuildContext) -> Ibot:
+        return Ibot(context.masks, self)
+
 
 @dataclass(frozen=True, slots=True)
 class MaskedPatches:
-    """Which patches of a batch go through head and loss: a fixed number, so some may be padding."""
+    """The patches of a batch that go through head and loss: a fixed number, so some may be padding."""
 
     row: Tensor  # [R] index into the flattened [V * B * N] patches
     valid: Tensor  # [R] bool, False for padding
@@ -98,92 +90,90 @@ class Ibot(Objective):
             o.warmup_by,
             o.patch_start_epoch,
         )
-        self.target = build_target(o.target, o.prototypes, o.bottleneck, o.center_momentum)
-        self.patch_target = build_target(
-            o.target, o.patch_prototypes or o.prototypes, o.bottleneck, o.patch_center_momentum
-        )
-        self.mask: Tensor | None = None  # [V, B, N], from cue to forward
-        self.rows = 0  # at most so many patches of it are masked
-        self.batches = 0  # since the last optimizer step
+        self.target = build_target(o.target, o.prototypes, o.center_momentum)
+        self.patch_target = build_target(o.target, o.patch_prototypes or o.prototypes, o.patch_center_momentum)
 
     def needs(self) -> Needs:
         return Needs(masks=True)
 
+    def prototype_counts(self) -> dict[str, int]:
+        o = self.options
+        return {"ibot/cls": o.prototypes, "ibot/patch": o.patch_prototypes or o.prototypes}
+
     def head(self, width: int) -> nn.Module:
         o = self.options
         prototypes = Prototypes(o.bottleneck, o.prototypes, o.train_norm)
-        own = o.patch_prototypes and Prototypes(o.bottleneck, o.patch_prototypes, o.train_norm)
-        return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, patch_prototypes=own)
+        for_patches = Prototypes(o.bottleneck, o.patch_prototypes, o.train_norm) if o.patch_prototypes else None
+        return ProjectionHead(
+            width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, patch_prototypes=for_patches
+        )
 
     def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
         pixels = views.global_crops.pixels
         crops, batch = pixels.shape[:2]
-        rows = self.masks.rows(crops, batch, grid)
-        if rows < 1:
-            raise ValueError(
-                f"ibot: at least one patch of a batch must be masked, got none in {crops} x {batch} crops "
-                f"with a grid of {grid}; use larger ratios."
-            )
-        rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
-        first = clock.images_seen + (self.batches * world + rank) * batch
-        self.batches += 1
-        self.mask, self.rows = self.masks(first, crops, batch, grid, pixels.device), rows
+        check(
+            self.masks.rows(crops, batch, grid) > 0,
+            "ibot: at least one patch of a batch must be masked",
+            f"none in {crops} x {batch} crops with a grid of {grid}",
+            "use larger ratios",
+        )
+        mask = self.masks(clock.first_image, crops, batch, grid, pixels.device)
         if clock.epoch < self.options.patch_start_epoch:
-            self.mask = torch.zeros_like(self.mask)  # all rows are padding: the shapes of a step stay
-        return Cues(mask=self.mask)
+            mask = torch.zeros_like(mask)  # all rows are padding, so the shapes of a step stay the same
+        return Cues(mask=mask)
 
-    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
-        check_heads(self.name, student, teacher)
-        chosen = self.choose()
-        target, patch_target = self.teach(teacher, chosen, clock)
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+        head, teacher_head = heads_of(self.name, student, teacher)
+        masked = self.masked_patches(cues, student.global_crops.grid)
+        target, patch_target = self.teacher_targets(teacher, teacher_head, masked, clock)
         summaries = torch.cat([crops.summary for crops in student.crop_sizes()])
-        patches = student.global_crops.patches.flatten(0, 2).index_select(0, chosen.row)
-        z = student.head(torch.cat([summaries.flatten(0, 1), patches]))
+        patches = student.global_crops.patches.flatten(0, 2).index_select(0, masked.row)
+        z = head(torch.cat([summaries.flatten(0, 1), patches]))
         z, z_patch = z[: -len(patches)].unflatten(0, summaries.shape[:2]), z[-len(patches) :].unsqueeze(0)
-        pairs, one = other_views(len(target.z), z), z.new_ones(1, 1)
-        weight = chosen.valid.to(z.dtype) / chosen.divisor
+        pairs, same_view = other_views(len(target.z), z), z.new_ones(1, 1)
+        weight = masked.valid.to(z.dtype) / masked.divisor
         temperature = self.options.student_temperature
         return {
-            "ibot/cls": student.head.prototypes(z, target, temperature, pairs),
-            "ibot/patch": student.head.patch_prototypes(z_patch, patch_target, temperature, one, weight),
+            "ibot/cls": head.prototypes(z, target, temperature, pairs),
+            "ibot/patch": head.patch_prototypes(z_patch, patch_target, temperature, same_view, weight),
         }
 
-    def choose(self) -> MaskedPatches:
-        """The masked patches of this batch, masked ones first, then padding, without asking how many there are."""
-        if self.mask is None:
-            raise RuntimeError(
-                "ibot: each forward needs a cue before it, got none; call cue, then the student, then forward."
-            )
-        mask, self.mask = self.mask, None
-        crops, batch, number = mask.shape
-        flat = mask.flatten()
-        row = (~flat).byte().argsort(stable=True)[: self.rows]
+    def masked_patches(self, cues: Cues, grid: tuple[int, int]) -> MaskedPatches:
+        """Masked patches first, then padding. Their number is never read on the host."""
+        if cues.mask is None:
+            raise ValueError(sentence("ibot: forward needs the mask that cue returned", "none", "pass cue's result on"))
+        crops, batch, number = cues.mask.shape
+        flat = cues.mask.flatten()
+        row = (~flat).byte().argsort(stable=True)[: self.masks.rows(crops, batch, grid)]
         valid = flat[row]
-        share = mask.sum(dim=2).flatten()[row // number].clamp(min=1) if self.options.patch_average == "image" else 1
+        by_image = self.options.patch_average == "image"
+        share = cues.mask.sum(dim=2).flatten()[row // number].clamp(min=1) if by_image else 1
         return MaskedPatches(row, valid, share * crops * batch)
 
     @torch.no_grad()
-    def teach(self, teacher: Side, chosen: MaskedPatches, clock: Clock) -> tuple[SoftTarget, SoftTarget]:
+    def teacher_targets(
+        self, teacher: Side, head: Any, masked: MaskedPatches, clock: Clock
+    ) -> tuple[SoftTarget, SoftTarget]:
         """The targets of the global crops' summaries and of the masked patches."""
-        head, crops = teacher.head, teacher.global_crops
+        crops = teacher.global_crops
         temperature, patch_temperature = self.temperature.at(clock), self.patch_temperature.at(clock)
         all_patches = self.options.target == "centering" and self.options.patch_center_over == "all"
         patches = crops.patches.flatten(0, 2)
         if not all_patches:
-            patches = patches.index_select(0, chosen.row)
+            patches = patches.index_select(0, masked.row)
         z = head(torch.cat([crops.summary.flatten(0, 1), patches]))
         z, z_patch = z[: -len(patches)], z[-len(patches) :]
-        own = directions = head.prototypes.directions()
+        patch_directions = directions = head.prototypes.directions()
         if head.patch_prototypes is not head.prototypes:
-            own = head.patch_prototypes.directions()
+            patch_directions = head.patch_prototypes.directions()
         bias = self.target(z, directions, temperature)
-        patch_bias = self.patch_target(z_patch, own, patch_temperature, None if all_patches else chosen.valid)
+        counts = None if all_patches else masked.valid
+        patch_bias = self.patch_target(z_patch, patch_directions, patch_temperature, counts)
         if all_patches:
-            z_patch = z_patch.index_select(0, chosen.row)
+            z_patch = z_patch.index_select(0, masked.row)
         target = SoftTarget(z.unflatten(0, crops.summary.shape[:2]), directions, temperature, bias)
-        return target, SoftTarget(z_patch.unsqueeze(0), own, patch_temperature, patch_bias)
+        return target, SoftTarget(z_patch.unsqueeze(0), patch_directions, patch_temperature, patch_bias)
 
     def after_step(self, clock: Clock) -> None:
-        self.batches = 0
         self.target.after_step()
         self.patch_target.after_step()

@@ -1,4 +1,4 @@
-"""MoBY: the student's query of one view finds the teacher's key of the other among a queue of earlier images' keys."""
+"""MoBY: the student's query of one view must match the teacher's key of the other among a queue of earlier images' keys."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import check
 from ..heads.contrast import ContrastHead
-from ..records import Clock, Side, Views
-from .contrast import find_key, gather_rows, ordered_pairs, queries_and_keys, unit_rows
-from .interface import Needs, Objective
+from ..records import Clock, Cues, Side, Views
+from .contrast import cross_entropy, gather_rows, ordered_pairs, queries_and_keys, unit_rows
+from .interface import BuildContext, Needs, Objective, ObjectiveOptions
 
 
 @dataclass(frozen=True, slots=True)
-class MobyOptions:
+class MobyOptions(ObjectiveOptions):
     """The defaults are those of the released recipe.
 
     queue: keys kept per view; the global batch must divide it.
@@ -38,25 +39,33 @@ class MobyOptions:
                 "4096 and 0.2 are usual."
             )
 
+    def build(self, context: BuildContext) -> Moby:
+        return Moby(self)
+
 
 class Moby(Objective):
     """The term "moby/contrast": the sum over both directions of the cross-entropy over the own key and the queue.
 
-    A step sees the keys of the steps before it; its own enter the queue when it is done, those of all its batches and
-    ranks. So accumulated batches see the same queue, and a refused step leaves none.
+    A step uses the keys of the steps before it; its own, those of all its batches and ranks, enter the queue after it. So
+    all accumulated batches use the same queue, and a refused step adds no keys.
     """
 
     name = "moby"
+    queue: Tensor
+    oldest: Tensor
+    new_keys: Tensor
+    new_count: Tensor
 
     def __init__(self, options: MobyOptions | None = None) -> None:
         super().__init__()
         self.options = o = options or MobyOptions()
         self.register_buffer("queue", unit_rows(torch.randn(2, o.queue, o.out)))  # [view, keys, D]
         self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))  # the next place to be overwritten
-        self.arrived: list[Tensor] = []  # [view, keys, D] of this step's batches
+        self.register_buffer("new_keys", torch.zeros_like(self.queue), persistent=False)  # of this step's batches
+        self.register_buffer("new_count", torch.zeros_like(self.oldest), persistent=False)  # so many of them
 
     def needs(self) -> Needs:
-        return Needs(global_crops=2, views_apart=True, batch_norm=True, batch_divides=self.options.queue)
+        return Needs(global_crops=2, separate_views=True, batch_norm=True, batch_divides=self.options.queue)
 
     def head(self, width: int) -> nn.Module:
         o = self.options
@@ -66,29 +75,38 @@ class Moby(Objective):
         o = self.options
         return ContrastHead(o.out, o.hidden, o.out, o.predictor_layers, bias=True, last_norm=False)
 
-    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
         queries, keys = queries_and_keys(self.name, student, teacher)
-        if len(keys) != len(self.queue):
-            raise ValueError(f"moby: it has a queue for each of two views, got {len(keys)}; use two global crops.")
-        self.arrived.append(gather_rows(keys)[0])
+        check(len(keys) == 2, "moby: there must be two views, each with its queue", len(keys), "use two global crops")
+        self.keep(gather_rows(keys)[0])
         return {"moby/contrast": self.contrast(queries, keys)}
 
     def contrast(self, queries_VBD: Tensor, keys_VBD: Tensor) -> Tensor:
-        """Queries and keys are normalised."""
+        """The loss of normalised queries and keys."""
         place = torch.zeros(queries_VBD.shape[1], dtype=torch.int64, device=queries_VBD.device)
-        loss = 0.0
+        losses = []
         with torch.autocast(queries_VBD.device.type, enabled=False):
             for q, k in ordered_pairs(len(self.queue)):
                 own = (queries_VBD[q] * keys_VBD[k]).sum(dim=-1, keepdim=True)
                 logits = torch.cat([own, queries_VBD[q] @ self.queue[k].T], dim=1)
-                loss = loss + find_key(logits / self.options.temperature, place)
-        return loss
+                losses.append(cross_entropy(logits / self.options.temperature, place))
+        return losses[0] + losses[1]
+
+    @torch.no_grad()
+    def keep(self, keys: Tensor) -> None:
+        """Keeps a batch's keys [view, keys, D] of all ranks until the step is done."""
+        number, length = keys.shape[1], self.options.queue
+        check(number <= length, "moby: the queue must hold a batch of all ranks", f"{number} keys", "enlarge the queue")
+        place = self.new_count + torch.arange(number, device=keys.device)
+        self.new_keys.index_copy_(1, place, keys.to(self.new_keys.dtype))
+        self.new_count += number
 
     @torch.no_grad()
     def after_step(self, clock: Clock) -> None:
-        keys = torch.cat(self.arrived, dim=1)
-        self.arrived.clear()
-        number, length = keys.shape[1], self.options.queue
-        place = (self.oldest + torch.arange(number, device=keys.device)) % length
-        self.queue.index_copy_(1, place, keys.to(self.queue.dtype))
-        self.oldest.copy_((self.oldest + number) % length)
+        """The new keys take the places of the oldest ones; how many there are is never read on the host."""
+        number = torch.arange(self.options.queue, device=self.queue.device)
+        place = (self.oldest + number) % self.options.queue
+        is_new = (number < self.new_count)[:, None]
+        self.queue.index_copy_(1, place, torch.where(is_new, self.new_keys, self.queue[:, place]))
+        self.oldest.copy_((self.oldest + self.new_count) % self.options.queue)
+        self.new_count.zero_()

@@ -1,4 +1,4 @@
-"""MoCo v3: the student's query of one view finds the teacher's key of the other among the keys of the whole batch."""
+"""MoCo v3: the student's query of one view must match the teacher's key of the other among the keys of the whole batch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_positive
 from ..heads.contrast import ContrastHead
-from ..records import Clock, Side, Views
-from .contrast import find_key, gather_rows, ordered_pairs, queries_and_keys
-from .interface import Needs, Objective
+from ..records import Clock, Cues, Side, Views
+from .contrast import cross_entropy, gather_rows, ordered_pairs, queries_and_keys
+from .interface import BuildContext, Needs, Objective, ObjectiveOptions
 
 
 @dataclass(frozen=True, slots=True)
-class MocoV3Options:
+class MocoV3Options(ObjectiveOptions):
     """The defaults are those of the ViT recipes. The released ResNet-50 has temperature=1, layers=2,
     predictor_last_norm=False.
 
@@ -33,8 +34,10 @@ class MocoV3Options:
     predictor_last_norm: bool = True
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"MocoV3Options.temperature must be positive, got {self.temperature}; 0.2 is usual.")
+        check_positive("MocoV3Options.temperature", self.temperature, "0.2 is usual")
+
+    def build(self, context: BuildContext) -> MocoV3:
+        return MocoV3(self)
 
 
 class MocoV3(Objective):
@@ -47,7 +50,7 @@ class MocoV3(Objective):
         self.options = options or MocoV3Options()
 
     def needs(self) -> Needs:
-        return Needs(global_crops=2, views_apart=True, batch_norm=True)
+        return Needs(global_crops=2, separate_views=True, batch_norm=True)
 
     def head(self, width: int) -> nn.Module:
         o = self.options
@@ -58,15 +61,15 @@ class MocoV3(Objective):
         last_norm = o.predictor_last_norm
         return ContrastHead(o.out, o.hidden, o.out, o.predictor_layers, bias=False, last_norm=last_norm)
 
-    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
         queries, keys = queries_and_keys(self.name, student, teacher)
         return {"moco_v3/contrast": self.contrast(queries, keys)}
 
     def contrast(self, queries_VBD: Tensor, keys_VBD: Tensor) -> Tensor:
-        """Queries and keys are normalised. Two views have two directions; more have twice the mean over all."""
+        """The loss of normalised queries and keys. Two views have two directions; more have twice the mean over all."""
         keys, first = gather_rows(keys_VBD)
         place = first + torch.arange(queries_VBD.shape[1], device=keys.device)
         pairs, temperature = ordered_pairs(len(keys)), self.options.temperature
         with torch.autocast(keys.device.type, enabled=False):
-            losses = [find_key(queries_VBD[q] @ keys[k].T / temperature, place) for q, k in pairs]
+            losses = [cross_entropy(queries_VBD[q] @ keys[k].T / temperature, place) for q, k in pairs]
         return 2 * torch.stack(losses).mean() * 2 * temperature

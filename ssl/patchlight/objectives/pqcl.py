@@ -1,9 +1,10 @@
-"""PQCL: the student guesses, from where a query crop lies, what the teacher sees in it."""
+"""PQCL: the student predicts, from the position of a query crop, the teacher's output for its patches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from ..checks import check_choice
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
-from ..records import Clock, Cues, Queries, Side, SoftTarget, Views
+from ..records import Clock, Cues, Features, Queries, Side, SoftTarget, Views
 from .dino import DinoOptions
 from .geometry import ANCHORS, relative_positions
 from .ibot import IbotOptions
-from .interface import Needs, Objective, check_heads
+from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of
 from .targets import TeacherTemperature, build_target
 
 HEADS = ("shared", "semi", "vanilla")
@@ -23,10 +24,10 @@ QUERY_KEYS = ("all", "crop", "raw")
 
 
 @dataclass(frozen=True, slots=True)
-class PqclOptions:
+class PqclOptions(ObjectiveOptions):
     """The defaults are those of the released code, but for `flip_aware`.
 
-    heads: "shared", as released: the host's head (iBOT's or DINO's) serves the queries too. "semi": the student has a
+    heads: "shared", as released: the queries use the host's head (iBOT's or DINO's) too. "semi": the student has a
         head of its own for them, the teacher does not. "vanilla": both have one. Heads of its own are built as the
         host's. The paper (Table 7) finds shared > semi > vanilla.
     query_keys: what a query attends to besides the raw tokens: "all" queries, as released; those of its own "crop"; or
@@ -54,9 +55,12 @@ class PqclOptions:
         check_choice("PqclOptions.query_keys", self.query_keys, QUERY_KEYS)
         check_choice("PqclOptions.anchor", self.anchor, ANCHORS)
 
+    def build(self, context: BuildContext) -> Pqcl:
+        return Pqcl(choose_host(context.options), self)
+
 
 class Pqcl(Objective):
-    """The term "pqcl/query": each patch of the query crops, as each global view's queries guess it, over views."""
+    """The term "pqcl/query": each patch of the query crops, predicted by the queries of each global view; mean over views."""
 
     name = "pqcl"
 
@@ -69,10 +73,13 @@ class Pqcl(Objective):
         self.temperature = TeacherTemperature(
             o.warmup_teacher_temperature, o.teacher_temperature, o.warmup_epochs, o.warmup_by
         )
-        self.target = build_target(o.target, self.prototypes, host.bottleneck, o.center_momentum)
+        self.target = build_target(o.target, self.prototypes, o.center_momentum)
 
     def needs(self) -> Needs:
         return Needs(queries=True, host="ibot" if isinstance(self.host, IbotOptions) else "dino")
+
+    def prototype_counts(self) -> dict[str, int]:
+        return {"pqcl/query": self.prototypes}
 
     def head(self, width: int) -> nn.Module | None:
         return self._own_head(width) if self.options.heads == "vanilla" else None
@@ -87,6 +94,7 @@ class Pqcl(Objective):
         return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, hidden_norm=norm)
 
     def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+        assert views.query_crops is not None  # checked when the run was built: see engine/pairing.py
         patch = views.global_crops.pixels.shape[-1] // grid[1]
         rows, columns = (side // patch for side in views.query_crops.pixels.shape[-2:])
         o = self.options
@@ -96,26 +104,27 @@ class Pqcl(Objective):
         keys, crop = ("raw", None) if o.query_keys == "raw" else ("all", rows * columns)
         return Cues(queries=Queries(positions, keys, crop if o.query_keys == "crop" else None))
 
-    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
-        check_heads(self.name, student, teacher)
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+        host_head, teacher_head = heads_of(self.name, student, teacher)
         if student.global_crops.queries is None or teacher.query_crops is None:
             raise ValueError(
                 "pqcl: the student needs queries beside its global crops, and the teacher the query crops, got none in "
                 f"the {'student' if student.global_crops.queries is None else 'teacher'}; pass the cue, and "
                 "query_crops=True."
             )
-        target = self.teach(teacher, self.temperature.at(clock))
-        head = student.predictor or student.head
+        target = self.teacher_targets(teacher.query_crops, teacher_head, self.temperature.at(clock))
+        head: Any = student.predictor or host_head
         z = head(student.global_crops.queries.flatten(1, 2))  # [V, B * L * n, bottleneck]
-        pairs = z.new_full((1, len(z)), 1 / len(z))  # the one teacher view of a query crop serves every student view
+        pairs = z.new_full(
+            (1, len(z)), 1 / len(z)
+        )  # the teacher's one view of a query crop is the target of every student view
         return {"pqcl/query": head.patch_prototypes(z, target, self.options.student_temperature, pairs)}
 
     @torch.no_grad()
-    def teach(self, teacher: Side, temperature: float) -> SoftTarget:
+    def teacher_targets(self, crops: Features, head: Any, temperature: float) -> SoftTarget:
         """One target per patch of the query crops, image by image as the queries are."""
-        patches = teacher.query_crops.patches.transpose(0, 1).flatten(0, 2)  # [B * L * n, D]
-        z = teacher.head(patches)
-        directions = teacher.head.patch_prototypes.directions()
+        z = head(crops.patches.transpose(0, 1).flatten(0, 2))  # [B * L * n, bottleneck]
+        directions = head.patch_prototypes.directions()
         return SoftTarget(z.unsqueeze(0), directions, temperature, self.target(z, directions, temperature))
 
     def after_step(self, clock: Clock) -> None:
@@ -123,11 +132,11 @@ class Pqcl(Objective):
 
 
 def choose_host(options: Sequence[object]) -> DinoOptions | IbotOptions:
-    """Among the options of a run's objectives those of the one that PQCL rides on: iBOT, or else DINO."""
-    hosts = [one for kind in (IbotOptions, DinoOptions) for one in options if isinstance(one, kind)]
+    """The options of the objective that PQCL extends, among those of a run: iBOT's, or else DINO's."""
+    hosts = [given for kind in (IbotOptions, DinoOptions) for given in options if isinstance(given, kind)]
     if not hosts:
         raise ValueError(
-            f"pqcl: it rides on iBOT or DINO, got {', '.join(type(one).__name__ for one in options)} only; "
+            f"pqcl: it needs iBOT or DINO beside it, got {', '.join(type(given).__name__ for given in options)} only; "
             "add IbotOptions() or DinoOptions()."
         )
     return hosts[0]

@@ -1,24 +1,26 @@
-"""SelfPatch with negatives: a student patch finds its aggregated neighbors among the summaries of other images."""
+"""SelfPatch with negatives: a student patch must match its aggregated neighbors among the summaries of other images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_positive
 from ..heads.contrast import ContrastHead
-from ..records import Clock, NeighborRule, Side, Views
-from .contrast import check_predictor, find_key, gather_rows, unit_rows
-from .interface import Needs, Objective, check_heads
+from ..records import Clock, Cues, Features, NeighborRule, Side, Views
+from .contrast import cross_entropy, gather_rows, unit_rows
+from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, neighbors_of, predictor_of
 
 
 @dataclass(frozen=True, slots=True)
-class SelfPatchContrastOptions:
+class SelfPatchContrastOptions(ObjectiveOptions):
     """SelfPatch beside MoBY (section 5.2): "negative pairs by sampling global representations of different images".
 
     That sentence is all the paper says of it and nothing is released. Here every other image of the global batch gives
-    its teacher summaries of all views, seen through the same head as the neighbors; temperature and heads are MoBY's.
+    its teacher summaries of all views, through the same head as the neighbors; temperature and heads are MoBY's.
 
     neighbors: the window, how many neighbors, what lies beyond the border and how they are pooled.
     """
@@ -31,10 +33,10 @@ class SelfPatchContrastOptions:
     neighbors: NeighborRule = field(default_factory=NeighborRule)
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(
-                f"SelfPatchContrastOptions.temperature must be positive, got {self.temperature}; 0.2 is usual."
-            )
+        check_positive("SelfPatchContrastOptions.temperature", self.temperature, "0.2 is usual")
+
+    def build(self, context: BuildContext) -> SelfPatchContrast:
+        return SelfPatchContrast(self)
 
 
 class SelfPatchContrast(Objective):
@@ -49,7 +51,7 @@ class SelfPatchContrast(Objective):
     def needs(self) -> Needs:
         rule = self.options.neighbors
         summary = "class_attention" if rule.pool == "class_attention" else None
-        return Needs(neighbors=rule, summary=summary, views_apart=True, batch_norm=True)
+        return Needs(neighbors=rule, summary=summary, separate_views=True, batch_norm=True)
 
     def head(self, width: int) -> nn.Module:
         o = self.options
@@ -59,30 +61,24 @@ class SelfPatchContrast(Objective):
         o = self.options
         return ContrastHead(o.out, o.hidden, o.out, o.predictor_layers, bias=True, last_norm=False)
 
-    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
-        check_heads(self.name, student, teacher)
-        check_predictor(self.name, student)
-        patches = student.global_crops.patches
-        queries = unit_rows(student.predictor(student.head(patches.flatten(1, 2))))
-        keys, others, first = self.teach(teacher)
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+        head, teacher_head = heads_of(self.name, student, teacher)
+        predictor, patches = predictor_of(self.name, student), student.global_crops.patches
+        queries = unit_rows(predictor(head(patches.flatten(1, 2))))
+        keys, others, first = self.build_keys(teacher.global_crops, teacher_head)
         return {"selfpatch_contrast/patch": self.contrast(queries.view(*patches.shape[:3], -1), keys, others, first)}
 
     @torch.no_grad()
-    def teach(self, teacher: Side) -> tuple[Tensor, Tensor, int]:
+    def build_keys(self, crops: Features, head: Any) -> tuple[Tensor, Tensor, int]:
         """Keys [V, B, N, D], the summaries [V, B * world, D] of all ranks, and where this rank's images begin there."""
-        crops = teacher.global_crops
-        if crops.neighbors is None:
-            raise ValueError(
-                "selfpatch_contrast: the teacher must aggregate each patch's neighbors, got features without them; "
-                "build the teacher with this objective's needs().neighbors."
-            )
-        shape = crops.neighbors.shape
-        rows = unit_rows(teacher.head(torch.cat([crops.neighbors.flatten(1, 2), crops.summary], dim=1)))
+        neighbors = neighbors_of(self.name, crops)
+        shape = neighbors.shape
+        rows = unit_rows(head(torch.cat([neighbors.flatten(1, 2), crops.summary], dim=1)))
         keys, summaries = rows.split((shape[1] * shape[2], shape[1]), dim=1)
         return keys.reshape(*shape[:3], -1), *gather_rows(summaries)
 
     def contrast(self, queries_VBND: Tensor, keys_VBND: Tensor, others_VMD: Tensor, first: int) -> Tensor:
-        """All normalised. An image's own summaries, at `first` + its number, do not count as others."""
+        """All inputs are normalised. An image's own summaries, at `first` + its number, are not among its others."""
         batch = queries_VBND.shape[1]
         own_image = torch.arange(batch, device=others_VMD.device) + first
         with torch.autocast(others_VMD.device.type, enabled=False):
@@ -91,4 +87,4 @@ class SelfPatchContrast(Objective):
             same = (own_image[:, None] == torch.arange(others_VMD.shape[1], device=own_image.device))[:, None, None, :]
             logits = torch.cat([own, scores.masked_fill(same, -torch.inf).flatten(3)], dim=-1).flatten(0, 2)
         place = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        return find_key(logits / self.options.temperature, place)
+        return cross_entropy(logits / self.options.temperature, place)

@@ -1,9 +1,11 @@
-"""SERE: an image's patches, and its channels, should relate to each other in one view as the teacher relates them in another."""
+"""SERE: relations among patches, and among channels, should be in one view what they are in the teacher's other view."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from math import sqrt
+from operator import add
 
 import torch
 import torch.distributed as dist
@@ -11,16 +13,16 @@ from torch import Tensor, nn
 
 from patchlight_kernels import self_relation
 
-from ..checks import check_choice, check_least, check_positive
+from ..checks import check, check_choice, check_least, check_positive, sentence
 from ..heads.relation import RelationFeatures, RelationHead, RelationPredictor, StudentRelations
-from ..records import Clock, Crops, Features, Side, Views
+from ..records import Clock, Crops, Cues, Features, Side, Views
 from .geometry import Overlap, overlap, sample_patches, sampling_matrices
-from .interface import Needs, Objective, check_heads
+from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, predictor_of
 from .targets import distributed
 
 
 @dataclass(frozen=True, slots=True)
-class SereOptions:
+class SereOptions(ObjectiveOptions):
     """The defaults are those of the released code. Weights belong to the recipe, see `sere_weights`.
 
     heads: M, the groups of channels that each have a spatial relation. None: as many as the backbone has attention
@@ -35,7 +37,7 @@ class SereOptions:
     no_overlap: two crops without a common region have a constant loss, the log of the number of points, and no gradient;
         "count" has them in the mean, as released, "skip" leaves them out, as the paper does. The mean is then over the
         pairs of all ranks.
-    asymmetric: the student predicts, from its own projection, what the teacher shows. False: both show projections.
+    asymmetric: the student has a predictor behind its projection, the teacher has not. False: neither has one.
     """
 
     heads: int | None = None
@@ -62,6 +64,9 @@ class SereOptions:
         check_least("SereOptions.global_points", self.global_points, 2, "13 is usual")
         check_least("SereOptions.local_points", self.local_points, 2, "6 is usual")
 
+    def build(self, context: BuildContext) -> Sere:
+        return Sere(self, self.heads or context.attention_heads, context.local_crops)
+
 
 def sere_weights(base: dict[str, float], alpha: float, beta: float, rescale_base: bool = True) -> dict[str, float]:
     """The weights of a run with SERE: alpha for space, beta for channels, and the host's own terms with their weights.
@@ -81,27 +86,23 @@ def sere_weights(base: dict[str, float], alpha: float, beta: float, rescale_base
 class Sere(Objective):
     """The terms "sere/spatial" and "sere/channel", each the plain mean over pairs of a teacher's and a student's view.
 
-    A teacher's global crop teaches every other global crop, and every local crop. `local` says whether there are any.
+    A teacher's global crop is the target of every other global crop, and of every local crop.
+
+    heads: M, which must divide the width. local: whether there are local crops, which have predictors of their own.
     """
 
     name = "sere"
 
-    def __init__(self, options: SereOptions | None = None, local: bool = True) -> None:
+    def __init__(self, options: SereOptions, heads: int, local: bool = True) -> None:
         super().__init__()
-        self.options, self.local = options or SereOptions(), local
-        self.heads = self.options.heads
+        self.options, self.heads, self.local = options, heads, local
 
     def needs(self) -> Needs:
         return Needs(global_crops=2, residual=True)
 
-    def adapt(self, width: int, heads: int) -> None:
-        self.heads = self.options.heads or heads
-
     def head(self, width: int) -> nn.Module:
-        if self.heads is None or width % self.heads:
-            raise ValueError(
-                f"sere: its heads must divide the backbone's width, got {self.heads} and {width}; set SereOptions.heads."
-            )
+        got = f"{self.heads} and {width}"
+        check(width % self.heads == 0, "sere: its heads must divide the backbone's width", got, "set SereOptions.heads")
         return RelationHead(width)
 
     def predictor(self, width: int) -> nn.Module | None:
@@ -109,106 +110,116 @@ class Sere(Objective):
             return None
         return RelationPredictor(width, self.options.asymmetric, self.local)
 
-    def forward(self, student: Side, teacher: Side, views: Views, clock: Clock) -> dict[str, Tensor]:
-        check_heads(self.name, student, teacher)
-        if len(views.global_crops.box) < 2:
-            raise ValueError("sere: a global crop needs another one to learn from, got one per image; use two.")
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+        head, teacher_head = heads_of(self.name, student, teacher)
+        views_here = len(views.global_crops.box)
+        check(views_here > 1, "sere: a global crop needs another one as its target", "one per image", "use two")
         with torch.no_grad():
-            taught = self.show(teacher.head(residual(teacher.global_crops)), teacher.global_crops, views.global_crops)
-        features = self.see(student)
-        seen = self.show(features.global_crops, student.global_crops, views.global_crops)
-        local = features.local_crops and self.show(features.local_crops, student.local_crops, views.local_crops)
-        return {"sere/spatial": self.spatial(taught, seen, local), "sere/channel": self.channel(taught, seen, local)}
+            projected = teacher_head(residual_of(teacher.global_crops))
+            target = self.relations(projected, teacher.global_crops, views.global_crops)
+        features = self.student_features(student, head)
+        globals_ = self.relations(features.global_crops, student.global_crops, views.global_crops)
+        locals_ = None
+        if features.local_crops is not None and student.local_crops is not None and views.local_crops is not None:
+            locals_ = self.relations(features.local_crops, student.local_crops, views.local_crops)
+        return {
+            "sere/spatial": self.spatial(target, globals_, locals_),
+            "sere/channel": self.channel(target, globals_, locals_),
+        }
 
-    def see(self, student: Side) -> StudentRelations:
-        """The student's features of its global and local crops."""
+    def student_features(self, student: Side, head: nn.Module) -> StudentRelations:
+        """What is related of the student's global and local crops."""
         if student.local_crops is not None and not self.local:
             raise ValueError(
-                "sere: local crops need heads of their own, got crops but no heads; build it with local=True."
+                sentence("sere: local crops need heads of their own", "crops but no heads", "build it with local=True")
             )
-        projected = student.head(residual(student.global_crops))
+        projected = head(residual_of(student.global_crops))
         if not (self.options.asymmetric or self.local):
             return StudentRelations(projected, None)
-        if student.predictor is None:
-            raise ValueError("sere: its predictor must be in the student, got none; build it with predictor(width).")
-        local = None if student.local_crops is None else residual(student.local_crops)
-        return student.predictor(projected, local)
+        local = None if student.local_crops is None else residual_of(student.local_crops)
+        return predictor_of(self.name, student)(projected, local)
 
-    def show(self, features: RelationFeatures, seen: Features, crops: Crops) -> Shown:
-        return Shown(features.spatial, features.channel, crops.box, crops.flip, seen.grid, self.side(seen.grid))
+    def relations(self, features: RelationFeatures, crops_features: Features, crops: Crops) -> CropRelations:
+        grid = crops_features.grid
+        return CropRelations(features.spatial, features.channel, crops.box, crops.flip, grid, self.side(grid))
 
     def side(self, grid: tuple[int, int]) -> float:
         """The mean side of a grid, by which features are divided before channels are related: C^T C / (H W)."""
         return sqrt(grid[0] * grid[1])
 
-    def spatial(self, taught: Shown, seen: Shown, local: Shown | None) -> Tensor:
-        """Cross-entropy of the relations between points of the regions that a teacher's and a student's crop share."""
+    def spatial(self, target: CropRelations, globals_: CropRelations, locals_: CropRelations | None) -> Tensor:
+        """Cross-entropy of the relations between points of the region that a teacher's and a student's crop share."""
         o = self.options
-        pairs = [self.meet_others(taught, seen)] + ([self.meet_local(taught, local)] if local else [])
-        exact = torch.promote_types(taught.spatial.dtype, torch.float32)
-        counted = [(some.exist | (o.no_overlap == "count")).to(exact) for some in pairs]
-        total = sum(some.numel() for some in counted) if o.no_overlap == "count" else mean_over_ranks(counted)
-        root = sqrt(taught.spatial.shape[-1] // (self.heads if o.scale == "head" else 1))
-        return sum(
+        pairs = [self.global_pairs(target, globals_)] + ([self.local_pairs(target, locals_)] if locals_ else [])
+        exact = torch.promote_types(target.spatial.dtype, torch.float32)
+        counted = [(pair.exist | (o.no_overlap == "count")).to(exact) for pair in pairs]
+        total = sum(count.numel() for count in counted) if o.no_overlap == "count" else mean_over_ranks(counted)
+        root = sqrt(target.spatial.shape[-1] // (self.heads if o.scale == "head" else 1))
+        losses = [
             self_relation(
-                self.by_head(some.student).unsqueeze(0),
-                self.by_head(some.teacher),
+                self.by_head(pair.student).unsqueeze(0),
+                self.by_head(pair.teacher),
                 1 / (root * o.student_spatial_temperature),
                 1 / (root * o.teacher_spatial_temperature),
                 weight.flatten().unsqueeze(0) / total,
             )
-            for some, weight in zip(pairs, counted, strict=True)
-        )
+            for pair, weight in zip(pairs, counted, strict=True)
+        ]
+        return reduce(add, losses)
 
-    def meet_others(self, taught: Shown, seen: Shown) -> Pairs:
+    def global_pairs(self, target: CropRelations, globals_: CropRelations) -> Pairs:
         """[V, B, V - 1] a teacher's global crop and each other global crop of the student."""
-        views = range(len(taught.box))
-        others = torch.stack([without(taught.box, view) for view in views]).transpose(1, 2)
-        shared = overlap(taught.box.unsqueeze(2), others)
-        teacher, student = (self.sample(side, shared, self.options.global_points) for side in (taught, seen))
-        # What view v shows of its region with its j-th other stands at student[v, :, j]: look from the other's side.
-        turned = [torch.stack([student[v, :, q - (q > v)] for v in views if v != q], dim=1) for q in views]
-        return Pairs(teacher, torch.stack(turned), shared.exists)
+        views = range(len(target.box))
+        others = torch.stack([without(target.box, view) for view in views]).transpose(1, 2)
+        shared = overlap(target.box.unsqueeze(2), others)
+        teacher, student = (self.sample(crops, shared, self.options.global_points) for crops in (target, globals_))
+        # student[v, :, j]: view v in the region that it shares with its j-th other view. The pair of teacher view q and
+        # student view v needs view v in the region with q, which stands at j = q - (q > v).
+        by_pair = [torch.stack([student[v, :, q - (q > v)] for v in views if v != q], dim=1) for q in views]
+        return Pairs(teacher, torch.stack(by_pair), shared.exists)
 
-    def meet_local(self, taught: Shown, local: Shown) -> Pairs:
+    def local_pairs(self, target: CropRelations, locals_: CropRelations) -> Pairs:
         """[V, B, L] a teacher's global crop and each local crop of the student."""
-        theirs, ours = taught.box.unsqueeze(2), local.box.unsqueeze(2)
-        shared, turned = overlap(theirs, ours.permute(2, 1, 0, 3)), overlap(ours, theirs.permute(2, 1, 0, 3))
-        teacher = self.sample(taught, shared, self.options.local_points)
-        return Pairs(teacher, self.sample(local, turned, self.options.local_points).transpose(0, 2), shared.exists)
+        global_box, local_box = target.box.unsqueeze(2), locals_.box.unsqueeze(2)
+        shared = overlap(global_box, local_box.permute(2, 1, 0, 3))
+        shared_by_local = overlap(local_box, global_box.permute(2, 1, 0, 3))
+        teacher = self.sample(target, shared, self.options.local_points)
+        student = self.sample(locals_, shared_by_local, self.options.local_points).transpose(0, 2)
+        return Pairs(teacher, student, shared.exists)
 
-    def sample(self, shown: Shown, shared: Overlap, count: int) -> Tensor:
+    def sample(self, crops: CropRelations, shared: Overlap, count: int) -> Tensor:
         """[V, B, R, points, D] the features of crops at the points of R regions each."""
-        box, flip = shown.box.unsqueeze(2), shown.flip.unsqueeze(2)
-        at = sampling_matrices(shared, box, flip, shown.grid, count, self.options.points)
-        return sample_patches(shown.spatial, shown.grid, at)
+        box, flip = crops.box.unsqueeze(2), crops.flip.unsqueeze(2)
+        at = sampling_matrices(shared, box, flip, crops.grid, count, self.options.points)
+        return sample_patches(crops.spatial, crops.grid, at)
 
     def by_head(self, x: Tensor) -> Tensor:
         """[V, B, R, points, D] to [V * B * R, M, points, D / M]; heads are contiguous groups of channels."""
-        return for_products(x.flatten(0, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2))
+        return to_autocast(x.flatten(0, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2))
 
-    def channel(self, taught: Shown, seen: Shown, local: Shown | None) -> Tensor:
-        """Cross-entropy of the relations between channels; every view has all of them, so nothing is sampled."""
-        o, views, loss = self.options, len(taught.channel), 0.0
-        pairs = views * (views - 1 + (len(local.channel) if local else 0))
+    def channel(self, target: CropRelations, globals_: CropRelations, locals_: CropRelations | None) -> Tensor:
+        """Cross-entropy of the relations between channels; every view has all channels, so nothing is sampled."""
+        o, views, losses = self.options, len(target.channel), []
+        pairs = views * (views - 1 + (len(locals_.channel) if locals_ else 0))
         for view in range(views):
-            target = taught.channel[view : view + 1]
-            for side, students in ((seen, without(seen.channel, view)), (local, local and local.channel)):
-                if side is None:
-                    continue
-                mean = self_relation(
-                    by_channel(students),
-                    by_channel(target).squeeze(0),
-                    1 / (side.side**2 * o.student_channel_temperature),
-                    1 / (taught.side**2 * o.teacher_channel_temperature),
+            teacher = by_channel(target.channel[view : view + 1]).squeeze(0)
+            students = [(globals_, without(globals_.channel, view))]
+            if locals_:
+                students.append((locals_, locals_.channel))
+            for crops, channel in students:
+                loss = self_relation(
+                    by_channel(channel),
+                    teacher,
+                    1 / (crops.side**2 * o.student_channel_temperature),
+                    1 / (target.side**2 * o.teacher_channel_temperature),
                 )
-                loss = loss + mean * (len(students) / pairs)
-        return loss
+                losses.append(loss * (len(channel) / pairs))
+        return reduce(add, losses)
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """One branch's crops of a size, as relations see them."""
+class CropRelations:
+    """What is related of one branch's crops of a size, and where they lie in the image."""
 
     spatial: Tensor  # [V, B, N, D]
     channel: Tensor  # [V, B, N, D]
@@ -227,34 +238,38 @@ class Pairs:
     exist: Tensor  # [V, B, R] bool, whether the two crops overlap
 
 
-def residual(crops: Features) -> Tensor:
+def residual_of(crops: Features) -> Tensor:
     """The patches before the backbone's final norm."""
     if crops.residual is None:
         raise ValueError(
-            "sere: features must come with the residual stream, got none; build branches with needs().residual."
+            sentence(
+                "sere: features must come with the patches before the final norm",
+                "none",
+                "build branches with needs().residual",
+            )
         )
     return crops.residual
 
 
-def without(views: Tensor, one: int) -> Tensor:
+def without(views: Tensor, view: int) -> Tensor:
     """All views but one."""
-    return torch.cat([views[:one], views[one + 1 :]])
+    return torch.cat([views[:view], views[view + 1 :]])
 
 
 def by_channel(x: Tensor) -> Tensor:
     """[S, B, N, D] to [S, B, 1, D, N]: the rows to relate are the channels."""
-    return for_products(x.transpose(2, 3).unsqueeze(2))
+    return to_autocast(x.transpose(2, 3).unsqueeze(2))
 
 
-def for_products(x: Tensor) -> Tensor:
-    """What autocast makes of a product's operand."""
+def to_autocast(x: Tensor) -> Tensor:
+    """In the type that autocast gives a matrix product's operand."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def mean_over_ranks(counted: list[Tensor]) -> Tensor:
-    """How many pairs count, on average over the ranks, so that the mean of their losses is one over all pairs."""
-    total, ranks = sum(some.sum() for some in counted), 1
+    """The number of pairs that count, as a mean over ranks: with it the ranks' mean loss is the mean over all pairs."""
+    total, ranks = reduce(add, [count.sum() for count in counted]), 1
     if distributed():
         dist.all_reduce(total)
         ranks = dist.get_world_size()

@@ -1,7 +1,7 @@
-"""What the student is taught: the teacher's distributions, kept from collapse by centering or by Sinkhorn.
+"""The student's targets: the teacher's distributions, kept from collapse by centering or by Sinkhorn.
 
-Both ways are a bias per prototype in the teacher's softmax. A target rule is called with the teacher rows whose
-statistics count and returns that bias; `after_step` moves its state, once per optimizer step.
+Both are a bias per prototype in the teacher's softmax. A target rule is called with the teacher rows whose statistics
+count and returns that bias; `after_step` updates its state, once per optimizer step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import check_choice, check_positive
 from ..records import Clock
 
 CHUNK_LOGITS = 1 << 26  # logits that Sinkhorn holds at once, 256 MiB in fp32
@@ -32,12 +33,9 @@ class TeacherTemperature:
     start: int = 0
 
     def __post_init__(self) -> None:
-        if self.by not in ("epoch", "step"):
-            raise ValueError(f"TeacherTemperature: by is 'epoch' or 'step', got {self.by!r}; 'epoch' is as released.")
-        if min(self.warmup, self.final) <= 0:
-            raise ValueError(
-                f"TeacherTemperature: temperatures must be positive, got {self.warmup} and {self.final}; 0.04 is usual."
-            )
+        check_choice("TeacherTemperature: by", self.by, ("epoch", "step"))
+        for temperature in (self.warmup, self.final):
+            check_positive("TeacherTemperature: a temperature", temperature, "0.04 is usual")
 
     def at(self, clock: Clock) -> float:
         now, length = clock.epoch - self.start, self.epochs
@@ -52,19 +50,22 @@ class TeacherTemperature:
 class Center(nn.Module):
     """Centering (DINO): the bias is minus a running mean of the teacher's logits.
 
-    The mean is linear, mean(z W^T) = W mean(z), so a step gathers the sum of its rows (D numbers) and how many there
-    were, over all micro-batches; ranks add up these D + 1 numbers, and no row of logits is computed for it. A step uses
-    the center of the steps before it. A mean that is not finite leaves the center as it was: the loss of such a step is
-    not finite either, and one bad batch must not outlive it here.
+    The mean is linear, mean(z W^T) = W mean(z), so no row of logits is computed for it: a forward adds W times the sum of
+    its rows, and their number, over all batches of a step; ranks then add up these K + 1 numbers. A step uses the center of
+    the steps before it. A mean that is not finite leaves the center as it was: the loss of such a step is not finite
+    either, and one bad batch must not stay in the center. So does a step without rows.
     """
 
-    def __init__(self, prototypes: int, bottleneck: int, momentum: float = 0.9) -> None:
+    center: Tensor
+    logit_sum: Tensor
+    row_count: Tensor
+
+    def __init__(self, prototypes: int, momentum: float = 0.9) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(prototypes))
-        self.register_buffer("row_sum", torch.zeros(bottleneck), persistent=False)  # zero between steps
+        self.register_buffer("logit_sum", torch.zeros(prototypes), persistent=False)  # zero between steps
         self.register_buffer("row_count", torch.zeros(1), persistent=False)
-        self.directions: Tensor | None = None  # [K, D] of this step; by after_step the teacher has already moved
 
     def bias(self) -> Tensor:
         """[K] in logit units."""
@@ -74,32 +75,27 @@ class Center(nn.Module):
     def forward(
         self, z_RD: Tensor, directions_KD: Tensor, temperature: float | Tensor, counts_R: Tensor | None = None
     ) -> Tensor:
-        """Takes note of the rows (all, or those that counts_R marks) and returns the bias as it was before them."""
-        if counts_R is None:
-            self.row_sum += z_RD.sum(dim=0, dtype=self.row_sum.dtype)
-            self.row_count += len(z_RD)
-        else:
-            self.row_sum += (z_RD * counts_R.unsqueeze(1)).sum(dim=0, dtype=self.row_sum.dtype)
-            self.row_count += counts_R.sum()
-        self.directions = directions_KD
+        """Adds the rows (all, or those that counts_R marks) to this step's mean; returns the bias of the steps before."""
+        dtype = self.logit_sum.dtype
+        with torch.autocast(z_RD.device.type, enabled=False):
+            if counts_R is None:
+                row_sum = z_RD.sum(dim=0, dtype=dtype)
+                self.row_count += len(z_RD)
+            else:
+                row_sum = (z_RD * counts_R.unsqueeze(1)).sum(dim=0, dtype=dtype)
+                self.row_count += counts_R.sum()
+            self.logit_sum += directions_KD.to(dtype) @ row_sum
         return self.bias()
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.directions is None:
-            raise RuntimeError(
-                "Center: a step needs a forward before after_step, got none; call after_step once per optimizer step."
-            )
-        seen = torch.cat([self.row_sum, self.row_count])
+        total = torch.cat([self.logit_sum, self.row_count])
         if distributed():
-            dist.all_reduce(seen)
-        with torch.autocast(seen.device.type, enabled=False):
-            mean = self.directions.to(seen.dtype) @ (seen[:-1] / seen[-1])
-        moved = self.momentum * self.center + (1 - self.momentum) * mean
+            dist.all_reduce(total)
+        moved = self.momentum * self.center + (1 - self.momentum) * (total[:-1] / total[-1])
         self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))
-        self.row_sum.zero_()
+        self.logit_sum.zero_()
         self.row_count.zero_()
-        self.directions = None
 
 
 class Sinkhorn(nn.Module):
@@ -124,9 +120,9 @@ class Sinkhorn(nn.Module):
         z = z_RD.to(torch.promote_types(z_RD.dtype, torch.float32))
         w = directions_KD.to(z.dtype) / temperature
         log_count = z.new_zeros(len(z)) if counts_R is None else counts_R.to(z.dtype).log()
-        log_u = None
         with torch.autocast(z.device.type, enabled=False):
-            for _ in range(self.iterations):
+            log_u = -_shares(z, w, log_count, None)
+            for _ in range(self.iterations - 1):
                 log_u = -_shares(z, w, log_count, log_u)
         return temperature * torch.where(log_u.isfinite(), log_u, 0.0)  # not finite: no rank has a row that counts
 
@@ -154,15 +150,12 @@ def _shares(z: Tensor, w: Tensor, log_count: Tensor, log_u: Tensor | None) -> Te
     return highest + mass.log()
 
 
-def build_target(kind: str, prototypes: int, bottleneck: int, momentum: float) -> Center | Sinkhorn:
+def build_target(kind: str, prototypes: int, momentum: float) -> Center | Sinkhorn:
     """The target rule by its name."""
-    if kind == "centering":
-        return Center(prototypes, bottleneck, momentum)
-    if kind == "sinkhorn":
-        return Sinkhorn()
-    raise ValueError(f"target is 'centering' or 'sinkhorn', got {kind!r}; 'centering' is as released.")
+    check_choice("target", kind, ("centering", "sinkhorn"))
+    return Center(prototypes, momentum) if kind == "centering" else Sinkhorn()
 
 
 def distributed() -> bool:
-    """Whether there are other ranks to ask."""
+    """Whether this process is one of several."""
     return dist.is_available() and dist.is_initialized()

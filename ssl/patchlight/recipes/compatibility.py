@@ -1,4 +1,4 @@
-"""Which objectives go with which and with which backbone, asked of the code: `python -m patchlight.recipes.compatibility`.
+"""Which objectives work together and on which backbone, as the code decides: `python -m patchlight.recipes.compatibility`.
 
 It prints docs/compatibility.md. A pairing is allowed when a run of it builds; otherwise the error is the reason.
 """
@@ -6,18 +6,14 @@ It prints docs/compatibility.md. A pairing is allowed when a run of it builds; o
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import get_args
 
 from ..data.policy import CropSpec, dino_policy
-from ..engine.branches import build_objective, build_objectives
-from ..objectives.dino import DinoOptions
-from ..objectives.ibot import IbotOptions
-from ..objectives.moby import MobyOptions
-from ..objectives.moco_v3 import MocoV3Options
-from ..run import Data, Model, Objectives, Optim, Options, Parallel, Run, Schedule
+from ..engine.assembly import build_context, build_objectives
+from ..objectives import OBJECTIVES, DinoOptions, IbotOptions, MobyOptions, MocoV3Options, ObjectiveOptions
+from ..run import Data, Model, Objectives, Optim, Parallel, Run, Schedule
 
 HOSTS = (DinoOptions, IbotOptions, MocoV3Options, MobyOptions)
-PLUG_INS = tuple(kind for kind in get_args(Options) if kind not in HOSTS)
+PLUG_INS = tuple(kind for kind in OBJECTIVES.values() if kind not in HOSTS)
 SUMMARIES = ("cls", "mean", "class_attention")  # the first that works is taken
 
 # Small enough to be trained in a test; every grid is 4 x 4, and 3 x 3 for local and query crops.
@@ -34,20 +30,20 @@ class Pairing:
     """Objectives on a backbone: the small run that works, or the reason why none does."""
 
     backbone: str
-    options: tuple[Options, ...]
+    options: tuple[ObjectiveOptions, ...]
     run: Run | None
     reason: str
 
 
 def pairings() -> list[list[Pairing]]:
-    """A row per backbone and host: alone, with each plug-in, and with all of those that it takes."""
+    """A row per backbone and host: alone, with each plug-in, and with all that work."""
     return [_row_of(backbone, host) for backbone in BACKBONES for host in HOSTS]
 
 
 def _row_of(backbone: str, host: type) -> list[Pairing]:
     single = {kind: pairing(backbone, (host, kind)) for kind in PLUG_INS}
-    taken = (kind for kind, one in single.items() if one.run is not None)
-    return [pairing(backbone, (host,)), *single.values(), pairing(backbone, (host, *taken))]
+    works = (kind for kind, result in single.items() if result.run is not None)
+    return [pairing(backbone, (host,)), *single.values(), pairing(backbone, (host, *works))]
 
 
 def pairing(backbone: str, kinds: tuple[type, ...]) -> Pairing:
@@ -64,8 +60,8 @@ def pairing(backbone: str, kinds: tuple[type, ...]) -> Pairing:
     return Pairing(backbone, options, None, reason)
 
 
-def _small_run(model: Model, options: tuple[Options, ...]) -> Run:
-    """With local crops, and with query crops and the fixed positions that they take where an objective asks for them."""
+def _small_run(model: Model, options: tuple[ObjectiveOptions, ...]) -> Run:
+    """With local crops; for an objective with queries also with query crops, and the fixed positions that they need."""
     side = 3 * model.patch_size
     run = Run(
         model,
@@ -75,7 +71,8 @@ def _small_run(model: Model, options: tuple[Options, ...]) -> Run:
         Schedule(epochs=1, steps_per_epoch=2),
         Parallel(precision="fp32"),
     )
-    if not any(build_objective(one, run).needs().queries for one in options):
+    context = build_context(run)
+    if not any(given.build(context).needs().queries for given in options):
         return run
     crops = replace(run.data.crops, query_crops=(CropSpec(1, side, (0.05, 0.25), flip=0.0),))
     return replace(run, model=replace(model, positions="sincos"), data=replace(run.data, crops=crops))
@@ -85,27 +82,27 @@ def page() -> str:
     """docs/compatibility.md."""
     reasons: list[str] = []
     lines = [
-        "# What goes with what",
+        "# What works together",
         "",
         "Printed by `python -m patchlight.recipes.compatibility`; a test compares this page with the code and trains every",
         "pairing that is allowed. A word is the `Model.summary` that a pairing was built with, the first that works of",
         f"{', '.join(SUMMARIES)}; a number is a reason below.",
     ]
-    heading = ["", "alone", *(f"+ {_name(kind)}" for kind in PLUG_INS), "+ all that go"]
+    heading = ["", "alone", *(f"+ {_name(kind)}" for kind in PLUG_INS), "+ all that work"]
     for row in pairings():
         if type(row[0].options[0]) is HOSTS[0]:
             lines += ["", f"## {row[0].backbone}", "", _line(heading), _line(["---"] * len(heading))]
-        lines.append(_line([_name(type(row[0].options[0])), *(_cell(one, reasons) for one in row)]))
+        lines.append(_line([_name(type(row[0].options[0])), *(_cell(result, reasons) for result in row)]))
     lines += ["", "## Why not", "", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
     return "\n".join(lines) + "\n"
 
 
-def _cell(one: Pairing, reasons: list[str]) -> str:
-    if one.run is not None:
-        return one.run.model.summary
-    if one.reason not in reasons:
-        reasons.append(one.reason)
-    return f"no ({reasons.index(one.reason) + 1})"
+def _cell(result: Pairing, reasons: list[str]) -> str:
+    if result.run is not None:
+        return result.run.model.summary
+    if result.reason not in reasons:
+        reasons.append(result.reason)
+    return f"no ({reasons.index(result.reason) + 1})"
 
 
 def _line(cells: list[str]) -> str:
@@ -114,10 +111,10 @@ def _line(cells: list[str]) -> str:
 
 def _name(kind: type) -> str:
     """As in the names of its loss terms."""
-    return build_objective(_small(kind), Run()).name
+    return _small(kind).build(build_context(Run())).name
 
 
-def _small(kind: type) -> Options:
+def _small(kind: type) -> ObjectiveOptions:
     names = {field.name for field in fields(kind)}
     return kind(**{name: size for name, size in SMALL.items() if name in names})
 

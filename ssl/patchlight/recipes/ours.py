@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..data.policy import Photometric, dino_policy
 from ..objectives.dino import DinoOptions
@@ -17,14 +18,20 @@ def demo() -> Run:
     Mild augmentation, Sinkhorn targets, BatchNorm in the heads and a high rate: a few hundred steps must show
     something. Not a recipe for photos.
     """
-    look = Photometric(brightness=0.2, contrast=0.2, saturation=0.2, blur=0.1)
+    mild = Photometric(brightness=0.2, contrast=0.2, saturation=0.2, blur=0.1)
     crops = dino_policy(2, 48, 32, (0.6, 1.0), (0.3, 0.6))
     crops = replace(
         crops,
-        global_crops=tuple(replace(spec, photometric=look) for spec in crops.global_crops),
-        local_crops=tuple(replace(spec, photometric=look) for spec in crops.local_crops),
+        global_crops=tuple(replace(spec, photometric=mild) for spec in crops.global_crops),
+        local_crops=tuple(replace(spec, photometric=mild) for spec in crops.local_crops),
     )
-    head = {"prototypes": 256, "hidden": 512, "bottleneck": 64, "hidden_norm": "batch", "target": "sinkhorn"}
+    head: dict[str, Any] = {
+        "prototypes": 256,
+        "hidden": 512,
+        "bottleneck": 64,
+        "hidden_norm": "batch",
+        "target": "sinkhorn",
+    }
     return Run(
         model=Model(
             "vit_tiny",
@@ -41,7 +48,7 @@ def demo() -> Run:
         ),
         schedule=Schedule(epochs=8),
         parallel=Parallel(precision="fp32"),
-        output=Output(folder="runs/demo", log_every=16, save_every=256, look_every=64),
+        output=Output(folder="runs/demo", log_every=16, save_every=256, evaluate_every=64),
     )
 
 

@@ -6,6 +6,7 @@ Every number that a recipe does not set is the released code's default, which `R
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..data.masking import MaskRule
 from ..data.policy import CropPolicy, dino_policy, pqcl_policy, selfpatch_policy
@@ -20,7 +21,7 @@ from ..objectives.sere import SereOptions, sere_weights
 from ..run import Data, Model, Objectives, Optim, Run, Schedule
 
 YOUR_IMAGES = "path/to/images"
-WARM = {"warmup_teacher_temperature": 0.04, "teacher_temperature": 0.07, "warmup_epochs": 30}
+WARM: dict[str, Any] = {"warmup_teacher_temperature": 0.04, "teacher_temperature": 0.07, "warmup_epochs": 30}
 LAMBDA = {"selfpatch/patch": 0.1}  # Eq. (8)
 HALF_MASKED = MaskRule(ratios=((0.0, 0.0), (0.3, 0.2)))  # iBOT's published rule, which PQCL calls 0.3
 
@@ -84,8 +85,8 @@ def pass_vits16_in1k() -> Run:
 
 
 def _selfpatch(schedule: Schedule, warm: bool, local_crops: int, min_lr: float, batch: int) -> Run:
-    """DINO centers over all crops here, as the released code does: its teacher sees local crops anyway."""
-    temperatures = WARM if warm else {}
+    """DINO centers over all crops here, as the released code does: its teacher gets local crops anyway."""
+    temperatures: dict[str, Any] = WARM if warm else {}
     options = (DinoOptions(center_over="all", **temperatures), SelfPatchOptions(**temperatures))
     return Run(
         model=Model(summary="class_attention"),
@@ -141,6 +142,7 @@ def selfpatch_vitti8_coco() -> Run:
 
 def _tiny_on_coco(run: Run) -> Run:
     dino, selfpatch = run.objectives.options
+    assert isinstance(dino, DinoOptions)
     options = (replace(dino, prototypes=4096), selfpatch)
     return replace(
         run,
@@ -355,7 +357,7 @@ def pqcl_vits16_in1k_released() -> Run:
     return replace(run, objectives=replace(run.objectives, mask_counts="released"))
 
 
-def _pqcl(host: DinoOptions | IbotOptions, policy: CropPolicy, epochs: int, **options: str | bool) -> Run:
+def _pqcl(host: DinoOptions | IbotOptions, policy: CropPolicy, epochs: int, **options: Any) -> Run:
     """64 images per process."""
     return Run(
         model=Model(positions="sincos"),

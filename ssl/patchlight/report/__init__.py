@@ -1,1 +1,1 @@
-"""What people see of a run: the console, the files of its folder, its page. It knows files and numbers, nothing of training."""
+"""What a run gives to people: log lines, the files of its folder, its page. Nothing here depends on how training works."""

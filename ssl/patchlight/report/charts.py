@@ -26,19 +26,19 @@ class Series:
 def line_chart(
     series: Sequence[Series],
     total: float | None = None,
-    show: Callable[[float], str] | None = None,
+    write: Callable[[float], str] | None = None,
     reference: tuple[float, str] | None = None,
     from_zero: bool = False,
     dots: bool = False,
 ) -> str:
-    """Lines over steps 0..total, as an <svg>. `show` writes a value; reference is a level with a name."""
-    series = [thinned(one) for one in series if one.steps]
-    show = show or short
+    """Lines over steps 0..total, as an <svg>. `write` makes a value text; reference is a level with a name."""
+    series = [thinned(line) for line in series if line.steps]
+    write = write or short
     if not series:
         return '<p class="nothing">no values yet</p>'
-    ticks = _value_ticks([v for one in series for v in one.values], reference, from_zero)
+    ticks = _value_ticks([v for line in series for v in line.values], reference, from_zero)
     low, high = ticks[0], ticks[-1]
-    last = max(total or 0, max(one.steps[-1] for one in series), 1)
+    last = max(total or 0, max(line.steps[-1] for line in series), 1)
 
     def x(step: float) -> float:
         return round(LEFT + (WIDTH - LEFT - RIGHT) * step / last, 1)
@@ -47,7 +47,7 @@ def line_chart(
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - min(value, high)) / (high - low), 1)
 
     parts = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t)}" y2="{y(t)}"/>' for t in ticks]
-    parts += [f'<text class="tick" x="{LEFT - 7}" y="{y(t) + 3.5}" text-anchor="end">{show(t)}</text>' for t in ticks]
+    parts += [f'<text class="tick" x="{LEFT - 7}" y="{y(t) + 3.5}" text-anchor="end">{write(t)}</text>' for t in ticks]
     step_ticks = [t for t in nice_ticks(0, last, 4) if t <= last]
     parts += [
         f'<text class="tick" x="{x(t)}" y="{HEIGHT - 8}" text-anchor="middle">{short(t)}</text>' for t in step_ticks
@@ -56,8 +56,8 @@ def line_chart(
         level, name = reference
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level)}" y2="{y(level)}"/>')
         parts.append(f'<text class="tick" x="{LEFT + 4}" y="{y(level) - 4}">{escape(name)}</text>')
-    for number, one in enumerate(series):
-        points = [(x(step), y(value)) for step, value in zip(one.steps, one.values, strict=True)]
+    for number, line in enumerate(series):
+        points = [(x(step), y(value)) for step, value in zip(line.steps, line.values, strict=True)]
         if len(points) > 1:
             parts.append(f'<polyline class="line c{number}" points="{" ".join(f"{a},{b}" for a, b in points)}"/>')
         marked = points if dots or len(points) == 1 else points[-1:]
@@ -65,16 +65,16 @@ def line_chart(
     parts.append(f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     hover = [
         {
-            "name": one.name,
-            "x": [x(step) for step in one.steps],
-            "y": [y(value) for value in one.values],
-            "text": [show(value) for value in one.values],
-            "steps": [round(step) for step in one.steps],
+            "name": line.name,
+            "x": [x(step) for step in line.steps],
+            "y": [y(value) for value in line.values],
+            "text": [write(value) for value in line.values],
+            "steps": [round(step) for step in line.steps],
         }
-        for one in series
+        for line in series
     ]
     data = escape(json.dumps(hover, separators=(",", ":")), quote=True)
-    label = escape(", ".join(f"{one.name}: last {show(one.values[-1])}" for one in series), quote=True)
+    label = escape(", ".join(f"{line.name}: last {write(line.values[-1])}" for line in series), quote=True)
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" data-hover="{data}">'
         f"{''.join(parts)}</svg>"
@@ -85,7 +85,7 @@ def legend(series: Sequence[Series]) -> str:
     """Names beside their colors; nothing for a single line, whose chart's title names it."""
     if len(series) < 2:
         return ""
-    keys = (f'<span class="key"><i class="c{i}"></i>{escape(one.name)}</span>' for i, one in enumerate(series))
+    keys = (f'<span class="key"><i class="c{i}"></i>{escape(line.name)}</span>' for i, line in enumerate(series))
     return f'<div class="legend">{"".join(keys)}</div>'
 
 

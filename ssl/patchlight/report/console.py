@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: log lines and a progress bar, or plain lines where there is no terminal."""
+"""The terminal: log lines and a progress bar, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self.progress: Progress | None = None
-        self.first: tuple[int, float] | None = None  # step and seconds at the first line, for the time that is left
+        self.first: tuple[float, float] | None = None  # step and seconds at the first line, for the time that is left
 
     def update(self, record: Mapping[str, float]) -> None:
         """A log line."""
@@ -30,11 +30,10 @@ class Display:
         if not self.console.is_terminal:
             self.console.print(plain_line(record, left), soft_wrap=True, highlight=False, markup=False)
             return
-        if self.progress is None:
-            self._start(record)
-        self.progress.console.print(colored_line(record))
-        self.progress.update(self.task, completed=record["step"], rate=rates(record), left=left)
-        self.progress.refresh()
+        progress = self.progress or self._start(record)
+        progress.console.print(colored_line(record))
+        progress.update(self.task, completed=record["step"], rate=rates(record), left=left)
+        progress.refresh()
 
     def warn(self, sentence: str) -> None:
         """Something is wrong."""
@@ -42,12 +41,12 @@ class Display:
         print_sentence(f"warning: {sentence}", console, style="bold yellow")
 
     def close(self) -> None:
-        """Takes the bar off the terminal's hands."""
+        """Ends the bar, if there is one."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
 
-    def _start(self, record: Mapping[str, float]) -> None:
+    def _start(self, record: Mapping[str, float]) -> Progress:
         columns = [
             BarColumn(bar_width=None),
             TextColumn("{task.completed}/{task.total} steps"),
@@ -58,6 +57,7 @@ class Display:
         self.task = self.progress.add_task("", total=record["total"], rate="", left="")
         self.progress.start()
         atexit.register(self.close)  # an error must not leave the terminal without a cursor
+        return self.progress
 
     def _left(self, record: Mapping[str, float]) -> str:
         """The time that is left at the mean speed of this process."""
@@ -75,9 +75,9 @@ class Display:
 def plain_line(record: Mapping[str, float], left: str) -> str:
     """One line in the shape that DINO's users know."""
     fields = {"eta": left} | {name: f"{value:.4f}" for name, value in terms(record).items()}
-    for name, shown in (("lr", "lr"), ("gradient/norm", "grad norm")):
+    for name, label in (("lr", "lr"), ("gradient/norm", "grad norm")):
         if name in record:
-            fields[shown] = f"{record[name]:.4g}"
+            fields[label] = f"{record[name]:.4g}"
     if "speed/seconds_per_step" in record:
         fields["time"] = f"{record['speed/seconds_per_step']:.4f}"
         fields["data"] = f"{record['data/wait_seconds'] / record['steps']:.4f}"
@@ -100,17 +100,21 @@ def colored_line(record: Mapping[str, float]) -> Text:
             "bold" if name == "loss" else "yellow" if ratio and abs(value - 1) < 1e-3 else "magenta" if ratio else ""
         )
         line.append(f"{name} ", style="dim").append(f"{value:.4f}  ", style=style)
-    for name, shown in (("lr", "lr"), ("gradient/norm", "grad")):
+    for name, label in (("lr", "lr"), ("gradient/norm", "grad")):
         if name in record:
-            line.append(f"{shown} ", style="dim").append(f"{record[name]:.3g}  ")
+            line.append(f"{label} ", style="dim").append(f"{record[name]:.3g}  ")
     return line
 
 
 def terms(record: Mapping[str, float]) -> dict[str, float]:
     """The loss first, then its terms and their ratios to ln K."""
-    apart = ("data", "memory", "speed", "step", "gradient", "teacher")
-    names = [name for name in record if "/" in name and name.split("/")[0] not in apart]
+    names = [name for name in record if "/" in name and is_term(name)]
     return {name: record[name] for name in ["loss", *names] if isinstance(record.get(name), float)}
+
+
+def is_term(name: str) -> bool:
+    """Whether a value with a / in its name belongs to a loss term, not to the machine or the step."""
+    return name.split("/")[0] not in ("data", "memory", "speed", "step", "gradient", "teacher")
 
 
 def rates(record: Mapping[str, float]) -> str:

@@ -65,7 +65,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux knows it, else as Python does."""
+    """The processor's name from Linux, else from Python."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

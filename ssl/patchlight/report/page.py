@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from html import escape
 from pathlib import Path
@@ -85,7 +85,7 @@ def _head(folder: Path, run: dict, lines: list[dict]) -> str:
 
 
 def _tiles(lines: list[dict], knn: list[dict]) -> str:
-    """The few numbers to look at first."""
+    """The most important numbers."""
     if not lines:
         return ""
     last = lines[-1]
@@ -171,8 +171,8 @@ def _speed_charts(lines: list[dict]) -> str:
         "memory/gib": ("peak memory per process, GiB", None),
     }
     return _grid(
-        _metric_card(lines, name, title, show, from_zero=True)
-        for name, (title, show) in charts.items()
+        _metric_card(lines, name, title, write, from_zero=True)
+        for name, (title, write) in charts.items()
         if any(name in line for line in lines)
     )
 
@@ -237,14 +237,14 @@ def _pictures(folder: Path, kind: str) -> str:
 
 
 def _metric_card(
-    lines: list[dict], name: str, title: str, show: Callable | None = None, from_zero: bool = False
+    lines: list[dict], name: str, title: str, write: Callable | None = None, from_zero: bool = False
 ) -> str:
     series = _values(lines, name)
-    return _card(title, line_chart([series], lines[-1]["total"], show, from_zero=from_zero), series, show)
+    return _card(title, line_chart([series], lines[-1]["total"], write, from_zero=from_zero), series, write)
 
 
-def _card(title: str, content: str, series: Series | None = None, show: Callable | None = None) -> str:
-    last = f"<b>{(show or short)(series.values[-1])}</b>" if series and series.values else ""
+def _card(title: str, content: str, series: Series | None = None, write: Callable | None = None) -> str:
+    last = f"<b>{(write or short)(series.values[-1])}</b>" if series and series.values else ""
     return f'<div class="card"><h3>{escape(title)}{last}</h3>{content}</div>'
 
 
@@ -269,6 +269,7 @@ def _table(rows: Iterable[tuple[str, object]], origin: str | None) -> str:
 
 def _flat(values: object, prefix: str = "") -> list[tuple[str, object]]:
     """Nested dictionaries and lists of them as rows "a.b": value."""
+    items: Iterable[tuple[object, object]]
     if isinstance(values, dict):
         items = values.items()
     elif isinstance(values, list) and any(isinstance(value, dict) for value in values):
@@ -282,5 +283,5 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else short(value)
 
 
-def _median(values: list[float]) -> float:
+def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]

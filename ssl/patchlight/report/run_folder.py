@@ -15,7 +15,7 @@ REPORT_FILE, PICTURES_FOLDER, EVALUATION_FOLDER = "report.html", "plots", "evalu
 
 
 def append_line(path: Path, record: Mapping) -> None:
-    """Adds one JSON object as a line; numbers that JSON does not know become null."""
+    """Adds one JSON object as a line; numbers that JSON does not have become null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean) + "\n")
@@ -30,7 +30,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def rewind(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
-    """Drops the lines that `keep` says no to, and returns the others."""
+    """Removes the lines for which `keep` is false, and returns the others."""
     kept = [line for line in read_lines(path) if keep(line)]
     if path.exists():
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))

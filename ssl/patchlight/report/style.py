@@ -1,4 +1,4 @@
-"""How the report looks, and the script that shows values under the pointer."""
+"""The style sheet of the report, and the script that writes values beside the pointer."""
 
 STYLE = """
 :root { color-scheme: light dark;

@@ -1,0 +1,207 @@
+"""From a `Run` to everything that trains it, read from top to bottom. Nothing here computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..backbones.interface import Backbone, build_backbone, offers_of
+from ..checks import check
+from ..data import loaders
+from ..data.interface import Loader
+from ..data.masking import FixedMasks, ReleasedMasks
+from ..data.procedural import ProceduralSource
+from ..data.reading import REPORT_FILE as BAD_FILES
+from ..data.sources import open_source
+from ..heads.summary import build_summary
+from ..objectives.interface import BuildContext, Objective
+from ..objectives.weighted import WeightedObjectives
+from ..records import Clock
+from ..report.console import Display
+from ..report.journal import Journal
+from ..report.run_folder import REPORT_FILE
+from ..run import Model, Run
+from ..threads import considerate_threads
+from .branches import Student, Teacher, check_teacher_student
+from .checkpoint import Checkpoints
+from .cost import cost_of
+from .init_from import init_from
+from .metrics import Metrics
+from .optim import Update
+from .pairing import check_pairing
+from .parallel import Mesh, parallelize, processes
+from .precision import build_scaler
+from .probe import TeacherProbe
+from .trainer import Trainer
+
+
+def train(run: Run) -> None:
+    """Trains on the processes that torchrun started, or on this one alone, and evaluates the teacher meanwhile."""
+    with processes(run.parallel) as mesh:
+        trainer = build_trainer(run, mesh)
+        if run.output.evaluate_every != 0:
+            trainer.probe = TeacherProbe(trainer.run, trainer.loader.source, mesh)
+        try:
+            with considerate_threads(trainer.say):
+                trainer.fit()
+        finally:
+            trainer.loader.close()
+        teacher = f"{trainer.checkpoints.latest()}/teacher.safetensors"
+        trainer.say(f"Report: {trainer.folder / REPORT_FILE}; teacher: {teacher}")
+
+
+def build_trainer(
+    run: Run, mesh: Mesh | None = None, loader: Loader | None = None, metrics: Metrics | None = None
+) -> Trainer:
+    """The trainer of a run; without a mesh it is alone. loader, metrics: others than the run describes, for tests."""
+    mesh = mesh or Mesh(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    loader_reason = ""
+    if loader is None:
+        choice = loaders.choose_loader(run.data.loader, mesh.device)
+        run = replace(run, data=replace(run.data, loader=choice.name))  # reports have the loader that really runs
+        loader_reason = choice.why
+    torch.manual_seed(run.parallel.seed)  # the same weights on every rank, each of which then keeps its shard
+    objectives = build_objectives(run, mesh.world).to(mesh.device)
+    student, teacher = build_branches(run.model, objectives.objectives())
+    if run.model.init_from:
+        loaded = init_from(student, Path(run.model.init_from))
+        teacher.start_from(student)
+        if mesh.rank == 0:
+            Console().print(loaded.table())
+    parallelize(student, run.parallel, mesh, trained=True)
+    parallelize(teacher, run.parallel, mesh, trained=False)
+    check_teacher_student(teacher, student)
+    torch.manual_seed(run.parallel.seed + 1 + mesh.rank)  # dropped paths differ between ranks
+    scaler = build_scaler(run.parallel.precision, mesh.device)
+    loader = loader or build_loader(run, mesh)
+    return Trainer(
+        run,
+        mesh,
+        student,
+        teacher,
+        objectives,
+        Update(student, run.optim, mesh, scaler),
+        scaler,
+        loader,
+        metrics or build_metrics(run, mesh, objectives),
+        Checkpoints(Path(run.output.folder) / "checkpoints", mesh, run.output.keep, run.output.save_async),
+        build_clock(run, mesh.world, loader.dataset_size),
+        loader_reason,
+    )
+
+
+def build_objectives(run: Run, world: int = 1) -> WeightedObjectives:
+    """The objectives of a run on so many processes, checked against its model and data."""
+    context = build_context(run)
+    objectives = [options.build(context) for options in run.objectives.options]
+    check_pairing(run, objectives, world)
+    return WeightedObjectives(objectives, run.objectives.weights)
+
+
+def build_context(run: Run) -> BuildContext:
+    """What of a run its objectives may depend on."""
+    masks = FixedMasks if run.objectives.mask_counts == "fixed" else ReleasedMasks
+    model = run.model
+    with torch.device("meta"):  # for its sizes only
+        backbone = build_backbone(model.arch, patch_size=model.patch_size, image_size=model.image_size, **model.sizes)
+    return BuildContext(
+        options=run.objectives.options,
+        masks=masks(run.objectives.masks, run.parallel.seed),
+        attention_heads=backbone.heads,
+        local_crops=bool(run.data.crops.local_crops),
+    )
+
+
+def build_branches(model: Model, objectives: Sequence[Objective]) -> tuple[Student, Teacher]:
+    """Both branches with a head per objective; the teacher starts as a copy of the student."""
+    student = Student(**branch_arguments(model, objectives, model.drop_path))
+    teacher = Teacher(**branch_arguments(model, objectives, drop_path=0.0) | {"predictors": {}})
+    teacher.start_from(student)
+    return student, teacher
+
+
+def branch_arguments(model: Model, objectives: Sequence[Objective], drop_path: float) -> dict:
+    """The arguments of a Branch."""
+    backbone = backbone_of(model, drop_path)
+    if model.freeze_patch_embed:
+        freeze_patch_embed(model.arch, backbone)
+    heads = {o.name: head for o in objectives if (head := o.head(backbone.width)) is not None}
+    predictors = {o.name: predictor for o in objectives if (predictor := o.predictor(backbone.width)) is not None}
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in backbone.modules())
+    return {
+        "backbone": backbone,
+        "summary": build_summary(model.summary, backbone),
+        "heads": heads,
+        "predictors": predictors,
+        "names": [o.name for o in objectives],
+        "hosts": {o.name: host for o in objectives if (host := o.needs().host) and o.name not in heads},
+        "separate_views": has_batch_norm and any(o.needs().separate_views for o in objectives),
+    }
+
+
+def backbone_of(model: Model, drop_path: float) -> Backbone:
+    """The backbone that a run describes."""
+    # What only a vision transformer has; another backbone gets what differs from the default, to refuse it.
+    options = {name: getattr(model, name) for name in ("position_resize", "positions", "start")}
+    if "class_token" in offers_of(model.arch):
+        options["class_token"] = model.summary == "cls"
+    else:
+        options = {name: value for name, value in options.items() if value != getattr(Model, name)}
+    sizes = {"patch_size": model.patch_size, "image_size": model.image_size, **model.sizes}
+    return build_backbone(model.arch, drop_path=drop_path, **options, **sizes)
+
+
+def freeze_patch_embed(arch: str, backbone: nn.Module) -> None:
+    """Keeps the patch projection as it was initialized."""
+    check(
+        hasattr(backbone, "patch_embed"),
+        "Model.freeze_patch_embed needs a patch projection",
+        f"{arch}, which has none",
+        "leave it out",
+    )
+    backbone.patch_embed.requires_grad_(False)
+
+
+def build_loader(run: Run, mesh: Mesh) -> Loader:
+    """The loader of a run, for this rank."""
+    data, seed = run.data, run.parallel.seed
+    source = open_source(data.path) if data.path else ProceduralSource(data.procedural_images, seed=seed)
+    return loaders.build_loader(
+        data.loader,
+        source,
+        data.crops,
+        data.batch_per_rank,
+        photometric=data.photometric,
+        seed=seed,
+        rank=mesh.rank,
+        world=mesh.world,
+        workers=data.workers,
+        device=mesh.device,
+        most_bad=data.most_bad,
+        report=Path(run.output.folder) / BAD_FILES,
+    )
+
+
+def build_metrics(run: Run, mesh: Mesh, objectives: WeightedObjectives) -> Metrics:
+    """The metrics of a run, and on rank 0 where they are written."""
+    journal = Journal(run.output.folder, Display()) if mesh.rank == 0 else None
+    return Metrics(mesh, journal, objectives.prototype_counts(), cost_of(run, mesh.device))
+
+
+def build_clock(run: Run, world: int, dataset_size: int) -> Clock:
+    """The clock at the start of a run."""
+    batch = run.data.batch_per_rank * world * run.parallel.accumulate
+    steps = run.schedule.steps_per_epoch or dataset_size // batch
+    check(
+        steps > 0,
+        "An epoch needs at least one global batch",
+        f"{dataset_size} images for {batch}",
+        "use a smaller batch or set Schedule.steps_per_epoch",
+    )
+    return Clock(0, run.schedule.epochs * steps, 0, steps)

@@ -1,0 +1,34 @@
+"""The table that a run prints first: the numbers that follow from the batch, and from what they follow."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from ..records import Clock
+from ..run import Run
+from .schedules import peak_lr
+
+
+def settings_table(run: Run, clock: Clock, world: int, dataset_size: int, loader_reason: str) -> Table:
+    """Name, value and origin of each number."""
+    optim, accumulate, per_rank = run.optim, run.parallel.accumulate, run.data.batch_per_rank
+    batch = per_rank * world * accumulate
+    warmup = int(optim.warmup_epochs * clock.steps_per_epoch)
+    lr = f"{optim.base_lr:g}"
+    rows = [
+        ("loader", run.data.loader, loader_reason),
+        ("global batch", batch, f"{per_rank} x {world} processes x {accumulate} accumulated"),
+        ("steps per epoch", clock.steps_per_epoch, f"{dataset_size} images"),
+        ("steps", clock.total, f"{run.schedule.epochs} epochs"),
+        ("base learning rate", lr, "per 256 images"),
+        ("effective learning rate", f"{peak_lr(optim, batch):g}", f"linear rule: {lr} x {batch} / 256"),
+        ("warm-up", f"{warmup} steps", f"{optim.warmup_epochs:g} epochs, then a cosine to {optim.min_lr:g}"),
+        ("weight decay", f"{optim.weight_decay:g}", f"a cosine to {optim.weight_decay_end:g}"),
+        ("teacher momentum", f"{optim.teacher_momentum:g}", f"a cosine to {optim.teacher_momentum_end:g}"),
+    ]
+    if clock.step:
+        rows.append(("resumed at step", clock.step, f"{clock.images_seen} images seen"))
+    table = Table("", "value", "from", title=f"{run.model.arch}/{run.model.patch_size}")
+    for name, value, origin in rows:
+        table.add_row(name, str(value), origin)
+    return table

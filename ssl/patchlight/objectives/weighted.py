@@ -1,0 +1,96 @@
+"""The objectives of a run together: what they need, and their weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import add
+from typing import TypeVar, cast
+
+from torch import Tensor, nn
+
+from ..checks import check
+from ..records import Clock, Cues, Side, Views, Wanted
+from .interface import Objective
+
+T = TypeVar("T")
+
+
+class WeightedObjectives(nn.Module):
+    """All objectives of a run as one loss. A term without a weight counts once."""
+
+    def __init__(self, parts: Sequence[Objective], weights: Mapping[str, float] | None = None) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.weights = dict(weights or {})
+        needs = [objective.needs() for objective in parts]
+        _common("summary", [need.summary for need in needs])
+        self._mask_from = _single("masks", [need.masks for need in needs])
+        self._queries_from = _single("queries", [need.queries for need in needs])
+        self.student_wants = Wanted(residual=any(need.residual for need in needs))
+        self.teacher_wants = Wanted(
+            local_crops=any(need.teacher_sees_local for need in needs),
+            query_crops=any(need.queries for need in needs),
+            neighbors=_common("neighbors", [need.neighbors for need in needs]),
+            residual=self.student_wants.residual,
+        )
+
+    def objectives(self) -> list[Objective]:
+        return cast("list[Objective]", list(self.parts))
+
+    def prototype_counts(self) -> dict[str, int]:
+        """The number of prototypes by term."""
+        return {term: count for objective in self.objectives() for term, count in objective.prototype_counts().items()}
+
+    def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+        """The mask and the queries that the student's backbone gets with the global crops."""
+        cues = Cues()
+        objectives = self.objectives()
+        if self._mask_from is not None:
+            cues = replace(cues, mask=objectives[self._mask_from].cue(views, grid, clock).mask)
+        if self._queries_from is not None:
+            cues = replace(cues, queries=objectives[self._queries_from].cue(views, grid, clock).queries)
+        return cues
+
+    def forward(
+        self, student: Mapping[str, Side], teacher: Mapping[str, Side], views: Views, cues: Cues, clock: Clock
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the unweighted terms by name. student, teacher: each branch, as each objective gets it."""
+        terms: dict[str, Tensor] = {}
+        for objective in self.objectives():
+            teacher_side = teacher[objective.name]
+            if not objective.needs().teacher_sees_local:
+                teacher_side = replace(teacher_side, local_crops=None)
+            terms |= objective(student[objective.name], teacher_side, views, cues, clock)
+        unknown = self.weights.keys() - terms.keys()
+        check(
+            not unknown,
+            "Objectives.weights must name loss terms",
+            f"{sorted(unknown)} where the terms are {sorted(terms)}",
+            "correct the name",
+        )
+        return reduce(add, [self.weights.get(name, 1.0) * term for name, term in terms.items()]), terms
+
+    def after_step(self, clock: Clock) -> None:
+        for objective in self.objectives():
+            objective.after_step(clock)
+
+
+def _single(what: str, wanted: Sequence[bool]) -> int | None:
+    """The number of the objective that wants something of which a branch can have only one."""
+    numbers = [number for number, wants in enumerate(wanted) if wants]
+    check(len(numbers) < 2, f"Objectives must agree on {what}", f"{len(numbers)} that give their own", "remove one")
+    return numbers[0] if numbers else None
+
+
+def _common(what: str, given: Sequence[T | None]) -> T | None:
+    """What those objectives want that want something; they share the branches, so they must want the same."""
+    wanted = [value for value in given if value is not None]
+    check(
+        all(value == wanted[0] for value in wanted),
+        f"Objectives must agree on {what}",
+        wanted,
+        "change the options of one of them",
+    )
+    return wanted[0] if wanted else None
