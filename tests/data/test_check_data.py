@@ -1,4 +1,4 @@
-"""check_data: finds what cannot be read and nothing else, writes what a run can use."""
+"""check_data: finds exactly the unreadable images, and writes lists that a run can use."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from data.pictures import write_awkward_files
 
-from patchlight.data.check_data import check, check_data
+from patchlight.data.check_data import check_data, check_images
 from patchlight.data.sources import FileList, open_source
 
 
@@ -19,14 +19,14 @@ def awkward(tmp_path_factory):
 
 def test_each_bad_file_is_named_with_a_reason(awkward, tmp_path):
     folder, files = awkward
-    checked = check(open_source(folder), tmp_path, workers=2)
-    rows = [line.split("\t") for line in checked.report.read_text().splitlines()]
+    result = check_images(open_source(folder), tmp_path, workers=2)
+    rows = [line.split("\t") for line in result.report.read_text().splitlines()]
     reasons = {path.rsplit("/", 1)[1]: reason for path, reason in rows}
     assert set(reasons) == {name for name, good in files.items() if not good}
     assert reasons["empty.jpg"] == "ValueError: the file is empty"
     assert reasons["text.jpg"] == "ValueError: the file is no image that Pillow knows"
     assert "truncated" in reasons["truncated.jpg"]
-    clean = open_source(checked.clean)
+    clean = open_source(result.clean)
     assert [path.name for path in clean.paths] == [name for name, good in files.items() if good]
     assert all(clean.read(index).ndim == 3 for index in range(len(clean)))
 
@@ -34,9 +34,9 @@ def test_each_bad_file_is_named_with_a_reason(awkward, tmp_path):
 def test_a_list_with_a_missing_file_and_classes(awkward, tmp_path):
     folder, _ = awkward
     (tmp_path / "list.txt").write_text(f"{folder}/gray.png\tb\nmissing.jpg\ta\n{folder}/plain.jpg\ta\n")
-    checked = check(FileList(tmp_path / "list.txt"), tmp_path, workers=1)
-    assert "No such file" in checked.report.read_text()
-    clean = open_source(checked.clean)
+    result = check_images(FileList(tmp_path / "list.txt"), tmp_path, workers=1)
+    assert "No such file" in result.report.read_text()
+    clean = open_source(result.clean)
     assert clean.labels.tolist() == [1, 0]
     assert np.array_equal(clean.read(0), open_source(folder).read(sorted(_names(folder)).index("gray.png")))
 

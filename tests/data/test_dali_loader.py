@@ -1,4 +1,4 @@
-"""The DALI loader beside its twin: one table for both, equal pictures, operators compared one by one, failures survived."""
+"""The DALI loader beside the torchvision loader: one table for both, equal images, each operator, recovery from errors."""
 
 import subprocess
 import sys
@@ -34,25 +34,27 @@ def kinds(views: Views) -> list[Crops]:
 
 
 def test_one_table_for_both_loaders_and_any_kinds_of_crops():
-    """Two specs of one kind, three kinds, odd counts: nothing in the loader knows how many there are."""
-    look = Photometric(blur=0.5, solarize=0.5)
-    specs = tuple(CropSpec(n, 24, (0.4, 1.0), photometric=look) for n in (1, 2))
+    """Two specs of one kind, three kinds, odd counts: the loader works for any number of them."""
+    changes = Photometric(blur=0.5, solarize=0.5)
+    specs = tuple(CropSpec(n, 24, (0.4, 1.0), photometric=changes) for n in (1, 2))
     query = CropSpec(1, 16, (0.2, 0.5), flip=0.0, photometric=UNCHANGED)
     policy = CropPolicy(specs, (CropSpec(3, 12, (0.1, 0.4)),), (query,), **PLAIN)
     source = Pictures(23)
-    for ours, twin in zip(*(batches(n, source, policy, 5, 6, seed=4) for n in ("dali", "torchvision")), strict=True):
-        assert torch.equal(ours.ids, twin.ids)
-        for one, two in zip(kinds(ours), kinds(twin), strict=True):
+    for dali, reference in zip(
+        *(batches(n, source, policy, 5, 6, seed=4) for n in ("dali", "torchvision")), strict=True
+    ):
+        assert torch.equal(dali.ids, reference.ids)
+        for one, two in zip(kinds(dali), kinds(reference), strict=True):
             assert torch.equal(one.box, two.box)
             assert torch.equal(one.flip, two.flip)
             assert one.pixels.shape == two.pixels.shape
             difference = (one.pixels - two.pixels).abs()
             assert difference.mean() < 1.0, "crops of the same boxes with the same colors"
-    assert [len(crops.pixels) for crops in kinds(ours)] == [3, 3, 1]
+    assert [len(crops.pixels) for crops in kinds(dali)] == [3, 3, 1]
 
 
-def test_crops_differ_from_the_twins_at_their_rims_only(tmp_path):
-    """Of a photo's size. The twin rounds between columns and rows; at the rim DALI sees what lies beyond the box."""
+def test_crops_of_both_loaders_differ_at_their_rims_only(tmp_path):
+    """Of a photo's size. torchvision rounds between columns and rows; at the rim DALI reads pixels beyond the box."""
     rng = np.random.default_rng(0)
     for number in range(4):
         noise = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
@@ -60,8 +62,8 @@ def test_crops_differ_from_the_twins_at_their_rims_only(tmp_path):
     plain = tuple(replace(spec, photometric=NOTHING) for spec in dino_policy(6).global_crops)
     local = (replace(dino_policy(6).local_crops[0], photometric=NOTHING),)
     policy = CropPolicy(plain, local, **PLAIN)
-    ours, twin = (batches(name, ImageFolder(tmp_path), policy, 4)[0] for name in ("dali", "torchvision"))
-    for one, two in zip(kinds(ours), kinds(twin), strict=True):
+    dali, reference = (batches(name, ImageFolder(tmp_path), policy, 4)[0] for name in ("dali", "torchvision"))
+    for one, two in zip(kinds(dali), kinds(reference), strict=True):
         difference = (one.pixels - two.pixels).abs()
         print(f"resize: mean {difference.mean():.2f}, at the rim up to {difference.max():.0f}")
         assert difference.mean() < 0.25
@@ -78,35 +80,35 @@ def awkward(tmp_path_factory) -> tuple[Path, dict[str, bool]]:
 
 
 def whole_pictures(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], int]:
-    """Each readable file shown whole, without flips and colors, by name; and how many were replaced."""
+    """Each readable file as a whole, without flips and changes of color, by name; and how many were replaced."""
     policy = CropPolicy((CropSpec(1, 64, (1.0, 1.0), (0.1, 10.0), flip=0.0, photometric=NOTHING),), **PLAIN)
     source = ImageFolder(folder)
     loader = build_loader(name, source, policy, 1, most_bad=0.5)
-    shown = {}
+    pictures = {}
     for _ in range(len(source)):
         views = next(loader)
-        shown[source.names[views.ids.item()]] = views.global_crops.pixels[0, 0], views.global_crops.box[0, 0]
+        pictures[source.names[views.ids.item()]] = views.global_crops.pixels[0, 0], views.global_crops.box[0, 0]
     loader.close()
-    return shown, loader.replaced
+    return pictures, loader.replaced
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_awkward_files_are_the_same_picture_in_both_loaders(awkward):
     folder, files = awkward
-    (ours, replaced), (twin, also_replaced) = (whole_pictures(name, folder) for name in ("dali", "torchvision"))
+    (dali, replaced), (reference, also_replaced) = (whole_pictures(name, folder) for name in ("dali", "torchvision"))
     assert replaced == also_replaced == sum(not good for good in files.values())
-    assert ours.keys() == twin.keys() == {name for name, good in files.items() if good}
-    for name, (pixels, box) in ours.items():
-        assert torch.equal(box, twin[name][1]), name
-        difference = (pixels - twin[name][0]).abs()
+    assert dali.keys() == reference.keys() == {name for name, good in files.items() if good}
+    for name, (pixels, box) in dali.items():
+        assert torch.equal(box, reference[name][1]), name
+        difference = (pixels - reference[name][0]).abs()
         assert difference.mean() < 0.4, name
         assert difference[..., 4:-4, 4:-4].max() <= 4, (
-            f"{name}: a sharp picture is clipped between the twin's two passes"
+            f"{name}: a sharp picture is clipped between torchvision's two passes"
         )
 
 
-def test_a_file_that_only_a_decoder_can_refuse_costs_nothing_but_itself(tmp_path):
-    """A PNG that begins and ends well: DALI loses its batch, and gets the same one again."""
+def test_a_file_that_only_a_decoder_finds_bad_is_replaced_alone(tmp_path):
+    """A PNG with a correct beginning and end: DALI loses its batch, and gets the same batch again."""
     write_pictures(tmp_path, [f"{number:02}.png" for number in range(24)])
     data = bytearray((tmp_path / "07.png").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
@@ -114,14 +116,14 @@ def test_a_file_that_only_a_decoder_can_refuse_costs_nothing_but_itself(tmp_path
     policy = CropPolicy((CropSpec(1, 16, (0.4, 1.0), photometric=NOTHING),), **PLAIN)
     source = ImageFolder(tmp_path)
     with pytest.warns(UserWarning, match=r"DALI failed on a batch .*; Pillow decodes \d batches"):
-        ours = batches("dali", source, policy, 4, 12, workers=2, most_bad=0.5)
+        dali = batches("dali", source, policy, 4, 12, workers=2, most_bad=0.5)
     with pytest.warns(UserWarning, match=r"07.png cannot be read \(OSError: "):
-        twin = batches("torchvision", source, policy, 4, 12, most_bad=0.5)
-    for one, two in zip(ours, twin, strict=True):
+        reference = batches("torchvision", source, policy, 4, 12, most_bad=0.5)
+    for one, two in zip(dali, reference, strict=True):
         assert torch.equal(one.ids, two.ids)
         assert torch.equal(one.global_crops.box, two.global_crops.box)
         assert (one.global_crops.pixels - two.global_crops.pixels).abs().mean() < 1
-    assert sum((views.ids == 7).sum() for views in ours) == 0
+    assert sum((views.ids == 7).sum() for views in dali) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be read")
@@ -129,15 +131,15 @@ def test_a_missing_file_is_replaced_by_the_same_sample_in_both(tmp_path):
     write_pictures(tmp_path, [f"{number}.jpg" for number in range(6)])
     (tmp_path / "list.txt").write_text("".join(f"{number}.jpg\n" for number in range(7)))  # one more than there are
     policy, source = dino_policy(0, 16), open_source(tmp_path / "list.txt")
-    ours, twin = (batches(name, source, policy, 7, most_bad=0.5)[0] for name in ("dali", "torchvision"))
-    assert torch.equal(ours.ids, twin.ids)
-    assert set(ours.ids.tolist()) == set(range(6))
-    assert len(ours.ids) == 7
+    dali, reference = (batches(name, source, policy, 7, most_bad=0.5)[0] for name in ("dali", "torchvision"))
+    assert torch.equal(dali.ids, reference.ids)
+    assert set(dali.ids.tolist()) == set(range(6))
+    assert len(dali.ids) == 7
 
 
 @pytest.mark.parametrize("photometric", ["op", "dali"])
 def test_the_graph_for_a_gpu_can_be_put_together_without_one(photometric):
-    """DALI checks there that every operator exists for its device and takes arguments from where they are."""
+    """DALI checks there that every operator exists for its device and that its arguments are on the right device."""
     from patchlight.data.dali_loader import crop_graph
 
     def inputs() -> list:
@@ -151,12 +153,12 @@ def test_the_graph_for_a_gpu_can_be_put_together_without_one(photometric):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_graph_runs_on_a_gpu(tmp_path):
-    """Another JPEG decoder: pictures are alike, not equal."""
+    """Another JPEG decoder: pictures are similar, not equal."""
     write_pictures(tmp_path, [f"{number:02}.jpg" for number in range(16)])
     policy = replace(dino_policy(3, 48, 24), **PLAIN)
     source = ImageFolder(tmp_path)
-    ours, twin = (batches(n, source, policy, 8, 4, workers=2, device="cuda") for n in ("dali", "torchvision"))
-    for one, two in zip(ours, twin, strict=True):
+    dali, reference = (batches(n, source, policy, 8, 4, workers=2, device="cuda") for n in ("dali", "torchvision"))
+    for one, two in zip(dali, reference, strict=True):
         assert torch.equal(one.ids, two.ids)
         for mine, other in zip(kinds(one), kinds(two), strict=True):
             assert mine.pixels.is_cuda
@@ -168,9 +170,9 @@ def test_shards_are_read_too(tmp_path):
     pictures = write_shards(tmp_path, [3, 5])
     policy = CropPolicy((CropSpec(1, 40, (1.0, 1.0), (0.1, 10.0), flip=0.0, photometric=NOTHING),), **PLAIN)
     source = open_source(tmp_path)
-    views, twin = batches("dali", source, policy, 4, 2), batches("torchvision", source, policy, 4, 2)
+    views, reference = batches("dali", source, policy, 4, 2), batches("torchvision", source, policy, 4, 2)
     assert sorted(torch.cat([v.ids for v in views]).tolist()) == list(range(len(pictures)))
-    for one, two in zip(views, twin, strict=True):
+    for one, two in zip(views, reference, strict=True):
         assert (one.global_crops.pixels - two.global_crops.pixels)[..., 4:-4, 4:-4].abs().max() <= 1.01
 
 
@@ -208,41 +210,41 @@ OTHERS = {  # the same, where they are another augmentation: at least this much 
 }
 
 
-def operator_difference(name: str, look: Photometric) -> torch.Tensor:
-    policy = CropPolicy((CropSpec(2, 48, (0.4, 1.0), photometric=look),), **PLAIN)
+def operator_difference(name: str, changes: Photometric) -> torch.Tensor:
+    policy = CropPolicy((CropSpec(2, 48, (0.4, 1.0), photometric=changes),), **PLAIN)
     ours, theirs = (batches("dali", Pictures(16), policy, 16, photometric=p)[0] for p in ("op", "dali"))
     assert torch.equal(ours.global_crops.box, theirs.global_crops.box)
     difference = (ours.global_crops.pixels - theirs.global_crops.pixels).abs()
     print(
         f"{name}: largest {difference.max():.2f}, mean {difference.mean():.2f}"
-    )  # pytest -s shows what docs/data.md says
+    )  # pytest -s prints the numbers of docs/data.md
     return difference
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_dalis_operators_beside_our_op(name):
-    look, most, mean = OPERATORS[name]
-    difference = operator_difference(name, look)
+def test_the_operators_of_dali_beside_the_op(name):
+    changes, most, mean = OPERATORS[name]
+    difference = operator_difference(name, changes)
     assert difference.max() <= most + 1e-3
     assert difference.mean() <= mean + 1e-3
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_dali_does_differently(name):
-    look, mean = OTHERS[name]
-    assert operator_difference(name, look).mean() > mean
+    changes, mean = OTHERS[name]
+    assert operator_difference(name, changes).mean() > mean
 
 
 ENDINGS = {
     "finished": "loader.close()",
-    "left alone": "",
+    "not closed": "",
     "interrupted": "raise SystemExit(0)",
     "kept elsewhere": "import builtins; builtins.kept = loader, views",
 }
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_process_ends_well(ending):
+def test_a_process_ends_without_errors(ending):
     code = f"""
 from data.pictures import Pictures
 from patchlight.data.loaders import build_loader
@@ -272,7 +274,7 @@ def test_pixels_do_not_change_after_they_are_handed_over():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_memory_stays_flat(tmp_path):
-    """Pictures of many sizes: buffers have met the largest one after the first epochs."""
+    """Pictures of many sizes: after the first epochs the buffers fit the largest."""
     for number in range(24):
         side = 60 + 17 * number
         Image.fromarray(picture(number)).resize((side, side * 3 // 4)).save(tmp_path / f"{number}.jpg")

@@ -1,4 +1,4 @@
-"""The contract of every loader: one stream for any number of ranks, workers and restarts; honest boxes; bad files."""
+"""The contract of every loader: the same stream for any ranks, workers and restarts; correct boxes; bad files."""
 
 import warnings
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from data.pictures import Pictures, write_pictures
 from PIL import Image
 
-from patchlight.data.crop_sheet import draw_crops
+from patchlight.data.crop_picture import draw_crops
 from patchlight.data.interface import Loader, epoch_order
 from patchlight.data.loaders import build_loader, dali_is_there
 from patchlight.data.policy import UNCHANGED, CropPolicy, dino_policy
@@ -54,7 +54,7 @@ def steps(loader: Loader, count: int) -> list[Views]:
 
 
 def joined(ranks: list[list[Views]]) -> list[list[torch.Tensor]]:
-    """Per step, everything that the ranks' parts say, one after the other."""
+    """Per step, all tensors of the ranks' parts, concatenated."""
     out = []
     for parts in zip(*ranks, strict=True):
         crops = [c for name in ("global_crops", "local_crops") for c in [[getattr(p, name) for p in parts]]]
@@ -86,7 +86,7 @@ def test_shapes_and_types(build):
 
 
 def test_everything_is_on_the_loaders_device(build):
-    """torch's "meta" device stands for a GPU: it is no CPU."""
+    """torch's "meta" device stands for a GPU, as it is not the CPU."""
     views = next(build(Pictures(10), POLICY, 3, workers=1, device=torch.device("meta")))
     crops = (views.global_crops, views.local_crops)
     tensors = [views.ids, *(getattr(c, name) for c in crops for name in ("pixels", "box", "flip"))]
@@ -123,7 +123,7 @@ def test_an_order_is_a_permutation_of_its_own():
     assert np.array_equal(epoch_order(1, 2, 1000), orders[-1])
 
 
-def test_a_sample_looks_different_in_every_epoch(build):
+def test_a_sample_is_cropped_differently_in_every_epoch(build):
     loader = build(Pictures(6), POLICY, 6)
     first, second = steps(loader, 2)
     rows = [second.ids.tolist().index(i) for i in first.ids.tolist()]
@@ -177,7 +177,7 @@ def test_renamed_files_are_refused(tmp_path):
 
 
 def recrop(image: np.ndarray, box: list[float], flip: bool, size: int) -> np.ndarray:
-    """The crop as Pillow makes it: columns first, then rows; left alone, Pillow starts with the cheaper ones."""
+    """The crop as Pillow makes it: columns first, then rows; by itself Pillow starts with the cheaper direction."""
     x, y, w, h = (int(v) for v in box)
     crop = Image.fromarray(image).crop((x, y, x + w, y + h)).resize((size, h), Image.Resampling.BICUBIC)
     pixels = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1).astype(float)
@@ -185,7 +185,7 @@ def recrop(image: np.ndarray, box: list[float], flip: bool, size: int) -> np.nda
 
 
 def region(image: np.ndarray, box: list[float], flip: bool, size: int) -> np.ndarray:
-    """The same in float64 as DALI resizes a region: it sees beyond the box, and repeats the image's outermost pixels."""
+    """The same in float64 as DALI resizes a region: it reads beyond the box, and repeats the image's outermost pixels."""
     x, y, w, h = box
     rows, columns = weights(image.shape[0], y, h, size), weights(image.shape[1], x, w, size)
     pixels = np.einsum("ih,hwc,jw->cij", rows, image.astype(float), columns).clip(0, 255)
@@ -206,7 +206,7 @@ def weights(length: int, start: float, extent: float, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("source", [Pictures(12), ProceduralSource(12, 40)], ids=["pictures", "procedural"])
-def test_box_and_flip_explain_each_crop(build, source):
+def test_box_and_flip_reproduce_each_crop(build, source):
     views = next(build(source, plain(POLICY), 12))
     again = recrop if build.name == "torchvision" else region
     flips = 0
@@ -219,10 +219,10 @@ def test_box_and_flip_explain_each_crop(build, source):
                 flips += flip
                 image = source.read(sample)
                 right = np.abs(again(image, box, flip, size) - pixels).max()
-                assert right <= 1.01, "libraries may round apart, no more"
+                assert right <= 1.01, "libraries may round differently, no more"
                 mirrored = np.abs(again(image, box, not flip, size) - pixels).max()
                 moved = np.abs(again(image, [box[0] + 2, *box[1:]], flip, size) - pixels).max()
-                assert min(mirrored, moved) > 5, "a wrong flip or box would be seen"
+                assert min(mirrored, moved) > 5, "a wrong flip or box would be found"
     assert 10 < flips < 38
 
 
@@ -239,15 +239,15 @@ def test_pixels_are_normalized():
 def test_a_damaged_sample_is_replaced_counted_and_named(build):
     source = Pictures(12, bad=(3, 7))
     loader = build(source, POLICY, 6, most_bad=0.5)
-    with pytest.warns(UserWarning, match="cannot be read") as said:
+    with pytest.warns(UserWarning, match="cannot be read") as warned:
         views = steps(loader, 2)
-    sentences = [str(w.message) for w in said]
+    sentences = [str(w.message) for w in warned]
     assert any("picture 3 cannot be read (OSError: broken data stream)" in s for s in sentences)
     assert any("picture 7 cannot be read" in s for s in sentences)
     assert loader.replaced == 2
     ids = torch.cat([v.ids for v in views]).tolist()
     assert len(ids) == 12
-    assert not {3, 7} & set(ids), "ids say what is shown"
+    assert not {3, 7} & set(ids), "ids are those of the images that were read"
     again = build(source, POLICY, 6, most_bad=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -257,7 +257,7 @@ def test_a_damaged_sample_is_replaced_counted_and_named(build):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_poisoned_folder_is_read_to_its_end(build, tmp_path, workers):
+def test_a_folder_with_bad_files_is_read_to_its_end(build, tmp_path, workers):
     names = [f"{number}.png" for number in range(12)]
     write_pictures(tmp_path, names)
     whole = (tmp_path / "1.png").read_bytes()
@@ -266,10 +266,10 @@ def test_a_poisoned_folder_is_read_to_its_end(build, tmp_path, workers):
     (tmp_path / "5.png").write_text("no image")
     Image.open(tmp_path / "6.png").convert("RGB").save(tmp_path / "7.png", "JPEG")  # a wrong name does no harm
     loader = build(ImageFolder(tmp_path), POLICY, 4, workers=workers, most_bad=0.5)
-    with pytest.warns(UserWarning, match="cannot be read") as said:
+    with pytest.warns(UserWarning, match="cannot be read") as warned:
         views = steps(loader, 6)
     loader.close()
-    named = {name for name in names for w in said if f"/{name} cannot be read" in str(w.message)}
+    named = {name for name in names for w in warned if f"/{name} cannot be read" in str(w.message)}
     assert named == {"1.png", "2.png", "5.png"}
     assert loader.replaced == 6, "three in each of two epochs"
     assert all(len(v.ids) == 4 and v.global_crops.pixels.isfinite().all() for v in views)
@@ -280,7 +280,7 @@ def test_nothing_but_damaged_samples_is_an_error(build):
         next(build(Pictures(20, bad=tuple(range(20))), POLICY, 4))
 
 
-def test_the_time_of_waiting_is_known(build):
+def test_the_waiting_time_is_measured(build):
     class Slow(Pictures):
         def read(self, index):
             import time
@@ -301,7 +301,7 @@ def test_too_little_data_and_wrong_ranks_are_named():
         TorchvisionLoader(Pictures(10), POLICY, 4, rank=2, world=2)
 
 
-def test_plain_batches_show_every_image_once_and_in_order():
+def test_plain_batches_have_every_image_once_and_in_order():
     source = ProceduralSource(7, 40)
     batches = list(plain_batches(source, 40, 3, resize_to=40, mean=(0, 0, 0), std=(1, 1, 1)))
     assert torch.cat([ids for _, ids in batches]).tolist() == list(range(7))
@@ -313,11 +313,11 @@ def test_plain_batches_show_every_image_once_and_in_order():
     assert full.shape == (1, 3, 16, 16)
 
 
-def test_a_sheet_shows_sources_and_crops():
+def test_the_picture_has_sources_and_crops():
     source = ProceduralSource(8, 40)
     views = next(TorchvisionLoader(source, POLICY, 4))
-    sheet = draw_crops(views, source, POLICY, count=3)
-    assert sheet.width > 3 * 128
-    assert 3 * 128 <= sheet.height < 3 * 160
-    colors = {color for _, color in sheet.getcolors(sheet.width * sheet.height)}
+    picture = draw_crops(views, source, POLICY, count=3)
+    assert picture.width > 3 * 128
+    assert 3 * 128 <= picture.height < 3 * 160
+    colors = {color for _, color in picture.getcolors(picture.width * picture.height)}
     assert {(0x2F, 0x6F, 0xDE), (0xE0, 0x86, 0x2C)} <= colors, "frames of global and local crops"

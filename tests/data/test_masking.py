@@ -1,11 +1,11 @@
-"""Masks: their counts and law, and that they are functions of seed and sample only (the released law is recorded)."""
+"""Masks: their counts and distribution, and that they are functions of seed and sample only."""
 
 import pytest
 import torch
 
 from patchlight.data import masking
-from patchlight.data.counter import counter_bits
-from patchlight.data.masking import FixedMasks, MaskRule, ReleasedMasks, as_tensor, counter_bits_on
+from patchlight.data.masking import FixedMasks, MaskRule, ReleasedMasks, random_bits_on, unpack_bits
+from patchlight.data.random_numbers import random_bits
 
 MIXED = MaskRule(((0.0, 0.0), (0.3, 0.2)))
 GRIDS = [(14, 14), (6, 6), (7, 12), (2, 2)]
@@ -31,13 +31,13 @@ def test_a_fixed_ratio_masks_every_crop_alike():
     assert (draw(FixedMasks()).sum(dim=1) == int(0.3 * 196)).all()
 
 
-def test_ratios_are_dealt_out_evenly_and_shuffled():
+def test_ratios_are_spread_evenly_and_shuffled():
     counts = draw(FixedMasks(MIXED)).sum(dim=1).view(40, 16)
-    dealt = counts.sort(dim=1).values
-    assert (dealt == dealt[0]).all()  # every batch has the same ratios
-    assert (dealt[0, :8] == 0).all()  # half of the crops none
-    assert dealt[0, 8:].tolist() == [int(196 * (0.3 + 0.2 * ((2 * i + 1) / 8 - 1))) for i in range(8)]
-    assert counts.double().mean(dim=0).std() < 0.35 * counts.double().std()  # whichever crop it is
+    sorted_counts = counts.sort(dim=1).values
+    assert (sorted_counts == sorted_counts[0]).all()  # every batch has the same ratios
+    assert (sorted_counts[0, :8] == 0).all()  # half of the crops none
+    assert sorted_counts[0, 8:].tolist() == [int(196 * (0.3 + 0.2 * ((2 * i + 1) / 8 - 1))) for i in range(8)]
+    assert counts.double().mean(dim=0).std() < 0.35 * counts.double().std()  # for every crop alike
 
 
 @pytest.mark.parametrize("kind", [FixedMasks, ReleasedMasks])
@@ -93,18 +93,18 @@ def test_released_masks_stay_within_their_rows(rule, grid):
 
 def test_released_blocks_never_reach_across_the_grid():
     masks = ReleasedMasks(MaskRule(((0.5, 0.0),)))
-    assert not any(masks.cells(sample, 0, (1, 12)) for sample in range(50))  # no block is lower than one row
-    assert any(masks.cells(sample, 0, (2, 12)) for sample in range(50))
+    assert not any(masks.patch_bits(sample, 0, (1, 12)) for sample in range(50))  # no block is lower than one row
+    assert any(masks.patch_bits(sample, 0, (2, 12)) for sample in range(50))
 
 
-def test_cells_become_a_tensor_lowest_bit_first():
-    assert as_tensor([0b101, 1 << 9], 10).int().tolist() == [[1, 0, 1, 0, 0, 0, 0, 0, 0, 0], [0] * 9 + [1]]
+def test_bits_become_a_tensor_lowest_bit_first():
+    assert unpack_bits([0b101, 1 << 9], 10).int().tolist() == [[1, 0, 1, 0, 0, 0, 0, 0, 0, 0], [0] * 9 + [1]]
 
 
-def test_device_bits_are_the_loaders_bits():
+def test_bits_on_a_device_are_those_of_the_loaders():
     samples = torch.tensor([0, 1, 7, 2**40, 2**62])
-    ours = counter_bits_on("cpu", 5, masking.MASKS, samples)
-    theirs = counter_bits(5, masking.MASKS, samples.numpy())
+    ours = random_bits_on("cpu", 5, masking.MASKS, samples)
+    theirs = random_bits(5, masking.MASKS, samples.numpy())
     assert ours.tolist() == theirs.view("int64").tolist()
 
 
@@ -123,15 +123,15 @@ def test_cuda_draws_what_the_cpu_draws_without_waiting():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ({"shape": "circle"}, "'block' or 'random'"),
+        ({"shape": "circle"}, "must be one of block, random, got 'circle'"),
         ({"ratios": ((0.1, 0.2),)}, "0..1"),
         ({"ratios": ((0.9, 0.2),)}, "0..1"),
         ({"ratios": ((0.0, 0.0),)}, "above 0"),
         ({"ratios": ()}, "above 0"),
     ],
 )
-def test_impossible_rules_are_refused(arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_rules_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
         MaskRule(**arguments)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from data.pictures import write_shards
 
-from patchlight.data.check_data import check
+from patchlight.data.check_data import check_images
 from patchlight.data.shards import TarShards
 from patchlight.data.sources import open_source
 
@@ -32,9 +32,9 @@ def test_an_index_of_the_good_samples_is_read_back(tmp_path):
     offset = int(source.line(3).split("\t")[1])
     data[offset : offset + 8] = b"no image"
     shard.write_bytes(data)
-    checked = check(source, tmp_path / "out", workers=2)
-    assert [bad.index for bad in checked.bad] == [3]
-    clean = open_source(checked.clean)
+    result = check_images(source, tmp_path / "out", workers=2)
+    assert [bad.index for bad in result.bad] == [3]
+    clean = open_source(result.clean)
     assert isinstance(clean, TarShards)
     assert clean.labels.tolist() == [0, 1, 0, 2]
     for index, number in enumerate((0, 1, 2, 4)):

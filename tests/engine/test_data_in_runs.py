@@ -36,7 +36,7 @@ def test_a_poisoned_folder_trains_to_the_end_and_the_run_says_how(images, tmp_pa
     assert json.loads((folder / "run.json").read_text())["data"]["loader"] == ran
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"loader {ran} " in said
-    assert ("asked for" if asked == ran else "no GPU") in said or torch.cuda.is_available()
+    assert ("set by Data.loader" if asked == ran else "no GPU") in said or torch.cuda.is_available()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 8
     assert lines[-1]["data/replaced"] == 2, "once in each of two epochs"

@@ -6,7 +6,7 @@ from harness import IN_A_HEAD, IN_A_SUMMARY, Case, check, linear_layers, not_off
 from rounding import ZeroOnPaper
 from torch import nn
 
-from patchlight.data.masking import MaskRule, ReleasedMasks, as_tensor
+from patchlight.data.masking import MaskRule, ReleasedMasks, unpack_bits
 from patchlight.heads.summary import ClassAttentionSummary
 from patchlight.objectives.dino import Dino, DinoOptions
 from patchlight.objectives.interface import NeighborRule
@@ -202,7 +202,7 @@ def ibot_masks(case: Case) -> None:
     for name, config in case.config.items():
         side, samples = config["grid"], config["samples"]
         masks = ReleasedMasks(recorded_rule(config))
-        drawn = as_tensor([masks.cells(sample, 0, (side, side)) for sample in range(samples)], side * side)
+        drawn = unpack_bits([masks.patch_bits(sample, 0, (side, side)) for sample in range(samples)], side * side)
         recorded = case.under("output.stat.")
         counts = drawn.sum(dim=1)
         ratio = counts.double() / side**2

@@ -1,1 +1,1 @@
-"""From files to Views: sources, crop policies, loaders and masks."""
+"""From image files to batches of crops (`Views`): sources, crop policies, loaders and masks."""

@@ -1,4 +1,4 @@
-"""`python -m patchlight.data.check_data PATH`: reads every image once, in parallel, and says which cannot be used."""
+"""`python -m patchlight.data.check_data PATH`: reads every image once, in parallel, and lists those that cannot be read."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .reading import REPORT_FILE, why_unreadable
+from ..checks import sentence
+from .reading import REPORT_FILE, describe_error
 from .shards import INDEX_SUFFIX, TarShards
 from .sources import open_source
-from .stored import Source, Stored
+from .stored import Source, StoredImages
 
-_PER_TASK = 64  # images that a thread is handed at a time
+_PER_TASK = 64  # images that a thread gets at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Bad:
+class BadImage:
     """An image that cannot be read, and why."""
 
     index: int
@@ -30,52 +31,52 @@ class Bad:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """What a scan found, and where it is written."""
+class CheckResult:
+    """The bad images of a source, and where the lists are."""
 
     images: int
-    bad: tuple[Bad, ...]
+    bad: tuple[BadImage, ...]
     clean: Path  # the readable images, in a form that Data.path takes
-    report: Path  # a line per bad image: its name, a tab, why
+    report: Path  # a line per bad image: its name, a tab, the reason
 
     @property
-    def share(self) -> float:
+    def bad_share(self) -> float:
         return len(self.bad) / self.images
 
 
-def check(source: Stored, out: Path, workers: int) -> Checked:
+def check_images(source: StoredImages, out: Path, workers: int) -> CheckResult:
     """Reads every image of a source; writes the clean list and the report into the folder `out`."""
     columns = TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[bad]} bad")
-    bad: list[Bad] = []
+    bad: list[BadImage] = []
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(source), bad=0)
-        for images, found in find_bad(source, workers):
+        for images, found in find_bad_images(source, workers):
             bad += found
             progress.update(task, advance=images, bad=len(bad))
     out.mkdir(parents=True, exist_ok=True)
     clean = out / f"clean{INDEX_SUFFIX if isinstance(source, TarShards) else '.txt'}"
-    report, skipped = out / REPORT_FILE, {b.index for b in bad}
-    _write(clean, [source.line(index) for index in range(len(source)) if index not in skipped])
+    report, bad_indices = out / REPORT_FILE, {b.index for b in bad}
+    _write(clean, [source.line(index) for index in range(len(source)) if index not in bad_indices])
     _write(report, [f"{source.name(b.index)}\t{b.reason}" for b in bad])
-    return Checked(len(source), tuple(bad), clean, report)
+    return CheckResult(len(source), tuple(bad), clean, report)
 
 
-def find_bad(source: Source, workers: int) -> Iterator[tuple[int, list[Bad]]]:
-    """Goes through a source in order; after every few images, how many they were and which of them are bad."""
+def find_bad_images(source: Source, workers: int) -> Iterator[tuple[int, list[BadImage]]]:
+    """Reads a source in order; yields, every few images, how many they were and which of them are bad."""
 
-    def look(indices: range) -> tuple[int, list[Bad]]:
-        return len(indices), [bad for bad in (_try(source, index) for index in indices) if bad]
+    def check_part(indices: range) -> tuple[int, list[BadImage]]:
+        return len(indices), [bad for bad in (_read_error(source, index) for index in indices) if bad]
 
     parts = [range(first, min(first + _PER_TASK, len(source))) for first in range(0, len(source), _PER_TASK)]
-    with ThreadPoolExecutor(workers) as pool:  # decoders let other threads run
-        yield from pool.map(look, parts)
+    with ThreadPoolExecutor(workers) as pool:  # decoders release the interpreter lock
+        yield from pool.map(check_part, parts)
 
 
-def _try(source: Source, index: int) -> Bad | None:
+def _read_error(source: Source, index: int) -> BadImage | None:
     try:
         source.read(index)
-    except Exception as error:  # decoders raise whatever they like on a damaged file
-        return Bad(index, why_unreadable(error))
+    except Exception as error:  # a damaged file can raise any exception in a decoder
+        return BadImage(index, describe_error(error))
     return None
 
 
@@ -89,9 +90,9 @@ def check_data(
     workers: int = os.cpu_count() or 1,
     most_bad: float = 0.01,
 ) -> None:
-    """Reads every image once; writes a list of the good ones and a report that names each bad one and why.
+    """Reads every image once; writes a list of the good images and a report with each bad image and the reason.
 
-    Ends with an error if more than a share of them is bad.
+    Ends with an error if too large a share of them is bad.
 
     Args:
         path: folder of images, folder of tar shards, shard, or list of files.
@@ -99,13 +100,12 @@ def check_data(
         workers: threads.
         most_bad: share of bad images that is accepted.
     """
-    checked = check(open_source(path), out, workers)
-    print(f"{len(checked.bad)} of {checked.images} images are bad; report: {checked.report}; clean: {checked.clean}")
-    if checked.share > most_bad:
-        raise SystemExit(
-            f"check_data: at most {most_bad:.2%} of the images may be bad, got {checked.share:.2%}; read"
-            f" {checked.report}, then repair the data or train on {checked.clean}"
-        )
+    result = check_images(open_source(path), out, workers)
+    print(f"{len(result.bad)} of {result.images} images are bad; report: {result.report}; clean: {result.clean}")
+    if result.bad_share > most_bad:
+        rule = f"check_data: at most {most_bad:.2%} of the images may be bad"
+        remedy = f"read {result.report}, then repair the data or train on {result.clean}"
+        raise SystemExit(sentence(rule, f"{result.bad_share:.2%}", remedy))
 
 
 if __name__ == "__main__":

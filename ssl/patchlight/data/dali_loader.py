@@ -1,8 +1,8 @@
 """The DALI loader: decodes once and cuts every crop from that, on the GPU or on the CPU, by numbers drawn beforehand.
 
-DALI draws nothing and remembers nothing here. Threads of ours read files and draw the crop table; what enters the graph is
-a pure function of the position in the stream, so a state is a position, and after an error the graph is built anew and
-given the same batch again.
+DALI draws no random numbers and keeps no state here. Threads of this loader read files and draw the crop table; the inputs
+of the graph are a pure function of the position in the stream. So the loader's state is a position, and after an error the
+graph is built again and gets the same batch.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..records import Views
-from .dali_photometric import change_in_dali
+from .dali_photometric import apply_photometric_in_dali
 from .interface import Loader, Position, host_tensors
 from .policy import CropPolicy, CropTable, sample_crops
 from .reading import Replacement, read_samples
 from .stored import Source, as_ppm, decode
 
-_PREFETCHED = 2  # batches that DALI works on ahead
-_USUAL_PIXELS = 512 * 512  # of a source image: what decoding buffers are made for at the start
+_PREFETCHED = 2  # batches that DALI processes ahead
+_USUAL_PIXELS = 512 * 512  # of a source image, for the first size of decoding buffers
 _MODES = {"JPEG": ("RGB", "L"), "PNG": ("RGB", "RGBA", "L", "LA", "P"), "WEBP": ("RGB",), "PPM": ("RGB",)}
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """A batch before DALI sees it."""
+class _Inputs:
+    """A batch as it is given to DALI, and what is kept beside it."""
 
     files: list[np.ndarray]  # B times [bytes] uint8, each of a kind that DALI decodes as Pillow does
-    regions: list[
-        np.ndarray
-    ]  # per crop twice [B, 2] fp32: where it starts and ends, y and x; x runs backwards in a flip
-    looks: list[np.ndarray]  # per crop [B, columns] fp32: what photometric does to it
-    tensors: dict[str, Tensor]  # what goes beside the pixels, as Loader._views takes it
+    regions: list[np.ndarray]  # per crop two [B, 2] fp32: start and end, y and x; in a flip the start is on the right
+    photometric: list[np.ndarray]  # per crop [B, columns] fp32: the columns of the photometric op
+    tensors: dict[str, Tensor]  # everything but the pixels, as Loader._views takes it
     replacements: list[Replacement]
 
 
 class DaliLoader(Loader):
-    """Decodes and cuts with DALI: on a GPU if `device` is one (there with its JPEG decoder), else on the CPU.
+    """Decodes and cuts with DALI: on a GPU, with its JPEG decoder, if `device` is one, else on the CPU.
 
     Boxes, flips, ids and colors are those of the TorchvisionLoader with the same arguments. `workers` threads read files
-    and as many work inside of DALI. photometric="op" changes colors with the op that all loaders share, "dali" with DALI's
+    and as many work inside DALI. photometric="op" changes colors with the op that all loaders share, "dali" with DALI's
     own operators: a fixed order of the jitter and another hue (see docs/data.md).
     """
 
@@ -61,9 +61,9 @@ class DaliLoader(Loader):
         super().__init__(source, policy, batch, *rest, **options)
         self.photometric = photometric
         self._pool = ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="patchlight-read")
-        self._plans: Iterator[Future[_Planned]] | None = None
-        self._waiting: deque[Future[_Planned]] = deque()  # being read
-        self._inside: deque[_Planned] = deque()  # handed to DALI, oldest first
+        self._to_read: Iterator[Future[_Inputs]] = iter(())
+        self._reading: deque[Future[_Inputs]] = deque()
+        self._in_dali: deque[_Inputs] = deque()  # oldest first
         self._pipeline: Pipeline | None = None
 
     def _fetch(self, start: Position) -> Views:
@@ -72,35 +72,37 @@ class DaliLoader(Loader):
         try:
             outputs = self._run()
         except RuntimeError as error:
-            suspects = max(1, len(self._inside))
+            lost = max(1, len(self._in_dali))
             warnings.warn(
-                f"dali loader: DALI failed on a batch ({_gist(error)}); Pillow decodes {suspects} batches in its place"
+                f"dali loader: DALI failed on a batch ({_main_line(error)}); Pillow decodes {lost} batches in its place"
             )
-            self._begin(start, careful=suspects)
+            self._begin(start, decoded_by_pillow=lost)
             outputs = self._run()
-        planned = self._inside.popleft()
-        self._report(planned.replacements)
+        inputs = self._in_dali.popleft()
+        self._report(inputs.replacements)
         crops = iter(torch.from_dlpack(output.as_tensor()) for output in outputs)  # no copies
         pixels = {
             f"{kind}.pixels": torch.stack([next(crops) for spec in specs for _ in range(spec.count)])
             for kind, specs in self.policy.kinds()
         }
-        return self._views(planned.tensors | pixels)
+        return self._views(inputs.tensors | pixels)
 
     def _run(self) -> tuple:
+        assert self._pipeline is not None  # built by _begin
         if self.device.type == "cuda":
             return self._pipeline.run(torch.cuda.current_stream(self.device).cuda_stream)
         return self._pipeline.run()
 
-    def _begin(self, start: Position, careful: int = 0) -> None:
-        """Reads ahead from a position, into a new pipeline; the first `careful` batches are decoded by Pillow."""
+    def _begin(self, start: Position, decoded_by_pillow: int = 0) -> None:
+        """Reads ahead from a position, into a new pipeline; Pillow decodes the first so many batches."""
         self._restart()
         schedule = enumerate(self._schedule(start))
-        self._plans = (
-            self._pool.submit(self._plan, position.epoch, ids, number < careful) for number, (position, ids) in schedule
+        self._to_read = (
+            self._pool.submit(self._prepare, position.epoch, ids, number < decoded_by_pillow)
+            for number, (position, ids) in schedule
         )
         for _ in range(max(1, self.workers)):
-            self._waiting.append(next(self._plans))
+            self._reading.append(next(self._to_read))
         self._pipeline = crop_graph(
             self.policy,
             self._next_inputs,
@@ -112,43 +114,43 @@ class DaliLoader(Loader):
         self._pipeline.build()
 
     def _next_inputs(self) -> list:
-        """What DALI asks for when it starts on a batch."""
-        self._waiting.append(next(self._plans))
-        planned = self._waiting.popleft().result()
-        self._inside.append(planned)
-        return [planned.files, *planned.regions, *(planned.looks if self.photometric == "dali" else [])]
+        """DALI calls this when it starts on a batch."""
+        self._reading.append(next(self._to_read))
+        inputs = self._reading.popleft().result()
+        self._in_dali.append(inputs)
+        return [inputs.files, *inputs.regions, *(inputs.photometric if self.photometric == "dali" else [])]
 
-    def _plan(self, epoch: int, ids: np.ndarray, careful: bool) -> _Planned:
-        samples = read_samples(self.source, self.seed, ids, partial(self._read, careful=careful))
+    def _prepare(self, epoch: int, ids: np.ndarray, decode_here: bool) -> _Inputs:
+        samples = read_samples(self.source, self.seed, ids, partial(self._read, decode_here=decode_here))
         sizes = np.array([size for _, size in samples.contents])
         tables = sample_crops(self.policy, self.seed, epoch, ids, sizes)
         tensors = {"ids": torch.from_numpy(samples.ids)}
         for kind, table in tables.items():
             tensors |= host_tensors(kind, table)
-        looks = [view.numpy() for kind in tables for view in tensors[f"{kind}.looks"]]
+        photometric = [view.numpy() for kind in tables for view in tensors[f"{kind}.photometric"]]
         if self.photometric == "dali":
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".looks")}
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".photometric")}
         if self.device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         regions = [edge for table in tables.values() for edge in _regions(table)]
         files = [file for file, _ in samples.contents]
-        return _Planned(files, regions, looks, tensors, samples.replacements)
+        return _Inputs(files, regions, photometric, tensors, samples.replacements)
 
-    def _read(self, index: int, careful: bool) -> tuple[np.ndarray, tuple[int, int]]:
-        """A file for DALI to decode, and the image's width and height."""
+    def _read(self, index: int, decode_here: bool) -> tuple[np.ndarray, tuple[int, int]]:
+        """A file for DALI to decode, and the image's width and height. decode_here: Pillow decodes, to a plain file."""
         data = self.source.encoded(index)
-        size = None if careful else size_for_dali(data)
+        size = None if decode_here else size_for_dali(data)
         if size is None:
             image = decode(data)
             data, size = as_ppm(image), (image.shape[1], image.shape[0])
         return np.frombuffer(data, np.uint8), size
 
     def _restart(self) -> None:
-        for future in self._waiting:
+        for future in self._reading:
             future.cancel()
-        self._waiting.clear()
-        self._inside.clear()
-        self._pipeline = self._plans = None
+        self._reading.clear()
+        self._in_dali.clear()
+        self._pipeline, self._to_read = None, iter(())
 
     def close(self) -> None:
         """Ends the threads."""
@@ -157,72 +159,73 @@ class DaliLoader(Loader):
 
 
 def size_for_dali(data: bytes) -> tuple[int, int] | None:
-    """Width and height if DALI surely decodes the file to what Pillow makes of it; None: leave it to Pillow.
+    """Width and height if DALI surely decodes the file to the same pixels as Pillow; None if Pillow must decode it.
 
-    Files must be whole to the last byte: one that is not costs DALI the batch.
+    Files must be complete to the last byte: DALI loses the whole batch of one that is not.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             kind, mode, size = image.format, image.mode, image.size
     except (UnidentifiedImageError, OSError):
         return None
-    whole = {
+    complete = {
         "JPEG": data[-64:].rstrip(b"\0").endswith(b"\xff\xd9"),
         "PNG": data[-8:-4] == b"IEND",
         "WEBP": int.from_bytes(data[4:8], "little") + 8 == len(data),
         "PPM": len(data) >= size[0] * size[1] * 3,
     }
-    return size if whole.get(kind) and mode in _MODES[kind] else None
+    return size if kind is not None and complete.get(kind) and mode in _MODES[kind] else None
 
 
-@pipeline_def(enable_conditionals=True, prefetch_queue_depth=_PREFETCHED, seed=0)  # nothing here is drawn by DALI
+@pipeline_def(enable_conditionals=True, prefetch_queue_depth=_PREFETCHED, seed=0)  # DALI draws no random numbers here
 def crop_graph(policy: CropPolicy, inputs: Callable[[], list], photometric: str) -> tuple[DataNode, ...]:
-    """The graph, one for both devices: files and regions in, one uint8 tensor [B, S, S, 3] per crop out.
+    """The graph, the same for both devices: files and regions in, a uint8 tensor [B, S, S, 3] per crop out.
 
-    With photometric="dali" crops leave it changed and normalized instead, fp32 [B, 3, S, S].
+    With photometric="dali" the crops are changed and normalized here, fp32 [B, 3, S, S].
     """
     on_gpu = Pipeline.current().device_id is not None
     sizes = [specs[0].size for _, specs in policy.kinds() for spec in specs for _ in range(spec.count)]
-    crops, looks = len(sizes), len(sizes) if photometric == "dali" else 0
+    crops, tables = len(sizes), len(sizes) if photometric == "dali" else 0
     files, *rest = fn.external_source(
         source=inputs,
-        num_outputs=1 + 2 * crops + looks,
+        num_outputs=1 + 2 * crops + tables,
         batch=True,
-        dtype=[types.UINT8] + [types.FLOAT] * (2 * crops + looks),
+        dtype=[DALIDataType.UINT8] + [DALIDataType.FLOAT] * (2 * crops + tables),
         ndim=1,
     )
     images = fn.decoders.image(
         files,
         device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
+        output_type=DALIImageType.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # as on the CPU and in Pillow
         bytes_per_sample_hint=_USUAL_PIXELS * 3,
     )
-    outputs = []
+    outputs: list[DataNode] = []
     for number, size in enumerate(sizes):
         crop = fn.resize(
             images,
             size=[size, size],
             roi_start=rest[2 * number],
             roi_end=rest[2 * number + 1],
-            interp_type=types.INTERP_CUBIC,
+            interp_type=DALIInterpType.INTERP_CUBIC,
             antialias=True,
             bytes_per_sample_hint=size * size * 3,
         )
-        outputs.append(change_in_dali(crop, rest[2 * crops + number], policy) if looks else crop)
+        crop = cast(DataNode, crop)  # DALI's types allow for more outputs
+        outputs.append(apply_photometric_in_dali(crop, rest[2 * crops + number], policy) if tables else crop)
     return tuple(outputs)
 
 
 def _regions(table: CropTable) -> Iterator[np.ndarray]:
-    """Per crop, where its region starts and ends: [B, 2] fp32, y and x. From right to left it comes out mirrored."""
+    """Per crop, where its region starts and ends: [B, 2] fp32, y and x. DALI mirrors a region from right to left."""
     for (x, y, w, h), flip in zip(table.box.transpose(0, 2, 1), table.flip, strict=True):
         left, right = np.where(flip, x + w, x), np.where(flip, x, x + w)
         yield np.stack([y, left], axis=1).astype(np.float32)
         yield np.stack([y + h, right], axis=1).astype(np.float32)
 
 
-def _gist(error: RuntimeError) -> str:
-    """What DALI's message says, without its stack trace."""
+def _main_line(error: RuntimeError) -> str:
+    """DALI's message without its stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "Failed" in line or "failure" in line), lines[0] if lines else "no message")

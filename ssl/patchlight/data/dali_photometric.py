@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import numpy as np
-from nvidia.dali import fn, types
+from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import DALIDataType, DALIImageType
 
 from patchlight_kernels import PHOTOMETRIC_COLUMNS
 
 from .policy import CropPolicy
 
 
-def change_in_dali(crop: DataNode, looks: DataNode, policy: CropPolicy) -> DataNode:
+def apply_photometric_in_dali(crop: DataNode, table: DataNode, policy: CropPolicy) -> DataNode:
     """Crops [S, S, 3] uint8, each with a row of PHOTOMETRIC_COLUMNS, to [3, S, S] fp32, normalized.
 
     Always brightness, contrast, saturation, hue, in this order; values are rounded to uint8 in between. Part of a graph
     with conditionals: the batch is split by each `if`.
     """
-    look = {name: looks[number] for number, name in enumerate(PHOTOMETRIC_COLUMNS)}
-    mean_gray = fn.reductions.mean(fn.color_space_conversion(crop, image_type=types.RGB, output_type=types.GRAY))
+    column = {name: table[number] for number, name in enumerate(PHOTOMETRIC_COLUMNS)}
+    mean_gray = fn.reductions.mean(
+        fn.color_space_conversion(crop, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY)
+    )
     crop = fn.brightness_contrast(
         crop,
-        brightness=look["brightness"],
-        contrast=look["contrast"],
-        contrast_center=mean_gray.cpu(),  # where DALI wants arguments, on a GPU too
+        brightness=column["brightness"],
+        contrast=column["contrast"],
+        contrast_center=mean_gray.cpu(),  # DALI takes arguments from the CPU only, on a GPU too
     )
-    saturation = look["saturation"] * (look["gray"] == 0)  # no saturation is gray
-    crop = fn.color_twist(crop, saturation=saturation, hue=360 * look["hue"])
-    if look["sigma"] > 0:
-        crop = fn.gaussian_blur(crop, sigma=look["sigma"])
+    saturation = column["saturation"] * (column["gray"] == 0)  # saturation 0 is gray
+    crop = fn.color_twist(crop, saturation=saturation, hue=360 * column["hue"])
+    if column["sigma"] > 0:
+        crop = fn.gaussian_blur(crop, sigma=column["sigma"])
     else:
         crop = crop
-    if look["solarize"] < 256:
-        crop = fn.lookup_table(crop, keys=list(range(256)), values=_SOLARIZED, dtype=types.UINT8)
+    if column["solarize"] < 256:
+        crop = fn.lookup_table(crop, keys=list(range(256)), values=_SOLARIZED, dtype=DALIDataType.UINT8)
     else:
         crop = crop
     return fn.crop_mirror_normalize(
         crop,
-        dtype=types.FLOAT,
+        dtype=DALIDataType.FLOAT,
         output_layout="CHW",
         mean=[255 * value for value in policy.mean],
         std=[255 * value for value in policy.std],

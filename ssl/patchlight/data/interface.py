@@ -1,4 +1,4 @@
-"""What every loader offers: an endless iterator of Views on the device, whose state is a position and nothing else."""
+"""The interface of every loader: an endless iterator of Views on the device, whose state is a position."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check, sentence
 from ..records import Crops, Views
-from .counter import ORDER, counter_bits
-from .photometric import change, look_table
+from .photometric import apply_photometric, photometric_table
 from .policy import CropPolicy, CropTable
+from .random_numbers import ORDER, random_bits
 from .reading import Replacement
 from .stored import Source
 
-MOST_BAD = 0.05  # share of unreadable images at which a run stops
+MOST_BAD = 0.05  # share of unreadable images above which a run stops
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where the stream stands, in samples, so that it means the same for any batch and any number of ranks."""
+    """How far the stream has been read, in samples, so that it means the same for any batch size and number of ranks."""
 
     epoch: int = 0
     samples: int = 0  # taken from this epoch's order, over all ranks
@@ -33,17 +34,17 @@ class Position:
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of all samples in one epoch: ids [size] int64, the same on every rank."""
-    return np.argsort(counter_bits(seed, ORDER, epoch, np.arange(size)), kind="stable")
+    return np.argsort(random_bits(seed, ORDER, epoch, np.arange(size)), kind="stable")
 
 
 class Loader(ABC):
-    """An endless iterator of Views. Ids and augmentations depend on seed, epoch and place in the epoch only.
+    """An endless iterator of Views. Ids and augmentations depend on seed, epoch and position in the epoch only.
 
     Each step takes the next `batch * world` samples of the epoch's order and rank r keeps the r-th part of them.
     What is left at the end of an epoch and does not fill a step is dropped.
     """
 
-    name: str  # said in reports
+    name: str  # for reports and messages
 
     def __init__(
         self,
@@ -58,25 +59,27 @@ class Loader(ABC):
         most_bad: float = MOST_BAD,
         report: Path | None = None,
     ):
-        """workers: processes or threads that read ahead. report: where unreadable images are listed, a line each."""
+        """workers: processes or threads that read ahead. report: the file that lists unreadable images, a line each."""
         self.source, self.policy, self.batch, self.seed = source, policy, batch, seed
         self.rank, self.world, self.workers, self.device = rank, world, workers, torch.device(device)
         self.most_bad, self.report = most_bad, report
-        self.stall_seconds = 0.0  # how long the last next() waited for data
-        self.replaced = 0  # times that another sample took an unreadable one's place, on this rank, since the run began
+        self.stall_seconds = 0.0  # time that the last next() waited for data
+        self.replaced = 0  # unreadable samples that were replaced, on this rank, since the run began
         self._bad: set[int] = set()  # samples found unreadable by this object
         self._position = Position()
         self._cached_order: tuple[int, np.ndarray] | None = None
-        if batch < 1 or not 0 <= rank < world:
-            raise ValueError(
-                f"{self.name} loader: batch must be positive and rank in [0, world), got batch={batch}, rank={rank},"
-                f" world={world}; pass this process's rank and the number of processes"
-            )
-        if len(source) < self.global_batch:
-            raise ValueError(
-                f"{self.name} loader: an epoch needs at least one global batch, got {len(source)} images for"
-                f" {batch} images x {world} ranks; use a smaller batch or more images"
-            )
+        check(
+            batch >= 1 and 0 <= rank < world,
+            f"{self.name} loader: batch must be positive and rank in [0, world)",
+            f"batch={batch}, rank={rank}, world={world}",
+            "pass this process's rank and the number of processes",
+        )
+        check(
+            len(source) >= self.global_batch,
+            f"{self.name} loader: an epoch needs at least one global batch",
+            f"{len(source)} images for {batch} images x {world} ranks",
+            "use a smaller batch or more images",
+        )
 
     @property
     def global_batch(self) -> int:
@@ -95,7 +98,7 @@ class Loader(ABC):
 
     def __next__(self) -> Views:
         began = time.perf_counter()
-        start = self._start(self._position)
+        start = self._batch_start(self._position)
         views = self._fetch(start)
         self.stall_seconds = time.perf_counter() - began
         self._position = Position(start.epoch, start.samples + self.global_batch)
@@ -105,14 +108,14 @@ class Loader(ABC):
     def _fetch(self, start: Position) -> Views:
         """This rank's part of the batch that starts there."""
 
-    def close(self) -> None:  # noqa: B027 likewise
-        """Ends whatever reads ahead."""
+    def close(self) -> None:  # noqa: B027 a loader that reads nothing ahead has nothing to end
+        """Ends the threads or processes that read ahead."""
 
-    def _restart(self) -> None:  # noqa: B027 a loader that reads nothing ahead has nothing to do
-        """Forgets whatever was read ahead: the position has moved."""
+    def _restart(self) -> None:  # noqa: B027 a loader that reads nothing ahead has nothing to discard
+        """Discards what was read ahead: the position has changed."""
 
-    def _start(self, position: Position) -> Position:
-        """Where the next batch really starts: in the next epoch, when this one has no full batch left."""
+    def _batch_start(self, position: Position) -> Position:
+        """Where the next batch starts: in the next epoch, when this epoch has no full batch left."""
         if position.samples + self.global_batch > self.dataset_size:
             return Position(position.epoch + 1)
         return position
@@ -125,14 +128,14 @@ class Loader(ABC):
         return self._cached_order[1][first : first + self.batch]
 
     def _schedule(self, start: Position) -> Iterator[tuple[Position, np.ndarray]]:
-        """All batches from a position on, without end: where each starts, and this rank's ids of it."""
+        """All batches from a position on, without end: the position of each, and this rank's ids of it."""
         while True:
-            start = self._start(start)
+            start = self._batch_start(start)
             yield start, self._ids(start)
             start = Position(start.epoch, start.samples + self.global_batch)
 
     def _report(self, replacements: list[Replacement]) -> None:
-        """Counts and names what was replaced; ends the run when too much is bad."""
+        """Counts and reports what was replaced; ends the run when too many images are bad."""
         for r in replacements:
             self.replaced += 1
             name = self.source.name(r.bad)
@@ -146,21 +149,21 @@ class Loader(ABC):
                     file.write(f"{name}\t{r.reason}\n")
             self._bad.add(r.bad)
         if len(self._bad) > self.most_bad * self.dataset_size:
-            raise RuntimeError(
-                f"{self.name} loader: at most {self.most_bad:.2%} of {self.dataset_size} images may be unreadable, got"
-                f" {len(self._bad)} on rank {self.rank} alone, listed in {self.report or 'the warnings above'}; run"
-                " python -m patchlight.data.check_data and train on its clean list"
-            )
+            rule = f"{self.name} loader: at most {self.most_bad:.2%} of {self.dataset_size} images may be unreadable"
+            listed = self.report or "the warnings above"
+            got = f"{len(self._bad)} on rank {self.rank} alone, listed in {listed}"
+            remedy = "run python -m patchlight.data.check_data and train on its clean list"
+            raise RuntimeError(sentence(rule, got, remedy))
 
     def _views(self, batch: dict[str, Tensor]) -> Views:
-        """A batch of crops, cut and described by host_tensors, as the networks see it. Without looks it is changed already."""
+        """A batch of cut crops and their host_tensors as Views. Without a photometric table, crops are changed already."""
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        crops = {}
+        crops: dict[str, Crops] = {}
         for kind, _ in self.policy.kinds():
-            pixels, looks = batch[f"{kind}.pixels"], batch.get(f"{kind}.looks")
-            changed = pixels if looks is None else change(pixels, looks, self.policy)
+            pixels, table = batch[f"{kind}.pixels"], batch.get(f"{kind}.photometric")
+            changed = pixels if table is None else apply_photometric(pixels, table, self.policy)
             crops[kind] = Crops(pixels=changed, box=batch[f"{kind}.box"], flip=batch[f"{kind}.flip"])
-        return Views(**{"local_crops": None, "query_crops": None, **crops}, ids=batch["ids"])
+        return Views(crops["global_crops"], crops.get("local_crops"), crops.get("query_crops"), batch["ids"])
 
     def state_dict(self) -> dict:
         return {
@@ -175,21 +178,21 @@ class Loader(ABC):
     def load_state_dict(self, state: dict) -> None:
         here = self.state_dict()
         for key in ("dataset_size", "fingerprint", "seed"):
-            if state[key] != here[key]:
-                raise ValueError(
-                    f"{self.name} loader: a resumed run must see the same data in the same order, got {key}="
-                    f"{here[key]!r} where the checkpoint has {state[key]!r}; restore the data and the seed, or start"
-                    " a new run"
-                )
+            check(
+                state[key] == here[key],
+                f"{self.name} loader: a resumed run must have the same data in the same order",
+                f"{key}={here[key]!r} where the checkpoint has {state[key]!r}",
+                "restore the data and the seed, or start a new run",
+            )
         self._position = Position(state["epoch"], state["samples"])
         self.replaced = state["replaced"]
         self._restart()
 
 
 def host_tensors(kind: str, table: CropTable) -> dict[str, Tensor]:
-    """What a table says of one kind of crops beside how to cut them, by names that `Loader._views` knows."""
+    """The numbers of one kind of crops that are needed after cutting, under the names that `Loader._views` reads."""
     return {
-        f"{kind}.looks": look_table(table),
+        f"{kind}.photometric": photometric_table(table),
         f"{kind}.box": torch.from_numpy(table.box).float(),
         f"{kind}.flip": torch.from_numpy(table.flip),
     }

@@ -1,4 +1,4 @@
-"""Which loader runs, and why; and the loader itself. Imports late: torchvision and DALI take seconds, and DALI is optional."""
+"""Chooses and builds a loader. Loaders are imported where needed: that takes seconds, and DALI is optional."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ..checks import sentence
 from .interface import Loader
 from .policy import CropPolicy
 from .stored import Source
@@ -16,21 +17,19 @@ LOADERS = ("auto", "dali", "torchvision", "procedural")  # as Data.loader names 
 
 @dataclass(frozen=True, slots=True)
 class LoaderChoice:
-    """A loader by its name, and a reason to say aloud."""
+    """A loader's name, and why it was chosen, for reports."""
 
     name: str
     why: str
 
 
 def choose_loader(wanted: str, device: torch.device) -> LoaderChoice:
-    """The loader for a device: the one that is asked for, or with "auto" the faster one."""
+    """The wanted loader, or with "auto" the faster one for the device."""
     if wanted == "dali" and not dali_is_there():
-        raise ModuleNotFoundError(
-            'Data.loader="dali" needs NVIDIA DALI, got a Python without it; pip install nvidia-dali-cuda130, or use'
-            ' loader="torchvision"'
-        )
+        remedy = 'pip install nvidia-dali-cuda130, or use loader="torchvision"'
+        raise ModuleNotFoundError(sentence('Data.loader="dali" needs NVIDIA DALI', "a Python without it", remedy))
     if wanted != "auto":
-        return LoaderChoice(wanted, "asked for")
+        return LoaderChoice(wanted, "set by Data.loader")
     if device.type != "cuda":
         return LoaderChoice("torchvision", "no GPU: on a CPU it takes less time than DALI (python -m bench loader)")
     if not dali_is_there():
@@ -45,7 +44,7 @@ def dali_is_there() -> bool:
 def build_loader(
     name: str, source: Source, policy: CropPolicy, batch: int, *, photometric: str = "op", **options
 ) -> Loader:
-    """The loader of that name; options are those of `interface.Loader`. photometric="dali" is the DALI loader's own."""
+    """The loader of that name; options are those of `interface.Loader`. photometric="dali" is for the DALI loader only."""
     if name == "dali":
         from .dali_loader import DaliLoader
 

@@ -1,4 +1,4 @@
-"""Crop policies as data, and every random number of an augmentation as a table: drawn here, applied by the loaders."""
+"""Crop policies, and the random numbers of every augmentation as tables: drawn here, applied by the loaders."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import numpy as np
 
 from patchlight_kernels import JITTER_ORDERS
 
-from .counter import CROPS, counter_uniform
+from ..checks import check
+from .random_numbers import CROPS, random_uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_ATTEMPTS = 10  # crops tried before the whole image is cut to the nearest allowed ratio
-_FIELDS = 2 * _ATTEMPTS + 13
+_ATTEMPTS = 10  # boxes tried before the largest centered box of an allowed ratio is taken
+_FIELDS = 2 * _ATTEMPTS + 13  # random numbers per crop
 
 
 @dataclass(frozen=True, slots=True)
 class Photometric:
-    """Changes of color and sharpness, in this order; a probability of 0 turns one off."""
+    """Changes of color and sharpness, in this order; a probability of 0 turns a change off."""
 
     jitter: float = 0.8  # probability of brightness, contrast, saturation and hue, in random order
     brightness: float = 0.4  # factor 1 +- this
@@ -35,11 +36,13 @@ class Photometric:
     def __post_init__(self):
         low, high = self.blur_sigma
         strengths = (self.brightness, self.contrast, self.saturation, 2 * self.hue)
-        if not (all(0 <= s <= 1 for s in strengths) and 0 < low <= high <= 4):
-            raise ValueError(
-                f"Photometric: strengths must lie in 0..1 (hue: 0..0.5) and 0 < blur_sigma[0] <= blur_sigma[1] <= 4, where"
-                f" the blur's kernel ends, got {self}; correct the numbers"
-            )
+        check(
+            all(0 <= s <= 1 for s in strengths) and 0 < low <= high <= 4,
+            "Photometric: strengths must lie in 0..1 (hue: 0..0.5) and 0 < blur_sigma[0] <= blur_sigma[1] <= 4, where the"
+            " blur's kernel ends",
+            self,
+            "correct the numbers",
+        )
 
 
 UNCHANGED = Photometric(jitter=0.0, gray=0.0, blur=0.0)
@@ -47,7 +50,7 @@ UNCHANGED = Photometric(jitter=0.0, gray=0.0, blur=0.0)
 
 @dataclass(frozen=True, slots=True)
 class CropSpec:
-    """`count` crops drawn alike: a random box, resized (bicubic, antialiased) to size x size, then flip and color."""
+    """`count` crops by the same rule: a random box, resized (bicubic, antialiased) to size x size, then flip and color."""
 
     count: int
     size: int
@@ -58,11 +61,12 @@ class CropSpec:
 
     def __post_init__(self):
         low, high = self.scale
-        if not (self.count > 0 and self.size > 0 and 0 < low <= high <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
-            raise ValueError(
-                f"CropSpec: count and size must be positive, 0 < scale[0] <= scale[1] <= 1 and ratios ascending, got"
-                f" {self}; correct the numbers"
-            )
+        check(
+            self.count > 0 and self.size > 0 and 0 < low <= high <= 1 and 0 < self.ratio[0] <= self.ratio[1],
+            "CropSpec: count and size must be positive, 0 < scale[0] <= scale[1] <= 1 and ratios ascending",
+            self,
+            "correct the numbers",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +80,13 @@ class CropPolicy:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self):
-        if not self.global_crops:
-            raise ValueError("CropPolicy: at least one global crop is needed, got none; add a CropSpec")
+        check(len(self.global_crops) > 0, "CropPolicy: at least one global crop is needed", "none", "add a CropSpec")
         for kind, specs in self.kinds():
-            if len({spec.size for spec in specs}) > 1:
-                raise ValueError(
-                    f"CropPolicy: all {kind} must share one size, got {[spec.size for spec in specs]}; make them equal"
-                )
+            sizes = [spec.size for spec in specs]
+            check(len(set(sizes)) == 1, f"CropPolicy: all {kind} must share one size", sizes, "make them equal")
 
     def kinds(self) -> list[tuple[str, tuple[CropSpec, ...]]]:
-        """The kinds of crops that exist, by their name in Views."""
+        """The kinds of crops that exist, by their names in Views."""
         kinds = [(kind, getattr(self, kind)) for kind in ("global_crops", "local_crops", "query_crops")]
         return [(kind, specs) for kind, specs in kinds if specs]
 
@@ -102,7 +103,7 @@ def dino_policy(
     global_scale: tuple[float, float] = (0.4, 1.0),
     local_scale: tuple[float, float] = (0.05, 0.4),
 ) -> CropPolicy:
-    """DINO's crops: two global ones (the second hardly blurred, sometimes solarized) and `local_count` local ones."""
+    """DINO's two global crops (the second seldom blurred, sometimes solarized) and `local_count` local crops."""
     first = CropSpec(1, global_size, global_scale, photometric=Photometric(blur=1.0))
     second = replace(first, photometric=Photometric(blur=0.1, solarize=0.2))
     local = CropSpec(local_count, local_size, local_scale) if local_count else None
@@ -134,10 +135,10 @@ def pqcl_policy(
     global_scale: tuple[float, float] = (0.25, 1.0),
     asymmetric: bool = True,
 ) -> CropPolicy:
-    """PQCL's crops: two global ones and `query_count` query crops, which are never mirrored; no local ones.
+    """PQCL's crops: two global crops and `query_count` query crops, which are never mirrored; no local crops.
 
-    asymmetric: the second global crop is hardly blurred and sometimes solarized, as in BYOL, which the paper follows.
-        The released code treats both as the first one; False is for parity.
+    asymmetric: the second global crop is seldom blurred and sometimes solarized, as in BYOL, which the paper follows.
+        False draws both as the first crop, as the released code does.
     """
     crops = dino_policy(0, global_size, global_scale=global_scale).global_crops
     query = CropSpec(query_count, query_size, query_scale, query_ratio, flip=0.0)
@@ -146,7 +147,7 @@ def pqcl_policy(
 
 @dataclass(frozen=True, slots=True)
 class CropTable:
-    """Everything random about V crops of B images, as numbers."""
+    """All random numbers of V crops of B images, as boxes, factors and choices."""
 
     size: int
     box: np.ndarray  # [V, B, 4] int64: x, y, w, h in source pixels
@@ -170,7 +171,7 @@ def sample_crops(policy: CropPolicy, seed: int, epoch: int, ids: np.ndarray, siz
     for kind, specs in policy.kinds():
         number = ("global_crops", "local_crops", "query_crops").index(kind)
         crops = np.arange(sum(spec.count for spec in specs))[:, None, None]
-        u = counter_uniform(seed, CROPS, epoch, np.asarray(ids)[:, None], number, crops, np.arange(_FIELDS))
+        u = random_uniform(seed, CROPS, epoch, np.asarray(ids)[:, None], number, crops, np.arange(_FIELDS))
         tables[kind] = _table([spec for spec in specs for _ in range(spec.count)], u, np.asarray(sizes))
     return tables
 
@@ -181,28 +182,28 @@ def _table(specs: Sequence[CropSpec], u: np.ndarray, sizes: np.ndarray) -> CropT
     def column(values: list[float]) -> np.ndarray:
         return np.array(values)[:, None]  # [V, 1]
 
-    looks = [spec.photometric for spec in specs]
+    changes = [spec.photometric for spec in specs]
     boxes, rest = u[..., : 2 * _ATTEMPTS + 2], u[..., 2 * _ATTEMPTS + 2 :]
     flip, jitter, brightness, contrast, saturation, hue, order, gray, blur, sigma, solarize = np.moveaxis(rest, -1, 0)
-    jittered = jitter < column([p.jitter for p in looks])
+    jittered = jitter < column([p.jitter for p in changes])
 
     def factor(uniform: np.ndarray, strengths: list[float], neutral: float) -> np.ndarray:
         return np.where(jittered, neutral + (2 * uniform - 1) * column(strengths), neutral).astype(np.float32)
 
-    low, high = column([p.blur_sigma[0] for p in looks]), column([p.blur_sigma[1] for p in looks])
-    blurred = blur < column([p.blur for p in looks])
+    low, high = column([p.blur_sigma[0] for p in changes]), column([p.blur_sigma[1] for p in changes])
+    blurred = blur < column([p.blur for p in changes])
     return CropTable(
         size=specs[0].size,
         box=_boxes(specs, boxes, sizes),
         flip=flip < column([spec.flip for spec in specs]),
-        brightness=factor(brightness, [p.brightness for p in looks], 1.0),
-        contrast=factor(contrast, [p.contrast for p in looks], 1.0),
-        saturation=factor(saturation, [p.saturation for p in looks], 1.0),
-        hue=factor(hue, [p.hue for p in looks], 0.0),
+        brightness=factor(brightness, [p.brightness for p in changes], 1.0),
+        contrast=factor(contrast, [p.contrast for p in changes], 1.0),
+        saturation=factor(saturation, [p.saturation for p in changes], 1.0),
+        hue=factor(hue, [p.hue for p in changes], 0.0),
         order=(order * len(JITTER_ORDERS)).astype(np.int64),
-        gray=gray < column([p.gray for p in looks]),
+        gray=gray < column([p.gray for p in changes]),
         sigma=np.where(blurred, low + sigma * (high - low), 0.0).astype(np.float32),
-        solarize=solarize < column([p.solarize for p in looks]),
+        solarize=solarize < column([p.solarize for p in changes]),
     )
 
 

@@ -1,7 +1,7 @@
-"""An embedded image set that needs no download: objects of ten classes over random textures, with true masks.
+"""Generated images that need no download: objects of ten classes over random textures, with exact masks.
 
-The class is a shape and, for some, what fills it. Colors, backgrounds, places, sizes and angles are drawn alike for
-all classes. Image i is a pure function of (seed, i, size).
+A class is a shape, for some with a pattern in it. Colors, backgrounds, places, sizes and angles have the same distribution
+for all classes. Image i is a pure function of (seed, i, size).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .counter import PROCEDURAL, counter_uniform
+from ..checks import check, sentence
+from .random_numbers import PROCEDURAL, random_uniform
 from .stored import as_ppm
 
 CLASSES = (
@@ -29,26 +30,27 @@ CLASSES = (
     "ruled hexagon",
 )
 
-_FEWEST_OBJECTS, _MOST_OBJECTS = 3, 4  # per image, all of the image's class, each with its own colors
-_NOISE_CELLS, _NOISE_STRENGTHS = (4, 10, 32), (0.3, 0.2, 0.1)  # cells per side of each noise, and its range
+_MIN_OBJECTS, _MAX_OBJECTS = 3, 4  # per image, all of the image's class, each with its own colors
+_NOISE_CELLS, _NOISE_STRENGTHS = (4, 10, 32), (0.3, 0.2, 0.1)  # of each noise: cells per side, range of values
 _REACH = (0.2, 0.28)  # from an object's center to its rim, in image widths
 _TILT = 27 * math.pi / 180  # an object turns by at most this much either way
 _DARKNESS = 0.3  # mean of the background
 _CHUNK = 64  # images drawn at a time
-_OBJECT_FIELDS = 10  # size, distance from the center, angle, fill, ink, and of the first one: where they begin
+_OBJECT_FIELDS = 10  # size, distance from the center, angle, fill (3), ink (3), and the first object's direction
 
 
 class ProceduralSource:
-    """`count` images of size x size, drawn when it is made (about a thousand per second) and kept as uint8."""
+    """`count` images of size x size, drawn at construction (about a thousand per second) and kept as uint8."""
 
-    classes = CLASSES
+    classes: tuple[str, ...] = CLASSES
 
     def __init__(self, count: int = 4096, size: int = 96, seed: int = 0):
-        if count < 1 or size < 16:
-            raise ValueError(
-                f"ProceduralSource: count must be positive and size 16 or more, got {count} and {size};"
-                " use larger numbers"
-            )
+        check(
+            count >= 1 and size >= 16,
+            "ProceduralSource: count must be positive and size 16 or more",
+            f"{count} and {size}",
+            "use larger numbers",
+        )
         self.count, self.size, self.seed = count, size, seed
         self.fingerprint = f"procedural-1 count={count} size={size} seed={seed}"
         self.labels = labels(seed, np.arange(count))
@@ -70,14 +72,14 @@ class ProceduralSource:
         return self.images[index]
 
     def masks(self, indices: np.ndarray) -> np.ndarray:
-        """Where the objects of some images are: [B, size, size] bool."""
+        """The objects' masks of some images: [B, size, size] bool."""
         return draw_images(self.seed, np.asarray(indices), self.size)[1]
 
 
 def labels(seed: int, indices: np.ndarray) -> np.ndarray:
     """Classes [B] int64. Every ten consecutive images hold each class once, in random order."""
     rows = np.arange(len(CLASSES))
-    keys = counter_uniform(seed, PROCEDURAL, 0, (indices // len(CLASSES))[:, None], rows)  # [B, classes]
+    keys = random_uniform(seed, PROCEDURAL, 0, (indices // len(CLASSES))[:, None], rows)  # [B, classes]
     return np.take_along_axis(np.argsort(keys, 1, kind="stable"), (indices % len(CLASSES))[:, None], 1)[:, 0]
 
 
@@ -85,11 +87,11 @@ def draw_images(seed: int, indices: np.ndarray, size: int) -> tuple[np.ndarray, 
     """Images [B, size, size, 3] uint8 and object masks [B, size, size] bool."""
     image = backgrounds(seed, indices, size)
     classes = torch.from_numpy(labels(seed, indices))
-    numbers = _uniform(seed, 2, indices, _MOST_OBJECTS * _OBJECT_FIELDS + 1)
-    objects, counts = numbers[:, 1:].unflatten(1, (_MOST_OBJECTS, _OBJECT_FIELDS)), numbers[:, 0]
-    counts = _FEWEST_OBJECTS + (counts * (_MOST_OBJECTS - _FEWEST_OBJECTS + 1)).long()
+    numbers = _uniform(seed, 2, indices, _MAX_OBJECTS * _OBJECT_FIELDS + 1)
+    objects, counts = numbers[:, 1:].unflatten(1, (_MAX_OBJECTS, _OBJECT_FIELDS)), numbers[:, 0]
+    counts = _MIN_OBJECTS + (counts * (_MAX_OBJECTS - _MIN_OBJECTS + 1)).long()
     mask = torch.zeros(len(indices), size, size, dtype=torch.bool)
-    for number in range(_MOST_OBJECTS):
+    for number in range(_MAX_OBJECTS):
         place = 2 * math.pi * (number / counts + objects[:, 0, -1])  # around the center, so that few overlap
         distance, texture = _object(classes, objects[:, number], place, size)
         distance[number >= counts] = 1.0  # outside everywhere
@@ -102,7 +104,7 @@ def draw_images(seed: int, indices: np.ndarray, size: int) -> tuple[np.ndarray, 
 
 
 def _uniform(seed: int, purpose: int, indices: np.ndarray, fields: int) -> Tensor:
-    return torch.from_numpy(counter_uniform(seed, PROCEDURAL, purpose, indices[:, None], np.arange(fields))).float()
+    return torch.from_numpy(random_uniform(seed, PROCEDURAL, purpose, indices[:, None], np.arange(fields))).float()
 
 
 def _grid(size: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +114,7 @@ def _grid(size: int) -> tuple[Tensor, Tensor]:
 
 
 def backgrounds(seed: int, indices: np.ndarray, size: int) -> Tensor:
-    """Colored noise of three scales, [B, 3, size, size]: as colorful within an image as between images."""
+    """Colored noise of three scales, [B, 3, size, size]: colors vary within an image as much as between images."""
     cells = [4 * n * n for n in _NOISE_CELLS]
     parts = (_uniform(seed, 1, indices, sum(cells)) - 0.5).split(cells, 1)
     image = torch.full((len(indices), 3, size, size), _DARKNESS)
@@ -128,7 +130,7 @@ def colors(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _object(classes: Tensor, u: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """One object per image: signed distance to its outline in image widths, and how much ink covers it, [B, S, S]."""
+    """An object per image: signed distance to its outline in image widths, and how much ink covers it, [B, S, S]."""
     reach = _REACH[0] + (_REACH[1] - _REACH[0]) * u[:, 0]
     off_center = 0.24 + 0.16 * u[:, 1]
     center_x, center_y = 0.5 + off_center * torch.cos(place), 0.5 + off_center * torch.sin(place)
@@ -138,7 +140,7 @@ def _object(classes: Tensor, u: Tensor, place: Tensor, size: int) -> tuple[Tenso
 def object_at(
     classes: Tensor, center_x: Tensor, center_y: Tensor, reach: Tensor, angle: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """The same for objects [B] of these classes, places (in image widths), reaches and angles."""
+    """The same for objects [B] of given classes, centers (in image widths), reaches and angles."""
     x, y = _grid(size)
     cos, sin = (f(angle)[:, None, None] / reach[:, None, None] for f in (torch.cos, torch.sin))
     dx, dy = x - center_x[:, None, None], y - center_y[:, None, None]
@@ -184,4 +186,5 @@ def _shape(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | float]:
             return polygon(3) - 0.1, square(torch.cos(12 * x) + torch.cos(12 * y) - 0.7)
         case "ruled hexagon":
             return polygon(6) + 0.05, square(torch.maximum(torch.cos(10 * x), torch.cos(10 * y)) - 0.75)
-    raise ValueError(f"procedural: the class must be below {len(CLASSES)}, got {number}; use one of {CLASSES}")
+    rule = f"procedural: the class must be below {len(CLASSES)}"
+    raise ValueError(sentence(rule, number, f"use one of {CLASSES}"))

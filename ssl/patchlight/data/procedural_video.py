@@ -1,4 +1,4 @@
-"""Videos of the procedural objects with true masks, in DAVIS layout: objects circle, turn, breathe and cover each other."""
+"""Videos of the procedural objects with exact masks, in DAVIS layout: objects circle, turn, change size and overlap."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .counter import PROCEDURAL, counter_uniform
+from ..checks import check
 from .procedural import CLASSES, backgrounds, colors, object_at
+from .random_numbers import PROCEDURAL, random_uniform
 
 _OBJECTS, _FIELDS = 3, 14  # per video, random numbers per object
 _PAN = 0.25  # the background moves by at most this many image widths
@@ -19,15 +20,19 @@ _STEP = 0.55 * math.pi  # objects circle by at most this much over 24 frames
 
 
 def draw_video(seed: int, number: int, frames: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames [T, size, size, 3] uint8 and object numbers [T, size, size] uint8 (0: background), a pure function of both."""
-    if frames < 3 or size < 16:
-        raise ValueError(f"draw_video: a video needs 3 frames of 16 pixels or more, got {frames} of {size}; use more.")
-    u = torch.from_numpy(counter_uniform(seed, PROCEDURAL, 3, number, np.arange(_OBJECTS * _FIELDS + 3))).float()
+    """Frames [T, size, size, 3] uint8 and object numbers [T, size, size] uint8 (0: background), from seed and number alone."""
+    check(
+        frames >= 3 and size >= 16,
+        "draw_video: a video needs 3 frames of 16 pixels or more",
+        f"{frames} of {size}",
+        "use more",
+    )
+    u = torch.from_numpy(random_uniform(seed, PROCEDURAL, 3, number, np.arange(_OBJECTS * _FIELDS + 3))).float()
     objects, scene = u[:-3].view(_OBJECTS, _FIELDS), u[-3:]
-    time = torch.linspace(0, (frames - 1) / 23, frames)  # equal speed, however long the video is
+    time = torch.linspace(0, (frames - 1) / 23, frames)  # the same speed, however long the video is
     image = _panned(seed, number, time / max(1.0, float(time[-1])), scene, size)
     labels = torch.zeros(frames, size, size, dtype=torch.uint8)
-    classes = torch.argsort(torch.from_numpy(counter_uniform(seed, PROCEDURAL, 4, number, np.arange(len(CLASSES)))))
+    classes = torch.argsort(torch.from_numpy(random_uniform(seed, PROCEDURAL, 4, number, np.arange(len(CLASSES)))))
     for k in range(_OBJECTS):
         distance, texture = _moving(
             int(classes[k]), objects[k], 2 * math.pi * (k / _OBJECTS + float(scene[2])), time, size
@@ -41,7 +46,7 @@ def draw_video(seed: int, number: int, frames: int, size: int) -> tuple[np.ndarr
 
 
 def _moving(number: int, u: Tensor, place: float, time: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """One object in every frame: signed distance and ink, [T, S, S]."""
+    """An object in every frame: signed distance and ink, [T, S, S]."""
     swing = (0.4 + 0.6 * u[0]) * _STEP * (1 if u[1] < 0.5 else -1)
     orbit = place + swing * time
     radius = 0.24 + 0.08 * u[2] + 0.05 * torch.sin(2 * math.pi * (u[3] + time))
@@ -52,7 +57,7 @@ def _moving(number: int, u: Tensor, place: float, time: Tensor, size: int) -> tu
 
 
 def _panned(seed: int, number: int, time: Tensor, u: Tensor, size: int) -> Tensor:
-    """A background that drifts, [T, 3, S, S]."""
+    """A background that moves slowly, [T, 3, S, S]."""
     wide = size + round(_PAN * size)
     whole = backgrounds(seed, np.array([number]), wide)[0]
     heading = 2 * math.pi * u[0]
@@ -67,12 +72,14 @@ def _panned(seed: int, number: int, time: Tensor, u: Tensor, size: int) -> Tenso
 
 
 def write_davis(root: str | Path, videos: int = 8, frames: int = 24, size: int = 192, seed: int = 0) -> Path:
-    """Writes videos in DAVIS layout: JPEGImages/480p (the name readers look for, whatever the size), Annotations, val.txt."""
+    """Writes videos in DAVIS layout: JPEGImages/480p (the name that readers expect, whatever the size), Annotations, val.txt."""
     root = Path(root)
-    if root.exists() and any(root.iterdir()):
-        raise ValueError(
-            f"write_davis: the folder must be new or empty, got {root}, which holds files; choose another."
-        )
+    check(
+        not root.exists() or not any(root.iterdir()),
+        "write_davis: the folder must be new or empty",
+        f"{root}, which holds files",
+        "choose another",
+    )
     names = [f"procedural-{number:03d}" for number in range(videos)]
     for number, name in enumerate(names):
         images, labels = draw_video(seed, number, frames, size)

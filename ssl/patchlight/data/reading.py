@@ -1,4 +1,4 @@
-"""Reading the samples of a batch, with stand-ins for those that cannot be read: the same ones in every loader."""
+"""Reading the samples of a batch, with substitutes for those that cannot be read: the same ones in every loader."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from .counter import SUBSTITUTE, counter_bits
+from ..checks import sentence
+from .random_numbers import SUBSTITUTE, random_bits
 from .stored import Source
 
-MOST_SUBSTITUTES = 16  # so many unreadable samples in a row are no accident
+MAX_SUBSTITUTES = 16  # so many unreadable samples in a row do not happen by chance
 
-REPORT_FILE = "bad_files.tsv"  # unreadable images, a line each: name, tab, why
+REPORT_FILE = "bad_files.tsv"  # unreadable images, a line each: name, tab, reason
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A sample that could not be read, and the one that stands in for it."""
+    """A sample that could not be read, and its substitute."""
 
     bad: int
     substitute: int
@@ -32,33 +33,33 @@ class Samples(Generic[T]):
     """What was read for a batch of ids."""
 
     contents: list[T]  # B of them
-    ids: np.ndarray  # [B] int64, of what is shown
+    ids: np.ndarray  # [B] int64, of the samples read, substitutes included
     replacements: list[Replacement]
 
 
 def read_samples(source: Source, seed: int, ids: np.ndarray, read: Callable[[int], T]) -> Samples[T]:
-    """Reads samples by number. What takes the place of an unreadable one depends on seed and id alone."""
-    contents, shown, replacements = [], [], []
+    """Reads samples by number. The substitute of an unreadable sample depends on seed and id alone."""
+    contents: list[T] = []
+    ids_read: list[int] = []
+    replacements: list[Replacement] = []
     for sample in ids.tolist():
         candidate, reason = sample, ""
-        for attempt in range(MOST_SUBSTITUTES + 1):
+        for attempt in range(MAX_SUBSTITUTES + 1):
             try:
                 contents.append(read(candidate))
                 break
-            except Exception as error:  # decoders raise whatever they like on a damaged file
-                reason = reason or why_unreadable(error)
-            candidate = int(counter_bits(seed, SUBSTITUTE, sample, attempt)[0] % np.uint64(len(source)))
+            except Exception as error:  # a damaged file can raise any exception in a decoder
+                reason = reason or describe_error(error)
+            candidate = int(random_bits(seed, SUBSTITUTE, sample, attempt)[0] % np.uint64(len(source)))
         else:
-            raise OSError(
-                f"One of {MOST_SUBSTITUTES} substitutes must be readable, got none for {source.name(sample)} ({reason});"
-                " repair the data"
-            )
-        shown.append(candidate)
+            rule = f"One of {MAX_SUBSTITUTES} substitutes must be readable"
+            raise OSError(sentence(rule, f"none for {source.name(sample)} ({reason})", "repair the data"))
+        ids_read.append(candidate)
         if reason:
             replacements.append(Replacement(sample, candidate, reason))
-    return Samples(contents, np.array(shown, dtype=np.int64), replacements)
+    return Samples(contents, np.array(ids_read, dtype=np.int64), replacements)
 
 
-def why_unreadable(error: Exception) -> str:
-    """What a report says, on one line."""
+def describe_error(error: Exception) -> str:
+    """The error's type and message on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,4 +1,4 @@
-"""WebDataset shards: plain tar files, made addressable by an index of where each image begins and how long it is."""
+"""WebDataset shards: plain tar files, with an index of where each image begins and how long it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .stored import EXTENSIONS, Stored
+from ..checks import check, sentence
+from .stored import EXTENSIONS, StoredImages
 
 INDEX_SUFFIX = ".index"
 
@@ -28,7 +29,7 @@ class Member:
     class_name: str | None
 
 
-class TarShards(Stored):
+class TarShards(StoredImages):
     """Every image of a folder of tar shards, of one shard, or of an index of them; samples, not shards, are shuffled.
 
     A sample is the files of one shard whose names agree up to the first dot: one image, and optionally a class in a
@@ -40,14 +41,12 @@ class TarShards(Stored):
         path = Path(path)
         members = _read_index(path) if path.suffix == INDEX_SUFFIX else _scan_all(_shards_at(path))
         if not members:
-            raise FileNotFoundError(
-                f"TarShards: at least one image is needed, got none in {path}; known endings are"
-                f" {' '.join(sorted(EXTENSIONS))}"
-            )
+            remedy = f"known endings are {' '.join(sorted(EXTENSIONS))}"
+            raise FileNotFoundError(sentence("TarShards: at least one image is needed", f"none in {path}", remedy))
         folder = path if path.is_dir() else path.parent
-        class_names = [m.class_name for m in members]
+        class_names = [m.class_name for m in members if m.class_name]
         names = [f"{Path(m.shard).name}/{m.name}" for m in members]
-        super().__init__(names, class_names if all(class_names) else None)
+        super().__init__(names, class_names if len(class_names) == len(members) else None)
         self.shards = sorted({m.shard for m in members})
         numbers = {shard: number for number, shard in enumerate(self.shards)}
         self._paths = [folder / shard for shard in self.shards]
@@ -75,7 +74,8 @@ class TarShards(Stored):
 def _shards_at(path: Path) -> list[Path]:
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not shards or not all(shard.is_file() for shard in shards):
-        raise FileNotFoundError(f"TarShards: a shard or a folder of shards must exist, got {path}; check the path")
+        rule = "TarShards: a shard or a folder of shards must exist"
+        raise FileNotFoundError(sentence(rule, path, "check the path"))
     return shards
 
 
@@ -85,7 +85,7 @@ def _scan_all(shards: list[Path]) -> list[Member]:
 
 
 def _scan(path: Path) -> list[Member]:
-    """The images of one shard. What follows a damaged header is left out aloud."""
+    """The images of one shard. What follows a damaged header is left out with a warning."""
     images: dict[str, tarfile.TarInfo] = {}
     class_names: dict[str, str] = {}
     try:
@@ -97,13 +97,14 @@ def _scan(path: Path) -> list[Member]:
                 if not entry.isreg() or file.startswith("."):
                     continue
                 if ending == "cls":
-                    class_names[key] = tar.extractfile(entry).read().decode().strip()
+                    content = tar.extractfile(entry)
+                    assert content is not None  # as the entry is a regular file
+                    class_names[key] = content.read().decode().strip()
                 elif f".{ending.lower()}" in EXTENSIONS:
                     if key in images:
-                        raise ValueError(
-                            f"TarShards: a sample must have one image, got {images[key].name} and {entry.name} in"
-                            f" {path}; give each image a name of its own before the first dot"
-                        )
+                        got = f"{images[key].name} and {entry.name} in {path}"
+                        remedy = "give each image a name of its own before the first dot"
+                        raise ValueError(sentence("TarShards: a sample must have one image", got, remedy))
                     images[key] = entry
     except tarfile.TarError as error:
         warnings.warn(f"TarShards: {path} is damaged ({error}); what follows its {len(images)} readable images is lost")
@@ -112,11 +113,12 @@ def _scan(path: Path) -> list[Member]:
 
 def _read_index(path: Path) -> list[Member]:
     if not path.is_file():
-        raise FileNotFoundError(f"TarShards: the index must exist, got {path}; check the path")
+        raise FileNotFoundError(sentence("TarShards: the index must exist", path, "check the path"))
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-    if len({len(row) for row in rows}) > 1 or not all(len(row) in (4, 5) for row in rows):
-        raise ValueError(
-            f"TarShards: every line of an index must be shard, offset, size, name and, in all or none, class, got"
-            f" something else in {path}; write it anew with python -m patchlight.data.check_data"
-        )
+    check(
+        len({len(row) for row in rows}) <= 1 and all(len(row) in (4, 5) for row in rows),
+        "TarShards: every line of an index must be shard, offset, size, name and, in all or none, class",
+        f"something else in {path}",
+        "write it again with python -m patchlight.data.check_data",
+    )
     return [Member(r[0], int(r[1]), int(r[2]), r[3], r[4] if len(r) == 5 else None) for r in rows]

@@ -6,11 +6,12 @@ import os
 import warnings
 from pathlib import Path
 
+from ..checks import check, sentence
 from .shards import INDEX_SUFFIX, TarShards
-from .stored import EXTENSIONS, Stored
+from .stored import EXTENSIONS, StoredImages
 
 
-class Files(Stored):
+class Files(StoredImages):
     """Image files."""
 
     def __init__(self, paths: list[Path], names: list[str], class_names: list[str] | None):
@@ -29,18 +30,17 @@ class Files(Stored):
 
 
 class ImageFolder(Files):
-    """Every image under a folder, however deep. The top folders are the classes if every image lies in one."""
+    """Every image under a folder, at any depth. The top folders are the classes if every image lies in one of them."""
 
     def __init__(self, root: str | Path):
         root = Path(root)
         if not root.is_dir():
-            raise FileNotFoundError(f"ImageFolder: the folder must exist, got {root}; check the path")
+            raise FileNotFoundError(sentence("ImageFolder: the folder must exist", root, "check the path"))
         names, others = _image_names(root)
         if not names:
-            raise FileNotFoundError(
-                f"ImageFolder: at least one image is needed, got none among {len(others)} files under {root};"
-                f" known endings are {' '.join(sorted(EXTENSIONS))}"
-            )
+            got = f"none among {len(others)} files under {root}"
+            remedy = f"known endings are {' '.join(sorted(EXTENSIONS))}"
+            raise FileNotFoundError(sentence("ImageFolder: at least one image is needed", got, remedy))
         if others:
             warnings.warn(f"ImageFolder: left out {len(others)} files that are no images by their ending: {others[0]}")
         folders = [name.split("/", 1)[0] for name in names if "/" in name]
@@ -53,21 +53,21 @@ class FileList(Files):
     def __init__(self, path: str | Path):
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"FileList: the list must exist, got {path}; check the path")
+            raise FileNotFoundError(sentence("FileList: the list must exist", path, "check the path"))
         rows = [line.rstrip().split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not rows:
-            raise ValueError(f"FileList: at least one line is needed, got an empty {path}; write one path per line")
-        if len({len(row) for row in rows}) > 1 or len(rows[0]) > 2:
-            raise ValueError(
-                f"FileList: every line must be a path, or every line a path, a tab and a class, got a mixture in {path};"
-                " make the lines alike"
-            )
+        check(len(rows) > 0, "FileList: at least one line is needed", f"an empty {path}", "write one path per line")
+        check(
+            len({len(row) for row in rows}) == 1 and len(rows[0]) <= 2,
+            "FileList: every line must be a path, or every line a path, a tab and a class",
+            f"a mixture in {path}",
+            "make the lines alike",
+        )
         names = [row[0] for row in rows]
         super().__init__([path.parent / name for name in names], names, [row[1] for row in rows if len(row) == 2])
 
 
-def open_source(path: str | Path) -> Stored:
-    """A folder of images, a folder of tar shards, one shard, an index of shards, or a list of files: what the path is."""
+def open_source(path: str | Path) -> StoredImages:
+    """Opens a folder of images, a folder of tar shards, a shard, an index of shards, or a list of files."""
     path = Path(path)
     if path.suffix in (".tar", INDEX_SUFFIX) or (path.is_dir() and any(path.glob("*.tar"))):
         return TarShards(path)
@@ -75,13 +75,15 @@ def open_source(path: str | Path) -> Stored:
 
 
 def _image_names(root: Path) -> tuple[list[str], list[str]]:
-    """Names relative to the root, with forward slashes and sorted: images, and files that are not."""
-    images, others, seen = [], [], set()
+    """Names relative to the root, with forward slashes and sorted: of images, and of other files."""
+    images: list[str] = []
+    others: list[str] = []
+    visited: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above would never end
+        if (real := os.path.realpath(folder)) in visited:  # a link to a folder above would never end
             subfolders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = Path(folder).relative_to(root)
         for name in files:

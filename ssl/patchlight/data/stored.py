@@ -15,16 +15,24 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff
 
 
 class Source(Protocol):
-    """Numbered images. Labels are optional and serve evaluation only."""
+    """Numbered images. Labels are optional and used by evaluation only."""
 
-    classes: tuple[str, ...]  # empty when there are no labels
-    labels: np.ndarray | None  # [n] int64
-    fingerprint: str  # differs when the images or their order differ
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; empty when there are no labels."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """[n] int64."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs when the images or their order differ."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call the image in a message."""
+        """The image's name in messages."""
 
     def encoded(self, index: int) -> bytes:
         """The image as it is stored: a whole file of any format that Pillow knows."""
@@ -33,11 +41,11 @@ class Source(Protocol):
         """The image, [H, W, 3] uint8 RGB."""
 
 
-class Stored(ABC):
+class StoredImages(ABC):
     """Images that are stored under names, with optional class names."""
 
     names: list[str]  # in the order of the ids; they decide the fingerprint
-    class_names: list[str] | None  # [n], one per image
+    class_names: list[str] | None  # [n], of each image
     classes: tuple[str, ...]
     labels: np.ndarray | None
 
@@ -52,7 +60,7 @@ class Stored(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call the image in a message."""
+        """The image's name in messages."""
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
@@ -71,7 +79,7 @@ class Stored(ABC):
 
 
 def decode(data: bytes) -> np.ndarray:
-    """A stored image as [H, W, 3] uint8 RGB. Turning by EXIF is left out, as in the recipes this library follows."""
+    """A stored image as [H, W, 3] uint8 RGB. Its EXIF orientation is ignored, as in the published recipes."""
     if not data:
         raise ValueError("the file is empty")
     try:

@@ -19,9 +19,9 @@ from .stored import Source
 
 
 class TorchvisionLoader(Loader):
-    """Reads with Pillow and crops with torchvision on the CPU; colors, blurs and normalizes whole batches on the device.
+    """Reads with Pillow and crops with torchvision on the CPU; the photometric step runs on whole batches on the device.
 
-    workers=0 works in the calling process, otherwise that many processes read ahead, a batch each.
+    With workers=0 the calling process does the work, otherwise that many processes read ahead, a batch each.
     """
 
     name = "torchvision"
@@ -44,7 +44,7 @@ class TorchvisionLoader(Loader):
     def _read_ahead(self, start: Position) -> Iterator:
         loader = DataLoader(
             self._dataset,
-            batch_size=None,  # a work item is a whole batch already
+            batch_size=None,  # an item is a whole batch already
             sampler=_Schedule(self, start),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
@@ -60,7 +60,7 @@ class TorchvisionLoader(Loader):
 
 
 class _Schedule:
-    """The loader's schedule as a sampler, which a DataLoader wants to be iterable anew."""
+    """The loader's schedule as a sampler, an object that a DataLoader can iterate."""
 
     def __init__(self, loader: Loader, start: Position):
         self.loader, self.start = loader, start
@@ -70,7 +70,7 @@ class _Schedule:
 
 
 class _Batches(Dataset):
-    """From (epoch, ids) to a batch of crops on the CPU; what the workers run."""
+    """From (epoch, ids) to a batch of crops on the CPU; this runs in the workers."""
 
     def __init__(self, source: Source, policy: CropPolicy, seed: int):
         self.source, self.policy, self.seed = source, policy, seed
@@ -91,7 +91,7 @@ def cut(images: list[np.ndarray], table: CropTable) -> Tensor:
     views, batch = table.flip.shape
     out = torch.empty(views, batch, table.size, table.size, 3, dtype=torch.uint8)
     for b, image in enumerate(images):
-        tensor = torch.from_numpy(image).permute(2, 0, 1)  # channels last in memory: resizing is fastest there
+        tensor = torch.from_numpy(image).permute(2, 0, 1)  # channels last in memory, for which resizing is fastest
         for v in range(views):
             x, y, w, h = table.box[v, b].tolist()
             crop = resize(tensor[:, y : y + h, x : x + w], (table.size, table.size))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..data.crop_sheet import draw_crops as draw_crop_sheet
+from ..data.crop_picture import draw_crops as draw_crop_picture
 from ..data.procedural import ProceduralSource
 from ..data.stored import Source
 from ..data.torchvision_loader import plain_batches
@@ -72,7 +72,7 @@ class TeacherProbe:
     def draw_crops(self, views: Views) -> None:
         """A picture of the first batch's crops beside where they were cut."""
         if self.writes:
-            self._save(draw_crop_sheet(views, self.source, self.run.data.crops), "crops", 0)
+            self._save(draw_crop_picture(views, self.source, self.run.data.crops), "crops", 0)
 
     @torch.no_grad()
     def evaluate(self, teacher: Teacher, clock: Clock) -> dict[str, float]:

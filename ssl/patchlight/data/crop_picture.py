@@ -1,4 +1,4 @@
-"""A picture of what a batch shows the networks: source images with their crops' boxes, and the crops."""
+"""A picture of a batch for people: source images with the boxes of their crops, and the crops."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from .policy import CropPolicy
 from .stored import Source
 
 _COLORS = {"global_crops": "#2f6fde", "local_crops": "#e0862c", "query_crops": "#23967f"}
-_SIDE, _GAP, _EDGE = 128, 6, 2  # pixels of a source image's longer side, between pictures, of a frame
+_SIDE, _GAP, _EDGE = 128, 6, 2  # pixels of a source image's longer side, between images, of a frame
 
 
 def draw_crops(views: Views, source: Source, policy: CropPolicy, count: int = 4) -> Image.Image:
     """A row for each of the first images: the source with boxes, then its crops in frames of the same colors."""
     rows = [_row(views, source, policy, number) for number in range(min(count, len(views.ids)))]
-    width = max(sum(picture.width + _GAP for picture in row) for row in rows)
-    heights = [max(picture.height for picture in row) + _GAP for row in rows]
-    sheet = Image.new("RGB", (width - _GAP, sum(heights) - _GAP), "white")
+    width = max(sum(image.width + _GAP for image in row) for row in rows)
+    heights = [max(image.height for image in row) + _GAP for row in rows]
+    picture = Image.new("RGB", (width - _GAP, sum(heights) - _GAP), "white")
     top = 0
     for row, height in zip(rows, heights, strict=True):
         left = 0
-        for picture in row:
-            sheet.paste(picture, (left, top))
-            left += picture.width + _GAP
+        for image in row:
+            picture.paste(image, (left, top))
+            left += image.width + _GAP
         top += height
-    return sheet
+    return picture
 
 
 def _row(views: Views, source: Source, policy: CropPolicy, number: int) -> list[Image.Image]:
     image = Image.fromarray(source.read(int(views.ids[number])))
     scale = _SIDE / max(image.size)
-    shown = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    draw, framed = ImageDraw.Draw(shown), []
+    small = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    draw, crop_images = ImageDraw.Draw(small), []
     largest = views.global_crops.pixels.shape[-1]
     for kind, _ in policy.kinds():
         crops: Crops = getattr(views, kind)
@@ -42,12 +42,12 @@ def _row(views: Views, source: Source, policy: CropPolicy, number: int) -> list[
         for v in range(len(crops.pixels)):
             x, y, w, h = (crops.box[v, number].cpu() * scale).tolist()
             draw.rectangle((x, y, x + w - 1, y + h - 1), outline=_COLORS[kind], width=_EDGE if side == _SIDE else 1)
-            framed.append(_frame(to_image(crops.pixels[v, number], policy), side, _COLORS[kind]))
-    return [shown, *framed]
+            crop_images.append(_frame(to_image(crops.pixels[v, number], policy), side, _COLORS[kind]))
+    return [small, *crop_images]
 
 
 def to_image(pixels: torch.Tensor, policy: CropPolicy) -> Image.Image:
-    """Normalized pixels [3, S, S] as a picture."""
+    """Normalized pixels [3, S, S] as an image."""
     mean, std = (torch.tensor(c)[:, None, None] for c in (policy.mean, policy.std))
     values = (pixels.float().cpu() * std + mean).clamp(0, 1) * 255
     return Image.fromarray(values.round().to(torch.uint8).permute(1, 2, 0).numpy().astype(np.uint8))
