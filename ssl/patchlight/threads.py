@@ -1,10 +1,10 @@
-"""Threads that wait: they spin while the processors are ours, and sleep while other processes want them.
+"""Shorter waiting of CPU threads while other processes need the processors. No result depends on it.
 
 An operation on a CPU runs on PyTorch's OpenMP threads (libgomp), which spin for milliseconds while they wait for the next
-one. On idle processors nothing is faster. Beside one busy process, the spinning uses up a thread's share of its processor,
-so that it stands in the queue when there is work to do, and a step takes several times as long. libgomp itself spins 300
-times shorter when there are more OpenMP threads than processors. So while others want the processors, a thread here holds a
-second team of OpenMP threads, which sleeps. No result depends on it.
+one. On idle processors nothing is faster. Beside a busy process, a spinning thread uses up its share of the processor, so
+it is queued when there is work to do, and a step takes several times as long. libgomp itself spins 300 times shorter when
+there are more OpenMP threads than processors. So while other processes need the processors, a thread here keeps a second
+team of OpenMP threads, which sleeps.
 """
 
 from __future__ import annotations
@@ -18,49 +18,50 @@ from pathlib import Path
 import torch
 
 CHECK_SECONDS = 1.0
-# Seconds per second that all our threads together stood in the queue: alone about 0.01, beside a busy process 0.6.
-QUEUED = 0.2
+# Seconds per second that all threads of this process together are queued: alone about 0.01, beside a busy process 0.6.
+MAX_QUEUED = 0.2
 TASKS = Path("/proc/self/task")
 
 
 @contextlib.contextmanager
-def considerate_threads(say: Callable[[str], None]) -> Iterator[None]:
-    """Within the block, waiting threads sleep while other processes want the processors; `say` hears of the first time."""
+def considerate_threads(report: Callable[[str], None]) -> Iterator[None]:
+    """Within the block, waiting threads sleep while other processes need the processors; the first time is reported."""
     if not threads_spin():
         yield
         return
     ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(ended, say), name="patchlight processors", daemon=True)
-    watch.start()
+    monitor = threading.Thread(target=_monitor, args=(ended, report), name="patchlight processors", daemon=True)
+    monitor.start()
     try:
         yield
     finally:
         ended.set()
-        watch.join()
+        monitor.join()
 
 
 def threads_spin() -> bool:
-    """Whether there are threads that spin and that nobody has given another habit."""
-    chosen = os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
-    unknown = not list(TASKS.glob("*/schedstat"))  # where the kernel does not count it
-    if chosen or torch.cuda.is_available() or torch.get_num_threads() == 1 or unknown:
+    """Whether there are threads that spin while they wait, and the user has not configured how they wait."""
+    configured = os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    unknown = not list(TASKS.glob("*/schedstat"))  # the kernel does not count queued time
+    if configured or torch.cuda.is_available() or torch.get_num_threads() == 1 or unknown:
         return False
     return "libgomp" in Path("/proc/self/maps").read_text()
 
 
-def _watch(ended: threading.Event, say: Callable[[str], None]) -> None:
+def _monitor(ended: threading.Event, report: Callable[[str], None]) -> None:
+    """Starts and ends the second team, as other processes come and go."""
     release: threading.Event | None = None
-    said, before = False, queued_seconds()
+    reported, before = False, queued_seconds()
     while not ended.wait(CHECK_SECONDS):
         now = queued_seconds()
-        wanted, before = now - before > QUEUED * CHECK_SECONDS, now
-        if wanted and release is None:
+        needed, before = now - before > MAX_QUEUED * CHECK_SECONDS, now
+        if needed and release is None:
             release = threading.Event()
             threading.Thread(target=_second_team, args=(release,), name="patchlight team", daemon=True).start()
-            if not said:
-                say("Other processes want the processors: while they do, waiting threads sleep instead of spinning.")
-                said = True
-        elif not wanted and release is not None:
+            if not reported:
+                report("Other processes need the processors: while they do, waiting threads sleep instead of spinning.")
+                reported = True
+        elif not needed and release is not None:
             release.set()
             release = None
     if release is not None:
@@ -68,14 +69,14 @@ def _watch(ended: threading.Event, say: Callable[[str], None]) -> None:
 
 
 def queued_seconds() -> float:
-    """How long all threads of this process have been ready to run, and have not run."""
+    """How long all threads of this process together were ready to run but did not run."""
     total = 0
     for task in TASKS.iterdir():
-        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+        with contextlib.suppress(OSError):  # the thread has ended in the meantime
             total += int((task / "schedstat").read_text().split()[1])
     return total / 1e9
 
 
 def _second_team(release: threading.Event) -> None:
-    torch.zeros(1 << 20).add_(1)  # large enough for all threads: now this one has a team
+    torch.zeros(1 << 20).add_(1)  # large enough for all threads: from here on this thread has a team
     release.wait()
