@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from patchlight.backbones.interface import Backbone, build_backbone
+from patchlight.backbones.architectures import build_backbone
+from patchlight.backbones.interface import Backbone
 
 
 @pytest.mark.parametrize(
@@ -19,13 +20,13 @@ def test_sizes_by_name(arch, width, depth, heads):
     assert backbone.blocks[0].mlp.fc1.out_features == 4 * width
 
 
-def test_options_win_over_the_name():
+def test_options_override_the_name():
     backbone = build_backbone("vit_tiny", depth=1, width=12, heads=2, image_size=32, class_token=False)
     assert len(backbone.blocks) == 1
     assert not backbone.has_class_token
     assert backbone(torch.zeros(1, 3, 32, 32)).patches.shape == (1, 4, 12)
 
 
-def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"no backbone is called 'vit_smal'.*vit_small"):
+def test_an_unknown_name_lists_the_known_names():
+    with pytest.raises(ValueError, match=r"arch must be one of .*vit_small, .*got 'vit_smal'; pick"):
         build_backbone("vit_smal")

@@ -1,4 +1,4 @@
-"""Fixed positions against the formulas written out, and how they become a backbone's table."""
+"""Fixed positions against the formulas written out, and as a backbone's table."""
 
 import math
 
@@ -12,26 +12,26 @@ from patchlight.backbones.vit import VisionTransformer
 def mae_by_hand(x: float, y: float, width: int) -> list[float]:
     quarter = width // 4
     w = [1 / 10000 ** (k / quarter) for k in range(quarter)]
-    return [f(v * one) for v in (x, y) for f in (math.sin, math.cos) for one in w]
+    return [f(v * frequency) for v in (x, y) for f in (math.sin, math.cos) for frequency in w]
 
 
 def printed_by_hand(x: float, y: float, width: int) -> list[float]:
-    turns = (math.sin, math.cos)
-    return [turns[(i - 1) % 2](v / 10000 ** (2 * i / width)) for v in (x, y) for i in range(1, width // 2 + 1)]
+    functions = (math.sin, math.cos)
+    return [functions[(i - 1) % 2](v / 10000 ** (2 * i / width)) for v in (x, y) for i in range(1, width // 2 + 1)]
 
 
 @pytest.mark.parametrize(("embed", "by_hand"), [(sincos, mae_by_hand), (sincos_printed, printed_by_hand)])
 @pytest.mark.parametrize("width", [4, 12, 32])
-def test_any_place_has_an_embedding(embed, by_hand, width):
-    places = torch.tensor([[0, 0], [3, 7], [-2.25, 19.5], [13.7, -8.1]], dtype=torch.float64)
-    expected = torch.tensor([by_hand(x, y, width) for x, y in places.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(embed(places, width), expected, rtol=0, atol=1e-13)
-    assert (embed(places.float(), width) - expected).abs().max() < 4e-6
+def test_any_position_has_an_embedding(embed, by_hand, width):
+    positions = torch.tensor([[0, 0], [3, 7], [-2.25, 19.5], [13.7, -8.1]], dtype=torch.float64)
+    expected = torch.tensor([by_hand(x, y, width) for x, y in positions.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(embed(positions, width), expected, rtol=0, atol=1e-13)
+    assert (embed(positions.float(), width) - expected).abs().max() < 4e-6
 
 
-def test_low_precision_places_are_embedded_in_fp32():
-    places = torch.tensor([[6.5, -3.0]], dtype=torch.bfloat16)
-    assert torch.equal(sincos(places, 8), sincos(places.float(), 8))
+def test_low_precision_positions_are_embedded_in_fp32():
+    positions = torch.tensor([[6.5, -3.0]], dtype=torch.bfloat16)
+    assert torch.equal(sincos(positions, 8), sincos(positions.float(), 8))
 
 
 def test_x_is_the_column():
@@ -53,5 +53,5 @@ def test_the_table_is_fixed_and_kept_in_checkpoints(kind, class_token):
 def test_a_width_without_four_parts_is_refused():
     with pytest.raises(ValueError, match="must be a multiple of 4, got 6"):
         VisionTransformer(6, 1, 2, positions="sincos")
-    with pytest.raises(ValueError, match=r"positions must be one of \('learned', .*got 'rotary'"):
+    with pytest.raises(ValueError, match=r"positions must be one of learned, .*got 'rotary'; pick"):
         VisionTransformer(8, 1, 2, positions="rotary")

@@ -25,11 +25,11 @@ def inputs(images: int = 2) -> tuple[Tensor, Tensor]:
     return pixels, 8 * torch.rand(images, CROPS * EACH, 2, dtype=torch.float64) - 2
 
 
-def attend(block: nn.Module, reader: Tensor, *read: Tensor) -> Tensor:
-    """The block's attention branch for one stream that reads some others, by explicit probabilities."""
+def attend(block: nn.Module, source: Tensor, *targets: Tensor) -> Tensor:
+    """The block's attention branch: queries from one sequence, keys and values from others, by explicit probabilities."""
     heads = block.attn.num_heads
-    q, _, _ = block.attn.qkv(block.norm1(reader)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    _, k, v = block.attn.qkv(block.norm1(torch.cat(read, 1))).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, _, _ = block.attn.qkv(block.norm1(source)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    _, k, v = block.attn.qkv(block.norm1(torch.cat(targets, 1))).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     probabilities = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
     return block.attn.proj((probabilities @ v).transpose(1, 2).flatten(2))
 
@@ -66,29 +66,29 @@ def test_one_sequence_is_two_streams(keys, crop, class_token):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_queries_are_not_seen(dtype):
+def test_queries_do_not_change_other_tokens(dtype):
     vit, (pixels, positions) = small_vit().to(dtype), inputs()
     pixels, mask = pixels.to(dtype), torch.rand(2, 16) < 0.3
-    asked, alone = vit(pixels, mask, (0, 2), Queries(positions.to(dtype))), vit(pixels, mask, (0, 2))
+    with_queries, alone = vit(pixels, mask, (0, 2), Queries(positions.to(dtype))), vit(pixels, mask, (0, 2))
     near = {"rtol": 0, "atol": 50 * torch.finfo(dtype).eps}
-    torch.testing.assert_close(asked.cls, alone.cls, **near)
-    torch.testing.assert_close(asked.patches, alone.patches, **near)
-    torch.testing.assert_close(asked.layers, alone.layers, **near)
+    torch.testing.assert_close(with_queries.cls, alone.cls, **near)
+    torch.testing.assert_close(with_queries.patches, alone.patches, **near)
+    torch.testing.assert_close(with_queries.layers, alone.layers, **near)
     assert alone.queries is None
-    asked.patches.square().sum().backward()
+    with_queries.patches.square().sum().backward()
     others = Queries(positions.to(dtype) + 1)
-    torch.testing.assert_close(vit(pixels, mask, queries=others).patches, asked.patches, **near)
+    torch.testing.assert_close(vit(pixels, mask, queries=others).patches, with_queries.patches, **near)
 
 
-def test_the_order_of_queries_is_that_of_their_answers():
+def test_outputs_have_the_order_of_the_queries():
     vit, (pixels, positions) = small_vit(), inputs()
     order = torch.randperm(CROPS * EACH)
-    there, back = vit(pixels, queries=Queries(positions)), vit(pixels, queries=Queries(positions[:, order]))
-    torch.testing.assert_close(back.queries, there.queries[:, order])
+    original, permuted = vit(pixels, queries=Queries(positions)), vit(pixels, queries=Queries(positions[:, order]))
+    torch.testing.assert_close(permuted.queries, original.queries[:, order])
 
 
-def test_both_streams_drop_their_paths_apart():
-    """Of many samples, each stream loses a branch at the rate, and one does not tell of the other."""
+def test_both_streams_drop_their_paths_separately():
+    """Over many samples, each stream loses a branch at the rate, independently of the other."""
     vit = small_vit(drop_path=0.4, depth=2)
     assert isinstance(vit.blocks[1].drop_path1, DropPath)
     block, raw = vit.blocks[1], 3
@@ -119,7 +119,7 @@ def test_queries_work_compiled_and_under_autocast():
     torch.testing.assert_close(vit(pixels, queries=queries).queries, plain.queries)
 
 
-def test_learned_positions_have_none_between_patches():
+def test_learned_positions_cannot_take_queries():
     vit, (pixels, positions) = small_vit(positions="learned"), inputs()
     with pytest.raises(ValueError, match=r'got a learned table; build it with positions="sincos"'):
         vit(pixels, queries=Queries(positions))

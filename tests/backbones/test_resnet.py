@@ -4,12 +4,13 @@ import pytest
 import timm
 import torch
 
-from patchlight.backbones.interface import Backbone, build_backbone
+from patchlight.backbones.architectures import build_backbone
+from patchlight.backbones.interface import Backbone
 from patchlight.heads.summary import MeanSummary
 
 
 @pytest.mark.parametrize(("arch", "width", "blocks"), [("resnet18", 512, 8), ("resnet50", 2048, 16)])
-def test_state_and_summary_are_timms(arch, width, blocks):
+def test_state_and_summary_are_those_of_timm(arch, width, blocks):
     resnet, theirs = build_backbone(arch).eval(), timm.create_model(arch, num_classes=0).eval()
     theirs.load_state_dict(resnet.state_dict(), strict=True)
     assert isinstance(resnet, Backbone)
@@ -25,7 +26,10 @@ def test_state_and_summary_are_timms(arch, width, blocks):
 @pytest.mark.parametrize(
     ("broken", "sentence"),
     [
-        (lambda: build_backbone("resnet18", stem_width=4)(torch.zeros(1, 3, 48, 64)), "multiples of 32, got 48x64"),
+        (
+            lambda: build_backbone("resnet18", stem_width=4)(torch.zeros(1, 3, 48, 64)),
+            "of the patch size 32, got 48x64; resize",
+        ),
         (
             lambda: build_backbone("resnet18", stem_width=4)(torch.zeros(1, 3, 32, 32), torch.zeros(1, 1) > 0),
             r"no tokens to mask .* got a mask of \(1, 1\)",

@@ -1,4 +1,4 @@
-"""The vision transformer: shapes, positions, masks, layers, stochastic depth, timm's names and the start."""
+"""The vision transformer: shapes, positions, masks, layers, stochastic depth, timm's names and initialization."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_images_do_not_mix():
     torch.testing.assert_close(vit(pixels[1:2]).patches, vit(pixels).patches[1:2], rtol=1e-4, atol=1e-5)
 
 
-def test_state_dict_is_timm_and_so_are_the_features():
+def test_state_dict_and_features_are_those_of_timm():
     vit = VisionTransformer(width=192, depth=12, heads=3)
     state = vit.state_dict()
     assert state.pop("mask_token").shape == (1, 192)
@@ -69,7 +69,7 @@ def test_state_dict_is_timm_and_so_are_the_features():
         torch.testing.assert_close(tokens.patches, theirs.forward_features(pixels)[:, 1:], rtol=0, atol=1e-5)
 
 
-def test_masked_patches_are_not_seen():
+def test_masked_patches_have_no_influence():
     vit = small_vit()
     torch.nn.init.normal_(vit.mask_token)
     mask = torch.zeros(2, 16, dtype=torch.bool)
@@ -106,7 +106,7 @@ def test_intermediate_layers(class_token):
     assert torch.equal(tokens.layers[0][:, int(class_token) :], tokens.patches)
 
 
-def test_attention_map_is_what_the_block_attends():
+def test_attention_map_has_the_weights_of_the_block():
     vit = small_vit(depth=2)
     pixels = torch.randn(2, 3, 16, 24)
     attention = vit.attention_map(pixels)
@@ -118,7 +118,7 @@ def test_attention_map_is_what_the_block_attends():
     torch.testing.assert_close(block.attn.proj((attention @ values).transpose(1, 2).flatten(2)), block.attn(x))
 
 
-def test_a_block_is_timms():
+def test_a_block_computes_what_timms_does():
     block, x = small_vit().double().blocks[1], torch.randn(2, 5, 24, dtype=torch.float64)
     outputs = [forward(block, x) for forward in (Block.forward, timm_vit.Block.forward)]
     torch.testing.assert_close(*outputs)
@@ -134,7 +134,7 @@ def test_attention_is_fused(monkeypatch):
     assert len(calls) == 3
 
 
-def test_the_fitting_table_is_used_as_it_is():
+def test_a_table_of_the_right_size_is_not_resized():
     vit = small_vit()
     assert vit.positions((4, 4)) is vit.pos_embed
 
@@ -173,7 +173,7 @@ def cubic(x: float, a: float = -0.75) -> float:
     return a * (x**3 - 5 * x**2 + 8 * x - 4)
 
 
-def test_released_resize_has_the_grid_it_was_asked_for():
+def test_released_resize_has_the_wanted_grid():
     """The size is floor(table * (target + 0.1) / table): no rounding may lose a row."""
     for table in (4, 14, 28, 37):
         for target in range(1, 65):
@@ -198,7 +198,7 @@ def test_drop_path_statistics():
     assert (kept[:, 0, 0] == 0).float().mean() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 20000) ** 0.5)
 
 
-def test_drop_path_rests_in_eval_and_moves_in_training():
+def test_drop_path_is_on_in_training_only():
     vit = small_vit(drop_path=0.5)
     pixels = torch.randn(8, 3, 32, 32)
     assert not torch.equal(vit(pixels).patches, vit(pixels).patches)
@@ -206,7 +206,7 @@ def test_drop_path_rests_in_eval_and_moves_in_training():
     assert torch.equal(vit(pixels).patches, vit(pixels).patches)
 
 
-def test_the_released_start():
+def test_the_released_initialization():
     vit = VisionTransformer(width=192, depth=2, heads=3)
     assert (vit.mask_token == 0).all()
     for tensor in (vit.pos_embed, vit.cls_token, vit.blocks[1].mlp.fc2.weight, vit.blocks[0].attn.qkv.weight):
@@ -268,15 +268,15 @@ def test_errors_at_build(options, message):
         small_vit(**options)
 
 
-def test_the_start_of_moco_v3_is_uniform_as_wide_as_each_matrix_asks():
+def test_weights_of_moco_v3_are_uniform_by_fan_in_and_fan_out():
     vit = small_vit(width=48, start="moco_v3")
-    wide = {
+    fan_sums = {
         "patch_embed.proj": 3 * 8 * 8 + 48,
         "blocks.1.attn.qkv": 48 + 48,
         "blocks.1.attn.proj": 48 + 48,
         "blocks.2.mlp.fc1": 48 + 192,
     }
-    for name, fans in wide.items():
+    for name, fans in fan_sums.items():
         weight, bound = vit.get_submodule(name).weight, math.sqrt(6 / fans)
         assert bound * 0.99 < weight.abs().max() <= bound, name
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
@@ -285,21 +285,21 @@ def test_the_start_of_moco_v3_is_uniform_as_wide_as_each_matrix_asks():
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-def test_fixed_waves_have_the_row_first_and_do_not_learn(class_token):
+def test_fixed_positions_have_the_row_first_and_are_not_trained(class_token):
     vit = VisionTransformer(16, 1, 2, 4, image_size=20, class_token=class_token, positions="sincos_rows_first")
     assert not vit.pos_embed.requires_grad
     table = vit.pos_embed[0, int(class_token) :].unflatten(0, (5, 5))
     assert class_token is False or (vit.pos_embed[0, 0] == 0).all()
     for row, column in ((0, 0), (3, 1), (4, 2)):
-        waves = [
-            function(place / 10000 ** (k / 4))
-            for place in (row, column)
+        expected = [
+            function(position / 10000 ** (k / 4))
+            for position in (row, column)
             for function in (math.sin, math.cos)
             for k in range(4)
         ]
-        torch.testing.assert_close(table[row, column], torch.tensor(waves))
+        torch.testing.assert_close(table[row, column], torch.tensor(expected))
 
 
-def test_waves_need_four_channels_each():
+def test_fixed_positions_need_a_multiple_of_four_channels():
     with pytest.raises(ValueError, match="multiple of 4, got 6"):
         VisionTransformer(6, 1, 2, 4, image_size=8, positions="sincos_rows_first")

@@ -39,7 +39,7 @@ def run_on(model: dict, *options, **parts):
     [
         (
             lambda: run_on(RESNET, IBOT),
-            r"ibot needs a backbone that can look at .* got resnet18; choose from \['swin_b",
+            r"ibot needs a backbone that takes masks .* got resnet18; choose from \['swin_b",
         ),
         (lambda: run_on({**SWIN, "summary": "cls"}, DINO), r"has a class token, got swin_tiny; use 'mean' or"),
         (lambda: run_on(SWIN, DINO, SELFPATCH), r"need Model.summary='class_attention', got 'mean'; set it"),

@@ -1,1 +1,1 @@
-"""Vision backbones that turn images into patch tokens."""
+"""Vision backbones, which turn images into patch tokens."""

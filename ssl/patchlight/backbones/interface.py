@@ -1,70 +1,53 @@
-"""What a run asks of a backbone, and how one is built by name."""
+"""What every backbone is: a module that turns images into patch tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from inspect import signature
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
+from ..checks import sentence
 from ..records import Tokens
-from . import resnet, swin, vit
 
-ARCHITECTURES = {
-    **{arch: (vit.VisionTransformer, sizes) for arch, sizes in vit.ARCHITECTURES.items()},
-    **{arch: (swin.SwinTransformer, sizes) for arch, sizes in swin.ARCHITECTURES.items()},
-    **{arch: (resnet.ResNet, sizes) for arch, sizes in resnet.ARCHITECTURES.items()},
-}
-# What a backbone may offer beyond patches, in words. An objective's Needs asks by the same names.
-FEATURES = {
+# What a backbone may have beyond patches, in words. The fields of an objective's Needs have the same names.
+CAPABILITIES = {
     "class_token": "has a class token",
-    "masks": "can look at an image with hidden patches",
-    "queries": "can carry queries beside an image",
+    "masks": "takes masks of hidden patches",
+    "queries": "takes queries beside an image",
 }
 
 
-@runtime_checkable
-class Backbone(Protocol):
-    """A module that turns images into patch tokens on a grid."""
+class Backbone(nn.Module, ABC):
+    """Turns images into patch tokens on a grid."""
 
-    offers: frozenset[str]  # which of FEATURES it can do
+    capabilities: frozenset[str]  # which of CAPABILITIES it has
     width: int  # D
     patch_size: int  # pixels between neighboring patches
-    heads: int  # attention heads, which a class-attention summary copies
-    norm_eps: float | None  # of the final norm that its published weights have; None where they have none
-    blocks: Sequence[nn.Module]  # what the engine compiles and shards one by one
+    heads: int  # attention heads, also of a class-attention summary
+    norm_eps: float | None  # of the final norm of its published weights; None where they have none
+    blocks: nn.ModuleList | list[nn.Module]  # the engine compiles and shards each by itself
     has_class_token: bool  # whether Tokens.cls exists; if not, Tokens.patches are the raw residual stream
+
+    @abstractmethod
+    def forward(self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = ()) -> Tokens:
+        """pixels [M, 3, H, W], mask [M, N] bool: True patches are hidden; layers: block numbers to return as well.
+
+        With the capability "queries" it also takes `queries: Queries` and returns Tokens.queries. With a class token it
+        also takes `residual: bool` and returns the patches before its final norm in Tokens.residual.
+        """
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of this many pixels."""
-        ...
+        size = self.patch_size
+        if height % size or width % size or min(height, width) < size:
+            rule = f"{type(self).__name__}: height and width must be multiples of the patch size {size}"
+            raise ValueError(sentence(rule, f"{height}x{width}", "resize or crop the images"))
+        return height // size, width // size
 
-    def __call__(self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = ()) -> Tokens:
-        """pixels [M, 3, H, W], mask [M, N] bool: True patches are hidden; layers: block numbers to return as well.
-
-        One that can carry queries (PQCL) takes `queries: Queries` too, and answers in Tokens.queries. One with a class
-        token takes `residual: bool` too, and answers with the patches before its final norm in Tokens.residual.
-        """
-        ...
-
-
-def offers_of(arch: str) -> frozenset[str]:
-    """What the backbone of this name can do, without building it."""
-    return _architecture(arch)[0].offers
-
-
-def build_backbone(arch: str, **options) -> Backbone:
-    """A backbone by name, as in build_backbone("vit_small", drop_path=0.1); options win over the sizes of its name."""
-    kind, sizes = _architecture(arch)
-    known = signature(kind).parameters
-    unknown = {name: value for name, value in options.items() if name not in known}
-    if unknown:
-        raise ValueError(f"build_backbone: {arch} takes {sorted(known)}, got {unknown}; leave these at their defaults.")
-    return kind(**{**sizes, **options})
-
-
-def _architecture(arch: str) -> tuple[type, dict[str, int]]:
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"build_backbone: no backbone is called {arch!r}; choose from {sorted(ARCHITECTURES)}.")
-    return ARCHITECTURES[arch]
+    def check_mask(self, mask: Tensor, images: int, patches: int) -> None:
+        """A mask must have a bool for every patch."""
+        if mask.shape != (images, patches) or mask.dtype != torch.bool:
+            rule = f"{type(self).__name__}: mask must be bool of shape {(images, patches)} (images, patches)"
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+            raise ValueError(sentence(rule, got, "flatten its grid row by row"))

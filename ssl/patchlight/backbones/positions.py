@@ -1,9 +1,11 @@
-"""Fixed sin-cos positions in the plane: any real x and y, in patches, to an embedding."""
+"""Fixed sin-cos position embeddings in the plane, for any real x and y, in patches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..checks import check
 
 BASE = 10000.0
 
@@ -11,7 +13,7 @@ BASE = 10000.0
 def sincos(positions: Tensor, width: int) -> Tensor:
     """[..., 2] x (column), y (row) to [..., D]: sin x w_k, cos x w_k, sin y w_k, cos y w_k, w_k = 10000^(-k / (D/4)).
 
-    MAE's table, which PQCL's released code takes.
+    The table of MAE, which the released code of PQCL uses.
     """
     check_width("sincos", width)
     quarter = width // 4
@@ -22,14 +24,14 @@ def sincos(positions: Tensor, width: int) -> Tensor:
 
 
 def sincos_rows_first(positions: Tensor, width: int) -> Tensor:
-    """The same with y before x, as MoCo v3 has it."""
+    """The same with y before x, as in MoCo v3."""
     return sincos(positions.flip(-1), width)
 
 
 def sincos_printed(positions: Tensor, width: int) -> Tensor:
-    """Eq. (4) of the PQCL paper to the letter: for x, then y, sin and cos by turns, the i-th of x / 10000^(2i/D).
+    """Eq. (4) of the PQCL paper literally: for x, then y, sin and cos alternate, the i-th of x / 10000^(2i/D).
 
-    Unlike MAE's, which the paper says it follows, sine and cosine never share a frequency.
+    The paper says that it follows MAE, where sine and cosine share frequencies; in this equation they never do.
     """
     check_width("sincos_printed", width)
     exact = _exact(positions)
@@ -49,8 +51,8 @@ def grid_positions(grid: tuple[int, int]) -> Tensor:
 
 
 def check_width(kind: str, width: int) -> None:
-    if width < 4 or width % 4:
-        raise ValueError(f"{kind} positions: the width must be a multiple of 4, got {width}; change the width.")
+    rule = f"{kind} positions: the width must be a multiple of 4"
+    check(width >= 4 and width % 4 == 0, rule, width, "change the width")
 
 
 def _exact(positions: Tensor) -> Tensor:

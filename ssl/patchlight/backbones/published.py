@@ -1,4 +1,4 @@
-"""Weights that others have published, under timm's names: whose layout a file has, and what is called how there."""
+"""Reads published weights: finds the backbone in a file of any method, and renames its tensors to timm's names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Where a backbone lies in a file, the wanted one first: the branch that the authors themselves evaluate.
-PLACES = (
+from ..checks import sentence
+
+# Prefixes of a backbone's names in a file; the first that exists is the branch that the authors evaluate.
+PREFIXES = (
     "teacher.module.backbone.",  # DINO, iBOT, SelfPatch, SERE, PQCL, DINOv2: a training checkpoint
     "teacher.backbone.",
     "state_dict.module.base_encoder.",  # MoCo v3
@@ -23,10 +25,10 @@ PLACES = (
     "state_dict.",  # iBOT: the backbone alone
     "model.",
     "teacher.",
-    "",  # DINO, DINOv2, timm, and our own export
+    "",  # DINO, DINOv2, timm, and this library's export
 )
-# A name in a file that gives its method away, most telling first.
-MARKS = {
+# Parts of names that identify a file's method, the most specific first.
+METHODS = {
     "base_encoder.": "MoCo v3",
     "encoder_k.": "MoBY",
     "ca_head.": "SelfPatch",
@@ -36,33 +38,31 @@ MARKS = {
     "masked_embed": "iBOT",
     "teacher.": "DINO",
 }
-FIRST = ("patch_embed.proj.weight", "conv1.weight")  # where every backbone begins
+FIRST_WEIGHTS = ("patch_embed.proj.weight", "conv1.weight")  # every backbone has one of them
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """What a file holds of a branch."""
+class PublishedWeights:
+    """The weights of a branch in a file."""
 
-    layout: str  # the method whose layout it is, and where in the file the backbone lies
-    weights: dict[
-        str, Tensor
-    ]  # the backbone's under timm's names; "summary." in front of SelfPatch's aggregation head's
+    layout: str  # the method of the file, and the prefix of the backbone in it
+    weights: dict[str, Tensor]  # the backbone's under timm's names; SelfPatch's aggregation head's after "summary."
 
 
-def read_published(path: Path) -> Published:
+def read_published(path: Path) -> PublishedWeights:
     """Reads a .pth or .safetensors file. Nothing in it is executed."""
-    flat = _flat(_read(path))
-    place = next((p for p in PLACES if any(f"{p}{first}" in flat for first in FIRST)), None)
-    if place is None:
-        raise ValueError(
-            f"A file of weights must hold a ViT, Swin or ResNet backbone under names that end in {' or '.join(FIRST)}, "
-            f"got {len(flat)} tensors such as {sorted(flat)[:3]} in {path}; pass the file that holds the backbone."
-        )
-    method = next((method for mark, method in MARKS.items() if any(mark in name for name in flat)), "timm")
-    backbone = {name.removeprefix(place): tensor for name, tensor in flat.items() if name.startswith(place)}
-    summary = _aggregation_head(flat, place.removesuffix("backbone."))
-    layout = f"{method}, {place.rstrip('.') or 'the backbone alone'}"
-    return Published(layout, _swin_names(_fold_layer_scale(_vit_names(backbone))) | summary)
+    flat = _flatten(_read(path))
+    prefix = next((p for p in PREFIXES if any(f"{p}{first}" in flat for first in FIRST_WEIGHTS)), None)
+    if prefix is None:
+        names = " or ".join(FIRST_WEIGHTS)
+        rule = f"A file of weights must hold a ViT, Swin or ResNet backbone under names that end in {names}"
+        got = f"{len(flat)} tensors such as {sorted(flat)[:3]} in {path}"
+        raise ValueError(sentence(rule, got, "pass the file that holds the backbone"))
+    method = next((method for mark, method in METHODS.items() if any(mark in name for name in flat)), "timm")
+    backbone = {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}
+    summary = _aggregation_head(flat, prefix.removesuffix("backbone."))
+    layout = f"{method}, {prefix.rstrip('.') or 'the backbone alone'}"
+    return PublishedWeights(layout, _swin_names(_fold_layer_scale(_vit_names(backbone))) | summary)
 
 
 def _read(path: Path) -> dict:
@@ -72,31 +72,31 @@ def _read(path: Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"A file of weights must hold tensors and plain values, got objects in {path} that only their own library can "
-            "read; open it where it was made and save the state dict alone."
-        ) from error
+        rule = "A file of weights must hold tensors and plain values"
+        got = f"objects in {path} that only their own library can read"
+        remedy = "open it where it was made and save the state dict alone"
+        raise ValueError(sentence(rule, got, remedy)) from error
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Tensor]:
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Tensor]:
     """Tensors by dotted names."""
     found: dict[str, Tensor] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= _flatten(value, f"{prefix}{name}.")
         elif isinstance(value, Tensor):
             found[f"{prefix}{name}"] = value
     return found
 
 
 def _vit_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """iBOT's mask token; DINOv2's blocks in chunks, blocks.<chunk>.<number>."""
+    """Renames iBOT's mask token and DINOv2's blocks in chunks, blocks.<chunk>.<number>."""
     names = {name: re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name) for name in weights}
     return {names[name].replace("masked_embed", "mask_token"): tensor for name, tensor in weights.items()}
 
 
 def _fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2 scales each branch by gamma; scaling its last layer instead is the same function."""
+    """DINOv2 multiplies each branch by gamma; multiplying its last layer instead gives the same function."""
     folded = dict(weights)
     for name, gamma in weights.items():
         match = re.fullmatch(r"(blocks\.\d+\.)ls([12])\.gamma", name)
@@ -109,7 +109,7 @@ def _fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _swin_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The released Swin ends a stage with what timm begins the next one with, and stores tables that timm computes."""
+    """The released Swin has each downsampling a stage earlier than timm, and stores tables that timm computes."""
     kept = {n: t for n, t in weights.items() if not n.endswith(("relative_position_index", "attn_mask"))}
     if not any(name.startswith("layers.0.downsample.") for name in kept):
         return kept
@@ -118,8 +118,8 @@ def _swin_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _aggregation_head(flat: dict[str, Tensor], branch: str) -> dict[str, Tensor]:
     """SelfPatch's head beside the backbone, under the names of `ClassAttentionSummary`."""
-    mark = f"{branch}ca_head."
-    found = {name.removeprefix(mark): tensor for name, tensor in flat.items() if name.startswith(mark)}
+    prefix = f"{branch}ca_head."
+    found = {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}
     return {
         f"summary.{name.replace('cls_blocks.', 'blocks.').replace('.attn.', '.')}": tensor
         for name, tensor in found.items()

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from patchlight_kernels import query_attention
 
+from ..checks import check, check_choice, sentence
 from ..records import Queries, Tokens
+from .interface import Backbone
 from .positions import EMBEDDINGS, grid_positions
 
 ARCHITECTURES = {
@@ -28,27 +30,29 @@ STARTS = ("dino", "moco_v3")
 NORM_EPS = 1e-6
 
 
-class VisionTransformer(nn.Module):
-    """A pre-norm ViT for any image size, as DINO and iBOT (class_token=True) or SelfPatch (False) train it.
+class VisionTransformer(Backbone):
+    """A pre-norm ViT for any image size, as in DINO and iBOT (class_token=True) or SelfPatch (False).
 
     class_token: True has a class token, N+1 position rows and the final norm inside; False has N position rows, no
-        final norm, and its patches are the raw residual stream (the summary head brings token and norm).
+        final norm, and its patches are the raw residual stream (token and norm are in the summary head).
     drop_path: the last block's rate of dropping a residual branch per sample; the first block's is 0. Student only.
-    position_resize: how the position table meets another grid, bicubic either way. "released" samples with scale
+    position_resize: how the position table is resized to another grid, bicubic either way. "released" samples with scale
         (target + 0.1) / table per axis, as the code of DINO, iBOT and SelfPatch does; "size" with exactly
-        target / table, as the papers' plain "bicubic". The default is "released": every local crop goes through
-        it, and published weights have learned with it.
-    positions: "learned", or a fixed table: "sincos" with x in the first half of the channels, as MAE and PQCL's code
-        have it, "sincos_rows_first" with y there, as MoCo v3 has it, or "sincos_printed", Eq. (4) of the PQCL paper to
-        the letter. The class token's row is zero then. Queries (PQCL) lie between and beside the patches, so they need
-        a fixed one.
-    start: "dino", truncated normals, or "moco_v3", uniform as wide as each matrix asks for, queries, keys and values
-        being a matrix each.
+        target / table, as the papers' plain "bicubic". The default is "released": every local crop uses it, and
+        published weights were trained with it.
+    positions: "learned", or a fixed table: "sincos" with x in the first half of the channels, as in MAE and PQCL's code,
+        "sincos_rows_first" with y there, as in MoCo v3, or "sincos_printed", Eq. (4) of the PQCL paper literally. The
+        class token's row is zero then. Queries (PQCL) lie between and beside the patches, so they need a fixed table.
+    start: how weights are initialized: "dino", truncated normal, or "moco_v3", uniform by fan-in and fan-out, where
+        queries, keys and values count as three matrices.
     qkv_bias: of queries, keys and values; every published ViT of these methods has them.
     """
 
-    offers = frozenset({"class_token", "masks", "queries"})
+    capabilities = frozenset({"class_token", "masks", "queries"})
     norm_eps = NORM_EPS
+    blocks: nn.ModuleList
+    cls_token: nn.Parameter | None  # [1, 1, D]
+    pos_embed: Tensor  # [1, N (+1), D], a parameter if learned, else a buffer
 
     def __init__(
         self,
@@ -66,18 +70,16 @@ class VisionTransformer(nn.Module):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(
-                f"VisionTransformer: heads must divide width, got {heads} and {width}; change one of them."
-            )
-        if not 0 <= drop_path < 1:
-            raise ValueError(
-                f"VisionTransformer: drop_path must lie in [0, 1), got {drop_path}; 0.1 is the usual rate."
-            )
-        chosen = {"position_resize": position_resize, "positions": positions, "start": start}
-        for (name, value), choices in zip(chosen.items(), (POSITION_RESIZES, POSITIONS, STARTS), strict=True):
-            if value not in choices:
-                raise ValueError(f"VisionTransformer: {name} must be one of {choices}, got {value!r}.")
+        check(
+            width % heads == 0,
+            "VisionTransformer: heads must divide width",
+            f"{heads} and {width}",
+            "change one of them",
+        )
+        check(0 <= drop_path < 1, "VisionTransformer: drop_path must lie in [0, 1)", drop_path, "0.1 is the usual rate")
+        check_choice("VisionTransformer: position_resize", position_resize, POSITION_RESIZES)
+        check_choice("VisionTransformer: positions", positions, POSITIONS)
+        check_choice("VisionTransformer: start", start, STARTS)
         self.width, self.heads, self.patch_size = width, heads, patch_size
         self.has_class_token, self.position_resize = class_token, position_resize
         self.table_grid = self.grid(image_size, image_size)
@@ -98,33 +100,26 @@ class VisionTransformer(nn.Module):
             weight_init="skip",
         )
         self.patch_embed = parts.patch_embed
-        self.cls_token = parts.cls_token  # [1, 1, D] or None
+        self.cls_token = parts.cls_token
         self.mask_token = nn.Parameter(torch.empty(1, width))
-        self.pos_embed = parts.pos_embed  # [1, N (+1), D]
+        self.pos_embed = parts.get_parameter("pos_embed")
         self.embed_positions = EMBEDDINGS.get(positions)  # None where they are learned
         self.blocks = nn.ModuleList(parts.blocks)
         self.norm = parts.norm if class_token else nn.Identity()
-        for number, block in enumerate(self.blocks):
-            rate = drop_path * number / max(depth - 1, 1)
-            if rate > 0:
-                block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-        if start == "dino":
-            self._start_as_dino()
-        else:
-            self._start_as_moco_v3()
+        _set_drop_path(self.blocks, drop_path)
+        self._initialize(start)
 
     @torch.no_grad()
-    def _start_as_dino(self) -> None:
-        """Truncated normal 0.02, biases 0; the patch convolution keeps the library's default."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+    def _initialize(self, start: str) -> None:
+        (_initialize_as_dino if start == "dino" else _initialize_as_moco_v3)(self)
         self._initialize_positions()
         nn.init.zeros_(self.mask_token)
-        if self.cls_token is not None:
+        if self.cls_token is None:
+            return
+        if start == "dino":
             nn.init.trunc_normal_(self.cls_token, std=0.02)
+        else:
+            nn.init.normal_(self.cls_token, std=1e-6)
 
     def _initialize_positions(self) -> None:
         if self.embed_positions is None:
@@ -132,31 +127,8 @@ class VisionTransformer(nn.Module):
             return
         table = self.embed_positions(grid_positions(self.table_grid), self.width).to(self.pos_embed.dtype)
         del self.pos_embed  # the parameter
-        classes = table.new_zeros(int(self.has_class_token), self.width)
-        self.register_buffer("pos_embed", torch.cat([classes, table])[None])
-
-    @torch.no_grad()
-    def _start_as_moco_v3(self) -> None:
-        """Uniform by fan-in + fan-out, biases 0; a positions table that is learned keeps the truncated normal."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                fan_in, fan_out = module.weight[0].numel(), len(module.weight) // (3 if name.endswith("qkv") else 1)
-                nn.init.uniform_(module.weight, -math.sqrt(6 / (fan_in + fan_out)), math.sqrt(6 / (fan_in + fan_out)))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self._initialize_positions()
-        nn.init.zeros_(self.mask_token)
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=1e-6)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image of this many pixels."""
-        if height % self.patch_size or width % self.patch_size or min(height, width) < self.patch_size:
-            raise ValueError(
-                f"VisionTransformer: height and width must be multiples of the patch size {self.patch_size}, "
-                f"got {height}x{width}; resize or crop the images."
-            )
-        return height // self.patch_size, width // self.patch_size
+        class_row = table.new_zeros(int(self.has_class_token), self.width)
+        self.register_buffer("pos_embed", torch.cat([class_row, table])[None])
 
     def forward(
         self,
@@ -168,47 +140,44 @@ class VisionTransformer(nn.Module):
     ) -> Tokens:
         """pixels [M, 3, H, W] to tokens; masked patches ([M, N] bool) are replaced by the mask token.
 
-        layers asks for the tokens after these blocks (0-based, negative from the end), through the final norm if there
-        is one. queries adds mask tokens at their positions [M, Q, 2] that look on and are not seen. residual asks for
-        the patches before the final norm.
+        layers: also return the tokens after these blocks (0-based, negative from the end), with the final norm if there
+        is one. queries: mask tokens at positions [M, Q, 2], which attend to the tokens and to which no token attends.
+        residual: also return the patches before the final norm.
         """
         grid = self.grid(*pixels.shape[-2:])
         wanted = [self._block_number(layer) for layer in layers]
         x = self.embed(pixels, mask)
-        raw, streams = x.shape[1], ()
+        raw = x.shape[1]
+        query_arguments: tuple = ()
         if queries is not None:
             x = torch.cat([x, self.embed_queries(queries).to(x.dtype)], dim=1)
-            streams = (raw, queries.keys, queries.crop)
+            query_arguments = (raw, queries.keys, queries.crop)
         kept = {}
         for number, block in enumerate(self.blocks):
-            x = block(x, *streams)
+            x = block(x, *query_arguments)
             if number in wanted:
                 kept[number] = x[:, :raw]
         intermediate = tuple(self.norm(kept[number]) for number in wanted)
-        guesses = None
+        predictions = None
         if queries is not None:
-            x, guesses = x[:, :raw], self.norm(x[:, raw:])
+            x, predictions = x[:, :raw], self.norm(x[:, raw:])
         if not self.has_class_token:
-            return Tokens(None, x, grid, intermediate, guesses, x if residual else None)
+            return Tokens(None, x, grid, intermediate, predictions, x if residual else None)
         cls, patches = x.split((1, x.shape[1] - 1), dim=1)
-        # Normalised apart, so that neither is a view: the patches are contiguous, and FSDP2 may hook both.
-        before = patches if residual else None
-        return Tokens(self.norm(cls.squeeze(1)), self.norm(patches), grid, intermediate, guesses, before)
+        # Each has a norm call of its own, so that neither is a view: the patches are contiguous, and FSDP2 may hook both.
+        before_norm = patches if residual else None
+        return Tokens(self.norm(cls.squeeze(1)), self.norm(patches), grid, intermediate, predictions, before_norm)
 
     def embed(self, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
         """The residual stream before the first block, [M, N (+1), D]."""
         grid = self.grid(*pixels.shape[-2:])
         x = self.patch_embed(pixels)
         if mask is not None:
-            if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"VisionTransformer: mask must be bool of shape {tuple(x.shape[:2])} (images, patches), "
-                    f"got {mask.dtype} of shape {tuple(mask.shape)}; flatten its grid row by row."
-                )
+            self.check_mask(mask, *x.shape[:2])
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         positions = self.positions(grid)
-        if not self.has_class_token:
-            # The convolution left the channels outermost: without a copy every norm below would make one.
+        if self.cls_token is None:
+            # After the convolution the channels are outermost: without this copy every norm would make one.
             return (x + positions).contiguous()
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
         x = x + positions[:, 1:]
@@ -217,14 +186,12 @@ class VisionTransformer(nn.Module):
     def embed_queries(self, queries: Queries) -> Tensor:
         """Mask tokens at the queries' positions, [M, Q, D]."""
         if self.embed_positions is None:
-            raise ValueError(
-                "VisionTransformer: queries need positions that exist anywhere, got a learned table; "
-                'build it with positions="sincos".'
-            )
+            rule = "VisionTransformer: queries need positions between patches"
+            raise ValueError(sentence(rule, "a learned table", 'build it with positions="sincos"'))
         return self.mask_token + self.embed_positions(queries.positions, self.width)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position table for a grid, [1, N (+1), D]: itself where it fits, else resized; the class row stays."""
+        """The position table for a grid, [1, N (+1), D]: unchanged where it fits, else resized except for the class row."""
         if grid == self.table_grid:
             return self.pos_embed
         classes, table = self.pos_embed.tensor_split([1 if self.has_class_token else 0], dim=1)
@@ -233,12 +200,13 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def attention_map(self, pixels: Tensor, layer: int = -1) -> Tensor:
-        """The attention probabilities of one block, [M, heads, N (+1), N (+1)]. For looking, not for training."""
+        """The attention probabilities of a block, [M, heads, N (+1), N (+1)]. For pictures, not for training."""
         number = self._block_number(layer)
         x = self.embed(pixels)
         for block in self.blocks[:number]:
             x = block(x)
         block = self.blocks[number]
+        assert isinstance(block, Block)  # a ModuleList does not know the types of its modules
         qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, _ = qkv.permute(2, 0, 3, 1, 4)
         return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
@@ -246,38 +214,69 @@ class VisionTransformer(nn.Module):
     def _block_number(self, layer: int) -> int:
         depth = len(self.blocks)
         if not -depth <= layer < depth:
-            raise ValueError(
-                f"VisionTransformer: layers must lie in [{-depth}, {depth}), got {layer}; there are {depth} blocks."
-            )
+            rule = f"VisionTransformer: layers must lie in [{-depth}, {depth})"
+            raise ValueError(sentence(rule, layer, f"there are {depth} blocks"))
         return layer % depth
 
 
-class Block(timm_vit.Block):
-    """timm's block, which can also carry queries behind the raw tokens: one more row each, through the same weights.
+def _set_drop_path(blocks: nn.ModuleList, last_rate: float) -> None:
+    """Stochastic depth with rates that grow linearly from 0 in the first block; blocks of rate 0 have none."""
+    for number, block in enumerate(blocks):
+        rate = last_rate * number / max(len(blocks) - 1, 1)
+        if rate > 0:
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
 
-    Raw rows attend to raw rows only, so they are what they would be without queries.
+
+def _initialize_as_dino(vit: nn.Module) -> None:
+    """Linear layers: truncated normal 0.02, biases 0. The patch convolution keeps PyTorch's default."""
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _initialize_as_moco_v3(vit: nn.Module) -> None:
+    """Linear layers and the patch convolution: uniform, of width sqrt(6 / (fan-in + fan-out)), biases 0."""
+    for name, module in vit.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            fan_in, fan_out = module.weight[0].numel(), len(module.weight) // (3 if name.endswith("qkv") else 1)
+            bound = math.sqrt(6 / (fan_in + fan_out))
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class Block(timm_vit.Block):
+    """timm's block, which also takes queries as further rows after the raw tokens, through the same weights.
+
+    Raw tokens attend to raw tokens only, so queries do not change them.
     """
 
-    def forward(self, x: Tensor, raw: int | None = None, keys: str = "all", crop: int | None = None) -> Tensor:
-        """x [M, T, D]; of its T rows the first `raw` are raw tokens, the others queries. keys, crop: see `Queries`."""
+    attn: timm_vit.Attention
+
+    def forward(  # type: ignore[override]  # queries instead of timm's attention mask, which is not used here
+        self, x: Tensor, raw: int | None = None, keys: str = "all", crop: int | None = None
+    ) -> Tensor:
+        """x [M, T, D]; of its T rows the first `raw` are raw tokens, the others queries. keys, crop: as in `Queries`."""
         attention = self.attn
         qkv = attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
         if raw is None:
             x = x + self.drop_path1(attention.proj(self_attention(qkv).flatten(2)))
             return x + self.drop_path2(self.mlp(self.norm2(x)))
         attended = query_attention(qkv, raw, keys, crop).flatten(2)
-        x = x + drop_streams(self.drop_path1, attention.proj(attended), raw)
-        return x + drop_streams(self.drop_path2, self.mlp(self.norm2(x)), raw)
+        x = x + drop_path_separately(self.drop_path1, attention.proj(attended), raw)
+        return x + drop_path_separately(self.drop_path2, self.mlp(self.norm2(x)), raw)
 
 
 def self_attention(qkv: Tensor) -> Tensor:
-    """[M, T, 3, H, E] to [M, T, H, E]. Unbound as it lies: its gradient is packed in one copy, where timm's takes two."""
+    """[M, T, 3, H, E] to [M, T, H, E]. In this layout the gradient needs one copy, where timm's code needs two."""
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops the whole branch of a sample with this rate and scales up the rest."""
+    """Stochastic depth: in training drops the whole branch of a sample with this rate and scales up the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -293,8 +292,8 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3g}"
 
 
-def drop_streams(drop: nn.Module, x: Tensor, raw: int) -> Tensor:
-    """Stochastic depth for two streams of each sample, x [M, raw + Q, D], drawn separately as released."""
+def drop_path_separately(drop: nn.Module, x: Tensor, raw: int) -> Tensor:
+    """Stochastic depth for raw tokens and queries, x [M, raw + Q, D], drawn separately for each as released."""
     if not (isinstance(drop, DropPath) and drop.training):
         return x
     first, second = torch.rand(2, len(x), 1, 1, device=x.device)
@@ -303,7 +302,7 @@ def drop_streams(drop: nn.Module, x: Tensor, raw: int) -> Tensor:
 
 
 def drop_path(x: Tensor, uniform: Tensor, rate: float) -> Tensor:
-    """Keeps the samples whose uniform draw reaches the rate, scaled by 1 / (1 - rate); zeroes the others."""
+    """Keeps the samples whose uniform number is at least the rate, scaled by 1 / (1 - rate); zeroes the others."""
     keep = 1 - rate
     return x * ((uniform + keep).floor() / keep).to(x.dtype)
 
@@ -313,7 +312,7 @@ def resize_table(table: Tensor, source: tuple[int, int], target: tuple[int, int]
     exact = table.to(torch.promote_types(table.dtype, torch.float32))
     image = exact.unflatten(1, source).permute(0, 3, 1, 2)
     if resize == "released":
-        scale = tuple((wanted + 0.1) / there for wanted, there in zip(target, source, strict=True))
+        scale = tuple((new + 0.1) / old for new, old in zip(target, source, strict=True))
         image = F.interpolate(image, scale_factor=scale, mode="bicubic")
     else:
         image = F.interpolate(image, size=target, mode="bicubic")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..backbones.interface import ARCHITECTURES, FEATURES, offers_of
+from ..backbones.architectures import ARCHITECTURES, capabilities_of
+from ..backbones.interface import CAPABILITIES
 from ..objectives.interface import Needs, Objective
 from ..run import Run
 
@@ -25,15 +26,15 @@ def check_pairing(run: Run, objectives: Sequence[Objective], world: int) -> None
 def refusals(run: Run, name: str, needs: Needs, world: int) -> Iterator[str]:
     """Why this run cannot give an objective what it needs, sentence by sentence."""
     model, crops, batch = run.model, run.data.crops, run.data.batch_per_rank
-    offers = offers_of(model.arch)
-    if model.summary == "cls" and "class_token" not in offers:
+    capabilities = capabilities_of(model.arch)
+    if model.summary == "cls" and "class_token" not in capabilities:
         yield (
-            f"Model.summary='cls' needs a backbone that {FEATURES['class_token']}, got {model.arch}; "
+            f"Model.summary='cls' needs a backbone that {CAPABILITIES['class_token']}, got {model.arch}; "
             "use 'mean' or 'class_attention'."
         )
-    for feature, what in FEATURES.items():
-        if getattr(needs, feature, False) and feature not in offers:
-            able = sorted(arch for arch in ARCHITECTURES if feature in offers_of(arch))
+    for capability, what in CAPABILITIES.items():
+        if getattr(needs, capability, False) and capability not in capabilities:
+            able = sorted(arch for arch in ARCHITECTURES if capability in capabilities_of(arch))
             yield f"{name} needs a backbone that {what}, got {model.arch}; choose from {able}."
     if needs.summary not in (None, model.summary):
         yield (

@@ -12,7 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from ..backbones.interface import Backbone, build_backbone, offers_of
+from ..backbones.architectures import build_backbone, capabilities_of
+from ..backbones.interface import Backbone
 from ..backbones.published import read_published
 from ..backbones.vit import VisionTransformer
 from ..heads.summary import ClassTokenSummary, MeanSummary, build_summary
@@ -101,7 +102,7 @@ def _open_file(path: Path, heads: int | None) -> Encoder:
 def _build_as(model: dict) -> Backbone:
     """The backbone of a run of ours, from the model in its facts."""
     options = {"patch_size": model["patch_size"], "image_size": model["image_size"], **model["sizes"]}
-    if "class_token" in offers_of(model["arch"]):
+    if "class_token" in capabilities_of(model["arch"]):
         options |= {"class_token": model["summary"] == "cls"}
         options |= {name: model[name] for name in ("position_resize", "positions") if name in model}
     return build_backbone(model["arch"], **options)
