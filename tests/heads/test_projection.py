@@ -1,4 +1,4 @@
-"""The projection head's shape, start and ways of sharing."""
+"""The projection head's shapes, initialization and shared parts."""
 
 import copy
 
@@ -32,9 +32,9 @@ def test_patches_share_prototypes_unless_they_have_their_own():
     assert shared.patch_prototypes is shared.prototypes
     assert separate.patch_prototypes.count == 30
     assert copy.deepcopy(shared).patch_prototypes.count == 20
-    twin = copy.deepcopy(shared)
-    assert twin.patch_prototypes is twin.prototypes
-    assert twin.prototypes is not shared.prototypes
+    copied = copy.deepcopy(shared)
+    assert copied.patch_prototypes is copied.prototypes
+    assert copied.prototypes is not shared.prototypes
     same = Prototypes(6, 20)
     assert (
         sum(name.startswith("own_patch") for name in small_head(prototypes=same, patch_prototypes=same).state_dict())
@@ -43,7 +43,7 @@ def test_patches_share_prototypes_unless_they_have_their_own():
     assert sum(name.startswith("own_patch") for name in separate.state_dict()) == 2
 
 
-def test_the_shared_layer_norm_is_one():
+def test_layer_norm_is_shared_and_batch_norm_is_not():
     head = small_head(hidden_norm="layer")
     norms = {id(module) for module in head.mlp if isinstance(module, torch.nn.LayerNorm)}
     assert len(norms) == 1
@@ -60,7 +60,7 @@ def test_activations():
         small_head(activation="silu")
 
 
-def test_the_released_start():
+def test_the_released_initialization():
     head = small_head(in_dim=200, hidden=300)
     for layer in (module for module in head.mlp if isinstance(module, torch.nn.Linear)):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -69,7 +69,7 @@ def test_the_released_start():
     assert head.prototypes.weight_v.abs().max() <= 6**-0.5
 
 
-def test_autocast_normalises_in_fp32():
+def test_autocast_normalizes_in_fp32():
     head, x = small_head(), torch.randn(4, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         z = head(x)
@@ -81,7 +81,7 @@ def test_autocast_normalises_in_fp32():
     ("options", "message"),
     [
         ({"layers": 0}, "at least 1, got 0"),
-        ({"hidden_norm": "group"}, "got 'group'"),
+        ({"hidden_norm": "group"}, "must be one of batch, layer, got 'group'; pick"),
         ({"bottleneck": 8}, r"as wide as the bottleneck, 8, got 6; build them with Prototypes\(8, count\)"),
         ({"patch_prototypes": Prototypes(5, 20)}, "as wide as the bottleneck, 6, got 5"),
     ],

@@ -1,4 +1,4 @@
-"""The prototype cross-entropy against the formula it stands for."""
+"""The prototype cross-entropy against its formula."""
 
 import pytest
 import torch
@@ -143,7 +143,7 @@ def test_the_module_compiles_whole_under_autocast():
         ({"z": torch.zeros(R, D)}, r"got \(5, 4\)"),
         ({"z": torch.zeros(S, R + 1, D)}, r"target.z must be \[teacher views, 6 rows"),
         ({"pair_weight": torch.zeros(S, T)}, r"= \(2, 3\), got \(3, 2\)"),
-        ({"row_weight": torch.zeros(R + 1)}, r"one weight per row, 5, got \(6,\)"),
+        ({"row_weight": torch.zeros(R + 1)}, r"a weight per row, 5, got \(6,\)"),
         ({"target": SoftTarget(torch.zeros(T, R, D), torch.zeros(K + 1, D), 0.1)}, "as the student, 7, got 8"),
     ],
 )

@@ -35,7 +35,7 @@ def some_tokens(cls=False, dtype=torch.float32) -> Tokens:
 
 
 def moved_head(**options) -> ClassAttentionSummary:
-    """A head away from its start, where biases are 0 and norms do nothing."""
+    """A head with random parameters: at the start biases are 0 and norms do nothing."""
     head = ClassAttentionSummary(D, heads=2, **options)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -59,7 +59,7 @@ def test_mean_summary():
 
 
 @pytest.mark.parametrize("rule", [NeighborRule(k=3), NeighborRule(k=8, border="clip"), NeighborRule(radius=None, k=5)])
-def test_each_patch_reads_its_neighbors_as_the_summary_reads_all(rule):
+def test_each_patch_attends_to_its_neighbors_as_the_summary_does_to_all(rule):
     """The aggregate of patch i is the summary of an image that holds only i's neighbors; gradients included."""
     tokens, head = some_tokens(), moved_head()
     index = select_neighbors(tokens, rule)
@@ -93,7 +93,7 @@ def test_summary_and_patches_do_not_depend_on_neighbors():
 
 
 def _block_outcome(block, patches, summary, alone: bool) -> dict[str, torch.Tensor]:
-    """The summary and its gradients, read as the only state or beside aggregates that do not matter."""
+    """The summary and its gradients, as the only state or beside aggregates that do not matter."""
     beside = () if alone else (torch.zeros_like(summary[:1]), torch.zeros(M, N, 1, dtype=torch.int32))
     state = block(patches, summary, *beside)[0]
     leaves = {"patches": patches, "summary": summary, **dict(block.named_parameters())}
@@ -101,11 +101,11 @@ def _block_outcome(block, patches, summary, alone: bool) -> dict[str, torch.Tens
     return {"state": state, **dict(zip(leaves, gradients, strict=True))}
 
 
-one_or_many = pytest.mark.parametrize("states", [1, M], ids=["one state for all", "a state per image"])
+one_state_or_many = pytest.mark.parametrize("states", [1, M], ids=["one state for all", "a state per image"])
 
 
-@one_or_many
-def test_a_lone_summary_needs_no_keys_and_values_of_patches(states):
+@one_state_or_many
+def test_a_summary_alone_needs_no_keys_and_values_of_patches(states):
     block, patches = moved_head().blocks[0].double(), some_tokens(dtype=torch.float64).patches
     summary = torch.randn(states, 1, D, dtype=torch.float64, requires_grad=True)
     folded, projected = (_block_outcome(block, patches, summary, alone) for alone in (True, False))
@@ -116,17 +116,17 @@ def test_a_lone_summary_needs_no_keys_and_values_of_patches(states):
 class OfficialBlock(ClassAttentionBlock):
     """Keys and values of all rows, as released."""
 
-    def _read_unprojected(self, own, x):
-        rows = torch.cat([own.expand(len(x), -1, -1), x], dim=1)
+    def _attend_unprojected(self, state, x):
+        rows = torch.cat([state.expand(len(x), -1, -1), x], dim=1)
         q, k, v = (
-            self._split(project(y)).transpose(1, 2) for project, y in ((self.q, own), (self.k, rows), (self.v, rows))
+            self._split(project(y)).transpose(1, 2) for project, y in ((self.q, state), (self.k, rows), (self.v, rows))
         )
         weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
         return (weights @ v).transpose(1, 2)
 
 
-@one_or_many
-def test_a_lone_summary_is_as_exact_under_autocast(states):
+@one_state_or_many
+def test_a_summary_alone_is_as_exact_under_autocast(states):
     """On average over the state and all gradients at most twice as far from float64 as the official form."""
     block, official, patches = moved_head().blocks[0], OfficialBlock(D, heads=2), some_tokens().patches
     official.load_state_dict(block.state_dict())
@@ -134,7 +134,7 @@ def test_a_lone_summary_is_as_exact_under_autocast(states):
     leaves = [leaf.detach().double().requires_grad_() for leaf in (patches, summary)]
     exact = _block_outcome(copy.deepcopy(block).double(), *leaves, alone=True)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = (_block_outcome(one, patches, summary, alone=True) for one in (block, official))
+        ours, theirs = (_block_outcome(b, patches, summary, alone=True) for b in (block, official))
     del exact["k.bias"]  # it has no gradient but noise
     mine, usual = (
         statistics.mean(((found[name] - truth).norm() / truth.norm()).item() for name, truth in exact.items())
@@ -143,7 +143,7 @@ def test_a_lone_summary_is_as_exact_under_autocast(states):
     assert mine <= 2 * usual
 
 
-def test_a_patch_is_projected_once_however_often_it_is_read():
+def test_a_patch_is_projected_once_for_all_states():
     tokens, head = some_tokens(), ClassAttentionSummary(D, heads=2, depth=1)
     rows = []
     for project in (head.blocks[0].k, head.blocks[0].v):
@@ -152,7 +152,7 @@ def test_a_patch_is_projected_once_however_often_it_is_read():
     assert sorted(rows) == [1] * 4 + [M * N] * 2  # the token twice (summary, aggregates), the patches once, for k and v
 
 
-def test_mean_pool_is_the_mean_of_existing_normalised_neighbors():
+def test_mean_pool_is_the_mean_of_existing_normalized_neighbors():
     tokens, head = some_tokens(), moved_head()
     rule = NeighborRule(k=6, border="clip", pool="mean")
     index = select_neighbors(tokens, rule)
@@ -164,7 +164,7 @@ def test_mean_pool_is_the_mean_of_existing_normalised_neighbors():
     assert (index[:, 0] >= 0).sum().item() == M * 3  # a corner has three
 
 
-def test_the_record_shows_its_tensors():
+def test_the_tensors_of_the_record_are_found():
     """FSDP2 hooks the tensors that it finds in a module's output."""
     result = MeanSummary()(some_tokens())
     assert [leaf for leaf in tree_leaves(result) if leaf is result.patches]
@@ -183,9 +183,9 @@ def test_missing_neighbors_get_no_gradient():
     state = torch.randn(1, 4, 1, 3, dtype=torch.float64)
     index = torch.tensor([[[2, -1], [2, 3], [-1, -1], [3, -1]]], dtype=torch.int32)
     out = class_attention(state, state, state, patches, patches, index)
-    torch.testing.assert_close(out[0, 2], state[0, 2])  # nobody but itself
+    torch.testing.assert_close(out[0, 2], state[0, 2])  # itself alone
     out.sum().backward()
-    assert (patches.grad[0, :2] == 0).all()  # patches 0 and 1 are nobody's neighbor
+    assert (patches.grad[0, :2] == 0).all()  # patches 0 and 1 are no patch's neighbors
     assert (patches.grad[0, 2:] != 0).all()
 
 
@@ -197,7 +197,7 @@ def test_gradcheck_of_the_attention(index):
     assert torch.autograd.gradcheck(lambda *x: class_attention(*x, index), (*own, *others))
 
 
-def test_the_released_start():
+def test_the_released_initialization():
     head = ClassAttentionSummary(192, heads=3)
     assert len(head.blocks) == 2
     assert head.blocks[0].mlp.fc1.out_features == 768

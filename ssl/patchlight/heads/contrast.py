@@ -1,4 +1,4 @@
-"""Projector and predictor of the contrastive methods: an MLP with BatchNorm, whose statistics are those of one view."""
+"""Projector and predictor of the contrastive methods: an MLP with BatchNorm, whose statistics are of a single view."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checks import check_least
+
 
 class ContrastHead(nn.Module):
     """[V, B, in_dim] to [V, B, out]: linear layers with BatchNorm and ReLU between them.
 
-    Each view is a batch of its own to BatchNorm, in the given order, while a linear layer takes all rows at once.
+    For BatchNorm each view is a batch of its own, in the given order, while a linear layer takes all rows at once.
     bias: of the linear layers. MoCo v3 has none, MoBY has them.
-    last_norm: a BatchNorm without scale and shift at the end, as MoCo v3 has it (its ResNet's predictor does not).
+    last_norm: a BatchNorm without scale and shift at the end, as in MoCo v3 (but not in the predictor for its ResNet).
     """
 
     def __init__(
         self, in_dim: int, hidden: int = 4096, out: int = 256, layers: int = 2, *, bias: bool, last_norm: bool
     ) -> None:
         super().__init__()
-        if layers < 1:
-            raise ValueError(
-                f"ContrastHead: layers counts the linear layers and must be at least 1, got {layers}; 2 is usual."
-            )
+        check_least("ContrastHead: layers (the linear ones)", layers, 1, "2 is usual")
         widths = [in_dim, *[hidden] * (layers - 1), out]
         modules: list[nn.Module] = []
         for number in range(layers):

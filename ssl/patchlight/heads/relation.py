@@ -1,4 +1,4 @@
-"""SERE's heads: what features pass through before they are related to each other, one for space and one for channels."""
+"""SERE's heads: features pass through them before their relations are computed, one for space and one for channels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import sentence
+
 
 @dataclass(frozen=True, slots=True)
 class RelationFeatures:
-    """Features whose relations among themselves are compared."""
+    """Features whose relations to each other are compared."""
 
     spatial: Tensor  # [V, B, N, D] to relate patches
     channel: Tensor  # [V, B, N, D] to relate channels
@@ -18,7 +20,7 @@ class RelationFeatures:
 
 @dataclass(frozen=True, slots=True)
 class StudentRelations:
-    """What the student shows of its crops."""
+    """The student's features, by kind of crop."""
 
     global_crops: RelationFeatures
     local_crops: RelationFeatures | None
@@ -30,19 +32,19 @@ torch.export.register_dataclass(StudentRelations)
 
 
 class RelationHead(nn.Module):
-    """The projection, ReLU(BN(x)), in both branches. The statistics are those of the batch, over all its patches."""
+    """The projection, ReLU(BN(x)), in both branches. The statistics are of the batch, over all its patches."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.spatial, self.channel = _projection(width), _projection(width)
 
     def forward(self, patches: Tensor) -> RelationFeatures:
-        patches = patches.contiguous()  # a view without the class token would be copied for each
+        patches = patches.contiguous()  # else each projection would copy the view without the class token
         return RelationFeatures(_by_row(self.spatial, patches), _by_row(self.channel, patches))
 
 
 class RelationPrediction(nn.Module):
-    """The prediction ReLU(BN(W h)) of projected features: what makes the loss asymmetric."""
+    """The prediction ReLU(BN(W h)) of projected features, which makes the loss asymmetric."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class RelationPrediction(nn.Module):
 
 
 class RelationPredictor(nn.Module):
-    """What only the student has: predictions, and a projection of their own for local crops, if there are any.
+    """The student's own modules: predictions, and a separate projection for local crops, if there are any.
 
     asymmetric=False leaves the predictions out, so that student and teacher differ in nothing but their weights.
     """
@@ -66,8 +68,13 @@ class RelationPredictor(nn.Module):
         self.local_prediction = RelationPrediction(width) if local and asymmetric else nn.Identity()
 
     def forward(self, projected: RelationFeatures, local_patches: Tensor | None) -> StudentRelations:
-        """Global crops as the student's head has projected them; local crops as the backbone left them."""
-        local = None if local_patches is None else self.local_prediction(self.local_head(local_patches))
+        """Global crops after the student's head; local crops straight from the backbone."""
+        if local_patches is None:
+            return StudentRelations(self.prediction(projected), None)
+        if self.local_head is None:
+            rule = "RelationPredictor: local crops need a projection of their own"
+            raise ValueError(sentence(rule, "none", "build it with local=True"))
+        local = self.local_prediction(self.local_head(local_patches))
         return StudentRelations(self.prediction(projected), local)
 
 
@@ -76,7 +83,7 @@ def _projection(width: int) -> nn.Module:
 
 
 def _prediction(width: int) -> nn.Module:
-    """The linear layer keeps the library's start, as released."""
+    """The linear layer keeps PyTorch's initialization, as released."""
     return nn.Sequential(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
 
 
