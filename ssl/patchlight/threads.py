@@ -24,7 +24,7 @@ TASKS = Path("/proc/self/task")
 
 
 @contextlib.contextmanager
-def considerate_threads(report: Callable[[str], None]) -> Iterator[None]:
+def limit_spinning(report: Callable[[str], None]) -> Iterator[None]:
     """Within the block, waiting threads sleep while other processes need the processors; the first time is reported."""
     if not threads_spin():
         yield

@@ -14,7 +14,7 @@ from ..data.procedural_video import write_davis
 from ..report.console import print_sentence
 from ..report.environment import describe_environment
 from ..report.page import write_report
-from ..threads import considerate_threads
+from ..threads import limit_spinning
 from .checkpoints import home, open_checkpoint
 from .davis import DavisFolder, DavisProtocol, evaluate_davis
 from .encoder import Encoder
@@ -313,7 +313,7 @@ COMMANDS = {one.__name__: one for one in (knn, linear, finetune, semi, davis, se
 
 def main() -> None:
     try:
-        with considerate_threads(print_sentence):
+        with limit_spinning(print_sentence):
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m patchlight.evaluation")
     except (ValueError, OSError) as error:
         if os.environ.get("PATCHLIGHT_TRACEBACK") == "1":
