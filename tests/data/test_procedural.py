@@ -1,4 +1,4 @@
-"""The embedded images: the same everywhere, with true masks, and no class that its color betrays."""
+"""The generated images: reproducible, with exact masks, and with no class that color alone could predict."""
 
 import numpy as np
 import pytest
@@ -58,13 +58,13 @@ def nearest_class_mean(features: np.ndarray, labels: np.ndarray) -> float:
     return float((nearest == labels[half:]).mean())
 
 
-def test_color_does_not_give_the_class_away(source):
+def test_color_does_not_predict_the_class(source):
     flat = source.images.reshape(len(source), -1, 3).astype(float)
     channel_means = flat.mean(1)
     opponent = np.stack([flat[..., 0] - flat[..., 1], flat[..., 1] - flat[..., 2]], -1)
     hues = np.concatenate([channel_means - channel_means.mean(1, keepdims=True), opponent.std(1)], 1)
     assert nearest_class_mean(hues, source.labels) < 0.25, "chance is 0.1"
-    assert nearest_class_mean(np.eye(len(CLASSES))[source.labels], source.labels) == 1.0, "the measure can see a class"
+    assert nearest_class_mean(np.eye(len(CLASSES))[source.labels], source.labels) == 1.0, "the measure can find a class"
 
 
 def test_sizes(source):

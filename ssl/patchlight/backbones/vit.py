@@ -177,7 +177,7 @@ class VisionTransformer(Backbone):
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         positions = self.positions(grid)
         if self.cls_token is None:
-            # After the convolution the channels are outermost: without this copy every norm would make one.
+            # After the convolution the channels are outermost: without this copy every norm would copy.
             return (x + positions).contiguous()
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
         x = x + positions[:, 1:]
@@ -308,7 +308,7 @@ def drop_path(x: Tensor, uniform: Tensor, rate: float) -> Tensor:
 
 
 def resize_table(table: Tensor, source: tuple[int, int], target: tuple[int, int], resize: str) -> Tensor:
-    """A table [1, rows * columns, D] of one grid, resampled bicubically for another; see `VisionTransformer`."""
+    """A table [1, rows * columns, D] of one grid, resampled bicubically for another grid; resize: as position_resize of `VisionTransformer`."""
     exact = table.to(torch.promote_types(table.dtype, torch.float32))
     image = exact.unflatten(1, source).permute(0, 3, 1, 2)
     if resize == "released":

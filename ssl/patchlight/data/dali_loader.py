@@ -48,11 +48,11 @@ class _Inputs:
 
 
 class DaliLoader(Loader):
-    """Decodes and cuts with DALI: on a GPU, with its JPEG decoder, if `device` is one, else on the CPU.
+    """Decodes and cuts with DALI: on a GPU, with its JPEG decoder, if `device` is a GPU, else on the CPU.
 
     Boxes, flips, ids and colors are those of the TorchvisionLoader with the same arguments. `workers` threads read files
     and as many work inside DALI. photometric="op" changes colors with the op that all loaders share, "dali" with DALI's
-    own operators: a fixed order of the jitter and another hue (see docs/data.md).
+    own operators: a fixed order of the jitter and another hue (docs/data.md).
     """
 
     name = "dali"
@@ -159,9 +159,9 @@ class DaliLoader(Loader):
 
 
 def size_for_dali(data: bytes) -> tuple[int, int] | None:
-    """Width and height if DALI surely decodes the file to the same pixels as Pillow; None if Pillow must decode it.
+    """Width and height if DALI decodes the file to the same pixels as Pillow for sure; None if Pillow must decode it.
 
-    Files must be complete to the last byte: DALI loses the whole batch of one that is not.
+    Files must be complete to the last byte, else DALI loses the whole batch.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:

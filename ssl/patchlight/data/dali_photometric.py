@@ -1,4 +1,4 @@
-"""The photometric step in DALI's own operators. Not the same augmentation: docs/data.md says what differs and how much."""
+"""The photometric step in DALI's own operators. Not the same augmentation: docs/data.md lists the differences."""
 
 from __future__ import annotations
 

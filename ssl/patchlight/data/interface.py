@@ -33,7 +33,7 @@ class Position:
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of all samples in one epoch: ids [size] int64, the same on every rank."""
+    """The order of all samples in an epoch: ids [size] int64, the same on every rank."""
     return np.argsort(random_bits(seed, ORDER, epoch, np.arange(size)), kind="stable")
 
 
@@ -190,7 +190,7 @@ class Loader(ABC):
 
 
 def host_tensors(kind: str, table: CropTable) -> dict[str, Tensor]:
-    """The numbers of one kind of crops that are needed after cutting, under the names that `Loader._views` reads."""
+    """The numbers of a kind of crops that are needed after cutting, under the names that `Loader._views` reads."""
     return {
         f"{kind}.photometric": photometric_table(table),
         f"{kind}.box": torch.from_numpy(table.box).float(),

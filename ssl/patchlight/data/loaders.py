@@ -24,7 +24,7 @@ class LoaderChoice:
 
 
 def choose_loader(wanted: str, device: torch.device) -> LoaderChoice:
-    """The wanted loader, or with "auto" the faster one for the device."""
+    """The wanted loader, or with "auto" the faster loader for the device."""
     if wanted == "dali" and not dali_is_there():
         remedy = 'pip install nvidia-dali-cuda130, or use loader="torchvision"'
         raise ModuleNotFoundError(sentence('Data.loader="dali" needs NVIDIA DALI', "a Python without it", remedy))

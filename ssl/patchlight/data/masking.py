@@ -58,7 +58,7 @@ class ReleasedMasks:
     """The masks of the released iBOT code: every crop draws its own ratio, so the number of masked patches varies.
 
     Blocks are placed one after the other, each no larger than what is still missing; ten failures in a row end the
-    crop, so its ratio is a little below the wanted one. Runs on the host, some 50 microseconds per crop. The distribution
+    crop, so its ratio is a little below the wanted ratio. Runs on the host, some 50 microseconds per crop. The distribution
     is as released, the random stream is not; and no masks are drawn for local crops, where they were never used.
     """
 

@@ -21,6 +21,6 @@ def photometric_table(table: CropTable) -> Tensor:
 
 
 def apply_photometric(pixels: Tensor, table: Tensor, policy: CropPolicy) -> Tensor:
-    """Crops [V, B, S, S, 3] uint8 and their photometric_table, on one device, to [V, B, 3, S, S] fp32, normalized."""
+    """Crops [V, B, S, S, 3] uint8 and their photometric_table, on the same device, to [V, B, 3, S, S] fp32, normalized."""
     changed = photometric(pixels.flatten(0, 1), table.flatten(0, 1), policy.mean, policy.std)
     return changed.unflatten(0, pixels.shape[:2])

@@ -32,7 +32,7 @@ CLASSES = (
 
 _MIN_OBJECTS, _MAX_OBJECTS = 3, 4  # per image, all of the image's class, each with its own colors
 _NOISE_CELLS, _NOISE_STRENGTHS = (4, 10, 32), (0.3, 0.2, 0.1)  # of each noise: cells per side, range of values
-_REACH = (0.2, 0.28)  # from an object's center to its rim, in image widths
+_HALF_SIZE = (0.2, 0.28)  # from an object's center to its rim, in image widths
 _TILT = 27 * math.pi / 180  # an object turns by at most this much either way
 _DARKNESS = 0.3  # mean of the background
 _CHUNK = 64  # images drawn at a time
@@ -131,25 +131,25 @@ def colors(u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _object(classes: Tensor, u: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """An object per image: signed distance to its outline in image widths, and how much ink covers it, [B, S, S]."""
-    reach = _REACH[0] + (_REACH[1] - _REACH[0]) * u[:, 0]
+    half_size = _HALF_SIZE[0] + (_HALF_SIZE[1] - _HALF_SIZE[0]) * u[:, 0]
     off_center = 0.24 + 0.16 * u[:, 1]
     center_x, center_y = 0.5 + off_center * torch.cos(place), 0.5 + off_center * torch.sin(place)
-    return object_at(classes, center_x, center_y, reach, (2 * u[:, 2] - 1) * _TILT, size)
+    return object_at(classes, center_x, center_y, half_size, (2 * u[:, 2] - 1) * _TILT, size)
 
 
 def object_at(
-    classes: Tensor, center_x: Tensor, center_y: Tensor, reach: Tensor, angle: Tensor, size: int
+    classes: Tensor, center_x: Tensor, center_y: Tensor, half_size: Tensor, angle: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """The same for objects [B] of given classes, centers (in image widths), reaches and angles."""
+    """The same for objects [B] of given classes, centers (in image widths), half sizes and angles."""
     x, y = _grid(size)
-    cos, sin = (f(angle)[:, None, None] / reach[:, None, None] for f in (torch.cos, torch.sin))
+    cos, sin = (f(angle)[:, None, None] / half_size[:, None, None] for f in (torch.cos, torch.sin))
     dx, dy = x - center_x[:, None, None], y - center_y[:, None, None]
-    right, down = dx * cos + dy * sin, dy * cos - dx * sin  # in units of the object's reach
+    right, down = dx * cos + dy * sin, dy * cos - dx * sin  # in units of the object's half size
     distance, ink = torch.empty_like(right), torch.zeros_like(right)
     for number in classes.unique().tolist():
         rows = (classes == number).nonzero()[:, 0]
         distance[rows], ink[rows] = _shape(number, right[rows], down[rows])
-    return distance * reach[:, None, None], ink
+    return distance * half_size[:, None, None], ink
 
 
 def _shape(number: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | float]:

@@ -50,19 +50,19 @@ def _moving(number: int, u: Tensor, place: float, time: Tensor, size: int) -> tu
     swing = (0.4 + 0.6 * u[0]) * _STEP * (1 if u[1] < 0.5 else -1)
     orbit = place + swing * time
     radius = 0.24 + 0.08 * u[2] + 0.05 * torch.sin(2 * math.pi * (u[3] + time))
-    reach = (0.13 + 0.05 * u[4]) * (1 + 0.15 * torch.sin(2 * math.pi * (u[5] + 0.7 * time)))
+    half_size = (0.13 + 0.05 * u[4]) * (1 + 0.15 * torch.sin(2 * math.pi * (u[5] + 0.7 * time)))
     angle = (2 * u[6] - 1) * math.pi + (2 * u[7] - 1) * math.pi * time
     x, y = 0.5 + radius * torch.cos(orbit), 0.5 + radius * torch.sin(orbit)
-    return object_at(torch.full((len(time),), number), x, y, reach, angle, size)
+    return object_at(torch.full((len(time),), number), x, y, half_size, angle, size)
 
 
 def _panned(seed: int, number: int, time: Tensor, u: Tensor, size: int) -> Tensor:
     """A background that moves slowly, [T, 3, S, S]."""
     wide = size + round(_PAN * size)
     whole = backgrounds(seed, np.array([number]), wide)[0]
-    heading = 2 * math.pi * u[0]
-    reach = (wide - size) / 2
-    y, x = (reach * (1 + (2 * time - 1) * f(heading)) for f in (torch.sin, torch.cos))
+    direction = 2 * math.pi * u[0]
+    travel = (wide - size) / 2
+    y, x = (travel * (1 + (2 * time - 1) * f(direction)) for f in (torch.sin, torch.cos))
     return torch.stack(
         [
             whole[:, a : a + size, b : b + size]

@@ -34,7 +34,7 @@ class TarShards(StoredImages):
 
     A sample is the files of one shard whose names agree up to the first dot: one image, and optionally a class in a
     file ending in .cls. An index is a text file, one image per line: shard, offset, size, name and class, with tabs
-    between; without one every shard's headers are read at the start.
+    between; without an index the headers of every shard are read at the start.
     """
 
     def __init__(self, path: str | Path):

@@ -1,4 +1,4 @@
-"""SERE's heads: features pass through them before their relations are computed, one for space and one for channels."""
+"""SERE's heads: features pass through them before their relations in space and between channels are computed."""
 
 from __future__ import annotations
 
