@@ -308,7 +308,7 @@ def drop_path(x: Tensor, uniform: Tensor, rate: float) -> Tensor:
 
 
 def resize_table(table: Tensor, source: tuple[int, int], target: tuple[int, int], resize: str) -> Tensor:
-    """A table [1, rows * columns, D] of one grid, resampled bicubically for another grid; resize: as position_resize of `VisionTransformer`."""
+    """A table [1, rows * columns, D] of one grid, resampled bicubically for another; resize as in position_resize."""
     exact = table.to(torch.promote_types(table.dtype, torch.float32))
     image = exact.unflatten(1, source).permute(0, 3, 1, 2)
     if resize == "released":

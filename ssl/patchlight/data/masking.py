@@ -175,9 +175,8 @@ def _block_order(crop: Tensor, count: Tensor, grid: tuple[int, int]) -> Tensor:
     column_in, column_off = _inside_and_distance(grid[1], left, width)
     inside = (row_in.unsqueeze(-1) & column_in.unsqueeze(-2)).flatten(2)  # [M, BLOCKS, N]
     distance = (row_off.unsqueeze(-1) + column_off.unsqueeze(-2)).flatten(2)
-    far = float(
-        grid[0] ** 2 + grid[1] ** 2
-    )  # above any distance, so that a later block never comes before an earlier one
+    # Above any distance, so that a later block never comes before an earlier one.
+    far = float(grid[0] ** 2 + grid[1] ** 2)
     offset = torch.arange(BLOCKS, device=crop.device).view(1, -1, 1) * far
     uncovered = BLOCKS * far + distance[:, :1]  # if all blocks are too small, the first one grows
     return torch.where(inside, distance + offset, uncovered).amin(dim=1)
