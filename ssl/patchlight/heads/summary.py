@@ -172,9 +172,8 @@ class ClassAttentionBlock(nn.Module):
         q = self._split(self.q(state) * (x.shape[-1] // self.heads) ** -0.5).squeeze(1)
         q_k = torch.einsum("mhe,hed->mhd", q, self._by_head(self.k.weight))
         scores = torch.cat([(q_k @ state.mT).expand(len(x), -1, -1), q_k.expand(len(x), -1, -1) @ x.mT], dim=2)
-        scores = scores + (q * self._by_head(self.k.bias)).sum(
-            dim=-1, keepdim=True
-        )  # the softmax does not depend on it
+        # The softmax does not depend on the bias of keys.
+        scores = scores + (q * self._by_head(self.k.bias)).sum(dim=-1, keepdim=True)
         weights = scores.softmax(dim=2)
         mean = weights[:, :, 1:] @ x + weights[:, :, :1] @ state
         attended = torch.einsum("mhd,hed->mhe", mean, self._by_head(self.v.weight)) + self._by_head(self.v.bias)
