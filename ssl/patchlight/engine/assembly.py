@@ -11,7 +11,8 @@ from rich.console import Console
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones.interface import Backbone, build_backbone, offers_of
+from ..backbones.architectures import build_backbone, capabilities_of
+from ..backbones.interface import Backbone
 from ..checks import check
 from ..data import loaders
 from ..data.interface import Loader
@@ -27,7 +28,7 @@ from ..report.console import Display
 from ..report.journal import Journal
 from ..report.run_folder import REPORT_FILE
 from ..run import Model, Run
-from ..threads import considerate_threads
+from ..threads import limit_spinning
 from .branches import Student, Teacher, check_teacher_student
 from .checkpoint import Checkpoints
 from .cost import cost_of
@@ -48,7 +49,7 @@ def train(run: Run) -> None:
         if run.output.evaluate_every != 0:
             trainer.probe = TeacherProbe(trainer.run, trainer.loader.source, mesh)
         try:
-            with considerate_threads(trainer.say):
+            with limit_spinning(trainer.say):
                 trainer.fit()
         finally:
             trainer.loader.close()
@@ -149,7 +150,7 @@ def backbone_of(model: Model, drop_path: float) -> Backbone:
     """The backbone that a run describes."""
     # What only a vision transformer has; another backbone gets what differs from the default, to refuse it.
     options = {name: getattr(model, name) for name in ("position_resize", "positions", "start")}
-    if "class_token" in offers_of(model.arch):
+    if "class_token" in capabilities_of(model.arch):
         options["class_token"] = model.summary == "cls"
     else:
         options = {name: value for name, value in options.items() if value != getattr(Model, name)}
