@@ -1,6 +1,6 @@
-"""What a user would run instead of an op, by op: faithful ports of the official mathematics, dense forms, libraries.
+"""What a user would run instead of an op: ports of the official mathematics, dense forms, libraries.
 
-Each peer takes the public function's arguments and returns something comparable. None of them is ours to tune.
+Each peer takes the public function's arguments and returns something comparable. We do not tune them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def _table(*key) -> Tensor:
 
 
 def neighbor_topk_official(x, grid, k, radius, border, return_scores):
-    """As released: normalise, gather every patch's neighbors into [B, N, C, D], multiply, top-k."""
+    """As released: normalize, gather every patch's neighbors into [B, N, C, D], multiply, top-k."""
     if radius is None:
-        raise NotImplementedError("the release has no all-patches form: gathering it takes B * N * N * D values")
+        raise NotImplementedError("the release has no form for all patches: it would gather B * N * N * D values")
     table = _table(*grid, radius, border == "wrap", str(x.device))
     unit = F.normalize(x, dim=-1)
     similarity = (unit[:, table] @ unit.unsqueeze(-1)).squeeze(-1)
@@ -43,7 +43,7 @@ def neighbor_topk_official(x, grid, k, radius, border, return_scores):
 
 
 def neighbor_topk_dense(x, grid, k, radius, border, return_scores):
-    """The whole Gram matrix, everything outside the window masked away, top-k."""
+    """The whole Gram matrix, everything outside the window masked, top-k."""
     table = _table(*grid, radius, border == "wrap", str(x.device))
     mask = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device).scatter_(1, table, 0.0)
     unit = F.normalize(x, dim=-1)
@@ -53,23 +53,24 @@ def neighbor_topk_dense(x, grid, k, radius, border, return_scores):
 
 def neighbor_topk_reference(x, grid, k, radius, border, return_scores):
     radius = -1 if radius is None else radius
-    return neighbor_reference.neighbor_topk_fwd(x, *grid, k, radius, border == "wrap", return_scores)
+    height, width = grid
+    return neighbor_reference.neighbor_topk_fwd(x, height, width, k, radius, border == "wrap", return_scores)
 
 
 def class_attention_official(q, k_self, v_self, k_patches, v_patches, index):
-    """As released: keys and values gathered into copies [M, Q, 1 + k, H, E], attention over each; nobody may be missing."""
+    """As released: keys and values gathered into copies [M, Q, 1 + k, H, E], attention over each; no neighbor may be missing."""
     shape = class_attention_shape(q, k_self, v_self, k_patches, index)
     own = lambda x: x.expand(shape)[:, :, None]
     keys, values = (
-        torch.cat([own(mine), _copies(theirs, index, shape)], dim=2).transpose(2, 3)  # [M, Q, H, 1 + k, E]
-        for mine, theirs in ((k_self, k_patches), (v_self, v_patches))
+        torch.cat([own(of_self), _copies(of_patches, index, shape)], dim=2).transpose(2, 3)  # [M, Q, H, 1 + k, E]
+        for of_self, of_patches in ((k_self, k_patches), (v_self, v_patches))
     )
     scores = own(q).transpose(2, 3) @ keys.transpose(-2, -1) * shape[-1] ** -0.5
     return (scores.softmax(dim=-1) @ values).squeeze(3)
 
 
 def _copies(x: Tensor, index: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """The rows that each state reads, [M, Q, k, H, E]."""
+    """The rows that each state attends to, [M, Q, k, H, E]."""
     if index is None:
         return x[:, None].expand(-1, shape[1], -1, -1, -1)
     places = index.long().flatten(1)[:, :, None, None].expand(-1, -1, *shape[2:])
@@ -77,45 +78,45 @@ def _copies(x: Tensor, index: Tensor | None, shape: tuple[int, ...]) -> Tensor:
 
 
 def class_attention_smart(q, k_self, v_self, k_patches, v_patches, index):
-    """The own key and the gathered ones without joining them, missing ones masked."""
+    """The state's own key and the gathered keys without joining them, missing neighbors masked."""
     shape = class_attention_shape(q, k_self, v_self, k_patches, index)
     q, k_self, v_self = (x.expand(shape) for x in (q, k_self, v_self))
     keys, values = k_patches, v_patches
-    read = "mnhe"
+    axes = "mnhe"
     if index is not None:
-        read = "mqnhe"
+        axes = "mqnhe"
         image = torch.arange(shape[0], device=q.device)[:, None, None]
         keys, values = (x[image, index.long().clamp(min=0)] for x in (k_patches, v_patches))
-    scores = torch.einsum(f"mqhe,{read}->mqhn", q, keys)
+    scores = torch.einsum(f"mqhe,{axes}->mqhn", q, keys)
     if index is not None:
         scores = scores.masked_fill((index < 0)[:, :, None], -torch.inf)
     own_score = (q * k_self).sum(dim=-1, keepdim=True)
     weights = (torch.cat([own_score, scores], dim=-1) * shape[-1] ** -0.5).softmax(dim=-1)
-    return weights[..., :1] * v_self + torch.einsum(f"mqhn,{read}->mqhe", weights[..., 1:], values)
+    return weights[..., :1] * v_self + torch.einsum(f"mqhn,{axes}->mqhe", weights[..., 1:], values)
 
 
 def class_attention_sdpa(q, k_self, v_self, k_patches, v_patches, index):
-    """One rectangular attention per image over patches and own keys, a mask saying who reads whom."""
+    """One rectangular attention per image over patches and own keys, with a mask of what each state attends to."""
     shape = class_attention_shape(q, k_self, v_self, k_patches, index)
     images, states, patches = shape[0], shape[1], k_patches.shape[1]
     queries = q.expand(shape).transpose(1, 2)
     keys, values = (
-        torch.cat([theirs, mine.expand(shape)], dim=1).transpose(1, 2)
-        for mine, theirs in ((k_self, k_patches), (v_self, v_patches))
+        torch.cat([of_patches, of_self.expand(shape)], dim=1).transpose(1, 2)
+        for of_self, of_patches in ((k_self, k_patches), (v_self, v_patches))
     )
     if index is None and states == 1:
         return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
-    reads = torch.ones(images, states, patches, dtype=torch.bool, device=q.device)
-    if index is not None:  # a place behind the last patch takes the missing ones
-        reads = torch.zeros(images, states, patches + 1, dtype=torch.bool, device=q.device)
-        reads = reads.scatter_(2, torch.where(index < 0, patches, index).long(), True)[:, :, :patches]
+    attends = torch.ones(images, states, patches, dtype=torch.bool, device=q.device)
+    if index is not None:  # missing neighbors go to a place behind the last patch
+        attends = torch.zeros(images, states, patches + 1, dtype=torch.bool, device=q.device)
+        attends = attends.scatter_(2, torch.where(index < 0, patches, index).long(), True)[:, :, :patches]
     own = torch.eye(states, dtype=torch.bool, device=q.device).expand(images, -1, -1)
-    mask = torch.cat([reads, own], dim=2)[:, None]
+    mask = torch.cat([attends, own], dim=2)[:, None]
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2)
 
 
 def photometric_official(pixels, table, mean, std, dtype):
-    """torchvision's operations on float tensors, one sample after the other, with the numbers that its transforms would draw."""
+    """torchvision's operations on float tensors, one sample after the other, with the given parameters."""
     from torchvision.transforms.v2 import functional as tv
 
     jitters = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
@@ -138,7 +139,7 @@ def photometric_official(pixels, table, mean, std, dtype):
 
 
 def photometric_batched(pixels, table, mean, std, dtype):
-    """Every operation on the whole batch, at each of the four places all four jitters; those who want it keep the result."""
+    """Every operation on the whole batch, at each of the four places all four jitters; each sample keeps the results it needs."""
     x, column = pixels.movedim(-1, 1).float(), dict(zip(PHOTOMETRIC_COLUMNS, table.unbind(1), strict=True))
     orders = torch.tensor(JITTER_ORDERS, device=x.device)[column["order"].long()]
     for place in range(4):
@@ -164,14 +165,14 @@ def prototype_ce_official(
 ):
     """As released: the logits of both branches, and for every pair of views a log-softmax and a product of that size."""
     with torch.no_grad():
-        wanted = _prototype_probabilities(teacher_z, teacher_prototypes, teacher_temperature, bias)
+        target = _prototype_probabilities(teacher_z, teacher_prototypes, teacher_temperature, bias)
     logits = z @ prototypes.T / temperature
     loss = 0
     for t in range(len(teacher_z)):
         for s in range(len(z)):
             if s == t and min(len(teacher_z), len(z)) > 1:
-                continue  # a view does not teach itself
-            cross_entropy = -(wanted[t] * logits[s].log_softmax(dim=-1, dtype=torch.float32)).sum(dim=-1)
+                continue  # a view is no target for itself
+            cross_entropy = -(target[t] * logits[s].log_softmax(dim=-1, dtype=torch.float32)).sum(dim=-1)
             loss = loss + pair_weight[t, s] * (row_weight * cross_entropy).sum()
     return loss
 
@@ -179,10 +180,10 @@ def prototype_ce_official(
 def prototype_ce_smart(
     z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, pair_weight, row_weight, bias
 ):
-    """One log-sum-exp per student view; a teacher row costs one vector, as cross-entropy is linear in the target."""
+    """One log-sum-exp per student view, and one vector per teacher row, as cross-entropy is linear in the target."""
     with torch.no_grad():
-        wanted = _prototype_probabilities(teacher_z, teacher_prototypes, teacher_temperature, bias)
-    pulls = (wanted.to(z.dtype) @ prototypes).float()
+        target = _prototype_probabilities(teacher_z, teacher_prototypes, teacher_temperature, bias)
+    pulls = (target.to(z.dtype) @ prototypes).float()
     pull = torch.einsum("ts,trd->srd", pair_weight, pulls)
     log_partition = (z @ prototypes.T / temperature).float().logsumexp(dim=-1)
     cross_entropy = pair_weight.sum(dim=0)[:, None] * log_partition - (z * pull).sum(dim=-1) / temperature
@@ -192,33 +193,35 @@ def prototype_ce_smart(
 def prototype_ce_lightly(
     z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, pair_weight, row_weight, bias
 ):
-    """lightly's DINOLoss, or its IBOTPatchLoss for one view, on logits; all pairs and rows weigh the same there."""
+    """lightly's DINOLoss, or its IBOTPatchLoss for one view, on logits; all pairs and rows have the same weight there."""
     try:
         from lightly.loss import DINOLoss, IBOTPatchLoss
     except ImportError as problem:
-        raise NotImplementedError("lightly is missing: pip install 'patchlight[peers]'") from problem
+        raise NotImplementedError("lightly is not installed; pip install 'patchlight[peers]'") from problem
     logits = z @ prototypes.T
     with torch.no_grad():
-        wanted = teacher_z @ teacher_prototypes.T
+        teacher_logits = teacher_z @ teacher_prototypes.T
     if len(z) == len(teacher_z) == 1:
         loss = IBOTPatchLoss(len(prototypes), teacher_temperature, temperature).to(z.device)
         loss.center.center.copy_(-bias)
         mask = torch.ones(1, 1, z.shape[1], dtype=torch.bool, device=z.device)
-        return loss(wanted[0], logits[0], mask)
+        return loss(teacher_logits[0], logits[0], mask)
     loss = DINOLoss(len(prototypes), teacher_temp=teacher_temperature, student_temp=temperature).to(z.device)
     loss.center.copy_(-bias)
-    return loss(list(wanted), list(logits), teacher_temp=teacher_temperature)
+    return loss(list(teacher_logits), list(logits), teacher_temp=teacher_temperature)
 
 
-def _query_parts(qkv: Tensor, raw: int, query_keys: str, crop: int | None) -> tuple[Tensor, ...]:
-    """Heads first; the queries of crops that do not see each other become images of their own, beside the raw tokens."""
+def _query_parts(
+    qkv: Tensor, raw: int, query_keys: str, crop: int | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of each stream, heads first; crops whose queries ignore each other become separate images."""
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     if query_keys == "raw":
         return (q[:, :, :raw], k[:, :, :raw], v[:, :, :raw]), (q[:, :, raw:], k[:, :, :raw], v[:, :, :raw])
     crops = 1 if crop is None or crop == qkv.shape[1] - raw else (qkv.shape[1] - raw) // crop
-    own = lambda x: x[:, :, raw:].unflatten(2, (crops, -1)).transpose(1, 2).flatten(0, 1)
-    read = lambda x: torch.cat([x[:, :, :raw].repeat_interleave(crops, dim=0), own(x)], dim=2) if crops > 1 else x
-    return (q[:, :, :raw], k[:, :, :raw], v[:, :, :raw]), (own(q), read(k), read(v))
+    by_crop = lambda x: x[:, :, raw:].unflatten(2, (crops, -1)).transpose(1, 2).flatten(0, 1)
+    keys = lambda x: torch.cat([x[:, :, :raw].repeat_interleave(crops, dim=0), by_crop(x)], dim=2) if crops > 1 else x
+    return (q[:, :, :raw], k[:, :, :raw], v[:, :, :raw]), (by_crop(q), keys(k), keys(v))
 
 
 def _query_join(raw_out: Tensor, query_out: Tensor) -> Tensor:
@@ -244,8 +247,8 @@ def query_attention_sdpa(qkv, raw, query_keys, crop):
     return _query_join(F.scaled_dot_product_attention(*raw_part), F.scaled_dot_product_attention(*query_part))
 
 
-def _query_reads(row, key, raw: int, query_keys: str, crop: int | None):
-    """Whether a token reads a token."""
+def _query_attends(row, key, raw: int, query_keys: str, crop: int | None):
+    """Whether a token (row) attends to a token (key)."""
     if query_keys == "raw":
         return (key < raw) & (row >= 0)
     siblings = row >= raw if crop is None else (row >= raw) & ((row - raw) // crop == (key - raw) // crop)
@@ -255,7 +258,7 @@ def _query_reads(row, key, raw: int, query_keys: str, crop: int | None):
 def query_attention_masked(qkv, raw, query_keys, crop):
     """One call for both streams, with a mask."""
     token = torch.arange(qkv.shape[1], device=qkv.device)
-    mask = _query_reads(token[:, None], token, raw, query_keys, crop)
+    mask = _query_attends(token[:, None], token, raw, query_keys, crop)
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
@@ -267,12 +270,12 @@ def _compiled_flex() -> Callable:
 
 @functools.cache
 def _block_mask(tokens: int, raw: int, query_keys: str, crop: int | None, device: str):
-    reads = lambda image, head, row, key: _query_reads(row, key, raw, query_keys, crop)
-    return create_block_mask(reads, None, None, tokens, tokens, device=device)
+    attends = lambda image, head, row, key: _query_attends(row, key, raw, query_keys, crop)
+    return create_block_mask(attends, None, None, tokens, tokens, device=device)
 
 
 def query_attention_flex(qkv, raw, query_keys, crop):
-    """FlexAttention, whose mask skips blocks that nobody reads."""
+    """FlexAttention, whose mask skips blocks that no token attends to."""
     if qkv.device.type != "cuda":
         raise NotImplementedError("FlexAttention has a backward on GPUs only")
     mask = _block_mask(qkv.shape[1], raw, query_keys, crop, str(qkv.device))
@@ -286,9 +289,9 @@ MAP = 14  # positions along a side of a global view
 def self_relation_official(student, teacher, student_scale, teacher_scale, weight):
     """As released: the relations of whole maps, several heads' sampled along keys and then along queries, softmax for every pair.
 
-    It starts from maps that hold the given features in a corner, and samples at those: the released sizes and work, and the
-    numbers of an op that gets sampled features. So the double sampling is in its time, and the sampling of features, two small
-    products, is in nobody's. A global map has 14 x 14 positions, a local one what it is sampled at. One head is a channel
+    It starts from maps that hold the given features in a corner, and samples at those: this gives the released sizes and work,
+    and the result of an op on sampled features. So its time includes the double sampling, and no peer's includes the sampling of
+    features, two small products. A global map has 14 x 14 positions, a local map as many as are sampled. One head is a channel
     relation, which is not sampled.
     """
     points = math.isqrt(student.shape[3])
@@ -296,10 +299,10 @@ def self_relation_official(student, teacher, student_scale, teacher_scale, weigh
     loss = 0
     for s in range(len(student)):
         with torch.no_grad():
-            wanted = _official_relation(teacher, teacher_scale, points, MAP if sampled else 0).softmax(dim=-1)
+            target = _official_relation(teacher, teacher_scale, points, MAP if sampled else 0).softmax(dim=-1)
         local = points < MAP - 1
         relation = _official_relation(student[s], student_scale, points, (points if local else MAP) if sampled else 0)
-        cross_entropy = -(wanted * relation.log_softmax(dim=-1)).sum(dim=-1)
+        cross_entropy = -(target * relation.log_softmax(dim=-1)).sum(dim=-1)
         loss = loss + (weight[s] * cross_entropy.mean(dim=(-1, -2))).sum()
     return loss
 
@@ -320,12 +323,16 @@ def _official_relation(features: Tensor, scale: float, points: int, side: int) -
 
 
 def self_relation_smart(student, teacher, student_scale, teacher_scale, weight):
-    """From sampled features: one softmax of the teacher for all views, and of the student only the log-sum-exp."""
+    """From sampled features: one softmax of the teacher for all views, and only the log-sum-exp of the student."""
     with torch.no_grad():
-        wanted = (teacher_scale * (teacher @ teacher.mT)).softmax(dim=-1, dtype=torch.float32)
+        target = (teacher_scale * (teacher @ teacher.mT)).softmax(dim=-1, dtype=torch.float32)
     relation = student_scale * (student @ student.mT).float()
-    cross_entropy = relation.logsumexp(dim=-1) - (wanted * relation).sum(dim=-1)
+    cross_entropy = relation.logsumexp(dim=-1) - (target * relation).sum(dim=-1)
     return (weight * cross_entropy.mean(dim=(-1, -2))).sum()
+
+
+def _compiled(**peers: Callable) -> dict[str, Callable]:
+    return {f"compile({name})": torch.compile(peer, dynamic=False) for name, peer in peers.items()}
 
 
 # The first peer is the official mathematics; the speedups of a table are against it.
@@ -334,42 +341,36 @@ PEERS: dict[str, dict[str, Callable]] = {
         "official eager": class_attention_official,
         "smart eager": class_attention_smart,
         "masked SDPA": class_attention_sdpa,
-        "compile(official)": torch.compile(class_attention_official, dynamic=False),
-        "compile(smart)": torch.compile(class_attention_smart, dynamic=False),
-        "compile(SDPA)": torch.compile(class_attention_sdpa, dynamic=False),
+        **_compiled(official=class_attention_official, smart=class_attention_smart, SDPA=class_attention_sdpa),
     },
     "neighbor_topk": {
         "official eager": neighbor_topk_official,
         "dense eager": neighbor_topk_dense,
         "reference": neighbor_topk_reference,
-        "compile(official)": torch.compile(neighbor_topk_official, dynamic=False),
-        "compile(dense)": torch.compile(neighbor_topk_dense, dynamic=False),
+        **_compiled(official=neighbor_topk_official, dense=neighbor_topk_dense),
     },
     "photometric": {
         "torchvision per sample": photometric_official,
         "batched eager": photometric_batched,
         "reference": photometric_reference.photometric_fwd,
-        "compile(batched)": torch.compile(photometric_batched, dynamic=False),
+        **_compiled(batched=photometric_batched),
     },
     "prototype_ce": {
         "official eager": prototype_ce_official,
         "smart eager": prototype_ce_smart,
         "lightly": prototype_ce_lightly,
-        "compile(official)": torch.compile(prototype_ce_official, dynamic=False),
-        "compile(smart)": torch.compile(prototype_ce_smart, dynamic=False),
+        **_compiled(official=prototype_ce_official, smart=prototype_ce_smart),
     },
     "query_attention": {
         "official eager": query_attention_official,
         "SDPA, two calls": query_attention_sdpa,
         "SDPA, masked": query_attention_masked,
         "FlexAttention": query_attention_flex,
-        "compile(official)": torch.compile(query_attention_official, dynamic=False),
-        "compile(SDPA)": torch.compile(query_attention_sdpa, dynamic=False),
+        **_compiled(official=query_attention_official, SDPA=query_attention_sdpa),
     },
     "self_relation": {
         "official eager": self_relation_official,
         "smart eager": self_relation_smart,
-        "compile(official)": torch.compile(self_relation_official, dynamic=False),
-        "compile(smart)": torch.compile(self_relation_smart, dynamic=False),
+        **_compiled(official=self_relation_official, smart=self_relation_smart),
     },
 }
