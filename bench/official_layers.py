@@ -1,13 +1,37 @@
-"""The layers and the losses of the official steps, in the mathematics of the releases: everything in memory."""
+"""The layers and the losses of the official steps, by the mathematics of the releases: every intermediate in memory."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from timm.layers import Attention
+from torch import Tensor
 
+from patchlight.backbones.vit import Block, VisionTransformer
+from patchlight.engine.branches import Branch
+from patchlight.heads.projection import ProjectionHead
+from patchlight.heads.summary import ClassAttentionBlock, ClassAttentionSummary
 from patchlight.records import Crops, Queries
 from patchlight_kernels.ops.neighbor_topk.reference import neighborhood
+
+
+def vit_of(branch: Branch) -> VisionTransformer:
+    """The branch's backbone, which is always a ViT here."""
+    assert isinstance(branch.backbone, VisionTransformer)
+    return branch.backbone
+
+
+def head_of(branch: Branch, name: str) -> ProjectionHead:
+    head = branch.heads[name]
+    assert isinstance(head, ProjectionHead)
+    return head
+
+
+def attention_of(block: Block) -> Attention:
+    assert isinstance(block.attn, Attention)
+    return block.attn
 
 
 def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
@@ -15,47 +39,50 @@ def cross_entropy(target: Tensor, logits: Tensor) -> Tensor:
 
 
 def other_views(targets: list[Tensor], outputs: list[Tensor]) -> Tensor:
-    """Each of the two global crops teaches every crop but itself."""
+    """The mean loss of every crop against each of the two global crops but itself."""
     pairs = [(i, v) for i in range(2) for v in range(len(outputs)) if v != i]
-    return sum(cross_entropy(targets[i], outputs[v]).mean() for i, v in pairs) / len(pairs)
+    return functools.reduce(torch.add, (cross_entropy(targets[i], outputs[v]).mean() for i, v in pairs)) / len(pairs)
 
 
-def transformer(vit: nn.Module, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
+def transformer(vit: VisionTransformer, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
     """All tokens before the final norm."""
     x = vit.embed(pixels, mask)
     for block in vit.blocks:
+        assert isinstance(block, Block)
         q, k, v = project(block, x)
-        x = x + block.attn.proj(attend(q, k, v))
+        x = x + attention_of(block).proj(attend(q, k, v))
         x = x + block.mlp(block.norm2(x))
     return x
 
 
-def two_streams(vit: nn.Module, pixels: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Raw tokens, and queries that read the raw tokens and each other; each stream has its own call of every layer."""
+def two_streams(vit: VisionTransformer, pixels: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw tokens, and queries that attend to the raw tokens and each other; every layer is called once per stream."""
     x, queries = vit.embed(pixels, mask), vit.embed_queries(Queries(positions))
     for block in vit.blocks:
-        (q, k, v), (asking, k_own, v_own) = project(block, x), project(block, queries)
+        assert isinstance(block, Block)
+        (q, k, v), (q_own, k_own, v_own) = project(block, x), project(block, queries)
         keys, values = torch.cat([k, k_own], dim=2), torch.cat([v, v_own], dim=2)
-        x = x + block.attn.proj(attend(q, k, v))
-        queries = queries + block.attn.proj(attend(asking, keys, values))
+        x = x + attention_of(block).proj(attend(q, k, v))
+        queries = queries + attention_of(block).proj(attend(q_own, keys, values))
         x = x + block.mlp(block.norm2(x))
         queries = queries + block.mlp(block.norm2(queries))
     return x, queries
 
 
-def project(block: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def project(block: Block, x: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values [M, H, T, E]."""
-    return block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    attention = attention_of(block)
+    return attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """With the map in memory, [M, T, D]."""
+    """Attention with the map in memory, [M, T, D]."""
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-def aggregate(summary: nn.Module, x: Tensor, grid: tuple[int, int], k: int | None) -> Tensor:
-    """[M, 1 + N, D]: the summary of all patches, then the patches, or (teacher) what each one's neighbors say."""
+def aggregate(summary: ClassAttentionSummary, x: Tensor, grid: tuple[int, int], k: int | None) -> Tensor:
+    """[M, 1 + N, D]: the summary of all patches, then the patches, or with k the summary of each patch's k neighbors."""
     images, patches, width = x.shape
     cls = class_attention_blocks(summary, summary.cls_token.expand(images, -1, -1), x)
     others = x
@@ -70,9 +97,10 @@ def aggregate(summary: nn.Module, x: Tensor, grid: tuple[int, int], k: int | Non
     return summary.norm(torch.cat([cls, others], dim=1))
 
 
-def class_attention_blocks(summary: nn.Module, state: Tensor, x: Tensor) -> Tensor:
-    """The state [S, 1, D] reads its own sequence x [S, L, D]: keys and values are projected for each sequence."""
+def class_attention_blocks(summary: ClassAttentionSummary, state: Tensor, x: Tensor) -> Tensor:
+    """The state [S, 1, D] attends to its own sequence x [S, L, D]; each sequence has its own keys and values projected."""
     for block in summary.blocks:
+        assert isinstance(block, ClassAttentionBlock)
         u = block.norm1(torch.cat([state, x], dim=1))
         q = block.q(u[:, :1]).unflatten(-1, (block.heads, -1)).transpose(1, 2)
         k = block.k(u).unflatten(-1, (block.heads, -1)).transpose(1, 2)
@@ -83,13 +111,13 @@ def class_attention_blocks(summary: nn.Module, state: Tensor, x: Tensor) -> Tens
     return state
 
 
-def logits(head: nn.Module, x: Tensor) -> Tensor:
+def logits(head: ProjectionHead, x: Tensor) -> Tensor:
     """Logits of every row, in memory; the weight norm is computed in every call."""
     return head.prototypes.logits(head(x))
 
 
 def query_positions(queries: Crops, crops: Crops, patch: int) -> Tensor:
-    """[V, B, L * n, 2] the corners of the query crops' patches in patches of each global crop, which mirrors none."""
+    """[V, B, L * n, 2] corners of the query crops' patches, in patches of each global crop as if it was not mirrored."""
     side, small = crops.pixels.shape[-1] // patch, queries.pixels.shape[-1] // patch
     places = []
     for box in crops.box:
@@ -104,7 +132,7 @@ def query_positions(queries: Crops, crops: Crops, patch: int) -> Tensor:
 
 
 def common_points(first: Tensor, second: Tensor, box: Tensor, flip: Tensor, count: int) -> Tensor:
-    """[B, count, count, 2] where grid_sample finds the points of two boxes' overlap in the crop (box, flip)."""
+    """[B, count, count, 2] grid_sample's coordinates in the crop (box, flip) of points in the overlap of two boxes."""
     start = torch.maximum(first[:, :2], second[:, :2])
     size = torch.minimum(first[:, :2] + first[:, 2:], second[:, :2] + second[:, 2:]) - start
     share = torch.linspace(0, 1, count, device=box.device)[:, None]
@@ -115,11 +143,11 @@ def common_points(first: Tensor, second: Tensor, box: Tensor, flip: Tensor, coun
 
 
 def sample_twice(relation: Tensor, grid: Tensor) -> Tensor:
-    """[B, M, N, N] read along the keys, then along the queries: [B, M, S * S, S * S], in fp32."""
+    """[B, M, N, N] sampled along the keys, then along the queries: [B, M, S * S, S * S], in fp32."""
     sampled = relation.float()
     for _ in range(2):
         side = int(sampled.shape[-1] ** 0.5)
         maps = sampled.flatten(1, 2).unflatten(-1, (side, side))
-        read = F.grid_sample(maps, grid.float(), align_corners=False).flatten(2)
-        sampled = read.unflatten(1, (*relation.shape[1:2], -1)).transpose(-2, -1)
+        points = F.grid_sample(maps, grid.float(), align_corners=False).flatten(2)
+        sampled = points.unflatten(1, (*relation.shape[1:2], -1)).transpose(-2, -1)
     return sampled
