@@ -1,1 +1,1 @@
-"""Benchmarks: ops against their peers and their floor. `python -m bench ops`, `python -m bench report`."""
+"""Benchmarks; `python -m bench --help` lists them."""

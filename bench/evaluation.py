@@ -12,9 +12,9 @@ from torch import Tensor
 from patchlight.evaluation.knn import NearestNeighbors
 from patchlight.evaluation.propagation import Propagation, propagate_frame
 
-from .machine import provenance
-from .ops import show, write
-from .timing import interleaved, peak_extra_bytes
+from .console import print_op_rows
+from .rows import Row, case_columns, write_rows
+from .timing import check_error, measure_calls
 
 TOLERANCE = 1e-5
 KNN_CHUNK = 512  # queries per product of the naive form
@@ -33,29 +33,14 @@ def measure_evaluation(
     """
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
+    rows: list[Row] = []
     for op, case, calls, error in (_knn(device, small), _davis(device, small)):
-        if error > TOLERANCE:
-            raise SystemExit(f"{op}: results differ by {error:.1e}, more than {TOLERANCE:g}: nothing is timed")
-        common = {
-            "op": op,
-            "case": case,
-            "dtype": "fp32",
-            "device": device,
-            "mode": "forward",
-            "status": "ok",
-            "error": error,
-        }
-        memory = {name: (peak_extra_bytes(call, device) or 0) / 1e6 for name, call in calls.items()}
-        timings = interleaved({name: [call] for name, call in calls.items()}, device, seconds)
-        rows += [
-            common
-            | {"provider": name, "median_ms": t.median, "p20_ms": t.p20, "p80_ms": t.p80, "rounds": t.rounds}
-            | {"peak_extra_mb": memory[name], **provenance(device).columns()}
-            for name, t in timings.items()
-        ]
-    write(rows, out)
-    show(rows)
+        check_error(op, error, TOLERANCE)
+        shared = case_columns(op, case, "fp32", device, "forward") | {"status": "ok", "error": error}
+        measured = measure_calls({name: [call] for name, call in calls.items()}, device, seconds)
+        rows += [shared | {"provider": name} | columns for name, columns in measured.items()]
+    write_rows(rows, out)
+    print_op_rows(rows)
     print(f"rows: {out}")
 
 
@@ -92,6 +77,7 @@ def _davis(device: str, small: bool) -> tuple[str, str, dict[str, Callable], flo
     labels = lambda: torch.randn(height, width, classes, generator=generator).softmax(-1).to(device)
     context, target = [(frame(), labels()) for _ in range(rule.context_frames + 1)], frame()
     rows, columns = torch.arange(height), torch.arange(width)
+    assert rule.radius is not None
     near_rows = (rows[:, None] - rows).abs() <= rule.radius
     near_columns = (columns[:, None] - columns).abs() <= rule.radius
     near = (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(0, 1).flatten(1).float().to(device)

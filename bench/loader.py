@@ -1,4 +1,4 @@
-"""Loaders alone, on generated JPEGs: ours beside torchvision's DataLoader with the same augmentation on the same cores."""
+"""Loaders alone, on generated JPEGs: ours and a DataLoader with torchvision's transforms, same augmentation, same cores."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Annotated
@@ -17,25 +18,26 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
 
 from patchlight.data.loaders import build_loader, dali_is_there
-from patchlight.data.policy import selfpatch_policy
+from patchlight.data.policy import CropSpec, selfpatch_policy
 from patchlight.data.sources import ImageFolder
 from patchlight.data.stored import Source, as_ppm
 
-from .machine import PROVENANCE, provenance
-from .ops import write
+from .console import wide_console
+from .rows import PROVENANCE, Row, provenance, write_rows
 from .timing import summarize
 
 POLICY = selfpatch_policy()  # 2 x 224 and 8 x 96
 PEER = "torchvision DataLoader, PIL"
 PROVIDERS = (PEER, "patchlight torchvision", "patchlight dali", "patchlight dali, DALI's colors")
-MODES = ("files", "decoded")  # JPEG files; pictures that lie decoded in memory
-GATE = 0.1  # how far the mean and the spread of a provider's normalized pixels may lie from those of the others
+MODES = ("files", "decoded")  # JPEG files; decoded images in memory
+TOLERANCE = 0.1  # how far the mean and the spread of a provider's normalized pixels may be from those of the others
 COLUMNS = (
     "provider", "mode", "device", "status", "cores", "batch", "images_per_s", "p20", "p80", "crops_per_s",
     "cpu_ms_per_image", "gpu_busy_percent", "memory_growth_mb", "rounds", "seconds", "images", "dali", *PROVENANCE,
@@ -57,7 +59,7 @@ class LoaderSuite:
 
 @dataclass(frozen=True)
 class Job:
-    """One provider in one process of its own, so that nobody's workers read ahead in another's turn."""
+    """One provider in a process of its own, so that no workers read ahead while another provider is measured."""
 
     provider: str
     mode: str
@@ -67,12 +69,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a job found."""
+class Measurement:
+    """What one round of a job gives."""
 
     images_per_s: float
     cpu_ms_per_image: float
-    memory_growth_mb: float  # how far this process's memory in the last third went beyond that in the first
+    memory_growth_mb: (
+        float  # the most memory of this process in the last third of the time, minus that in the first third
+    )
     gpu_busy_percent: float | None
     mean: float  # of the normalized pixels
     spread: float
@@ -88,57 +92,57 @@ def measure_loader(
         suite: what to run.
         out: the CSV to write.
     """
-    rows = run(suite)
-    write(rows, out, COLUMNS)
-    show(rows)
+    rows = measure(suite)
+    write_rows(rows, out, COLUMNS)
+    print_loader_rows(rows)
     print(f"rows: {out}")
 
 
-def run(suite: LoaderSuite) -> list[dict]:
-    """All providers in turn, round after round, each on the same cores; a row per provider and mode."""
+def measure(suite: LoaderSuite) -> list[Row]:
+    """All providers in turn, round after round, all on the same cores; a row per provider and mode."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = [p for p in suite.providers if "dali" not in p or dali_is_there()]
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as progress:
         write_photos(Path(folder), suite.images)
         jobs = [Job(p, mode, folder, device, suite) for mode in suite.modes for p in chosen]
-        task, found = progress.add_task("", total=suite.rounds * len(jobs)), {job: [] for job in jobs}
+        found: dict[Job, list[Measurement]] = {job: [] for job in jobs}
+        task = progress.add_task("", total=suite.rounds * len(jobs))
         for _ in range(suite.rounds):
             for job in jobs:
                 progress.update(task, description=f"{job.provider}, {job.mode}")
                 with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                    found[job].append(pool.submit(measure, job).result())
+                    found[job].append(pool.submit(measure_job, job).result())
                 progress.advance(task)
-    return [row(job, rounds, judged(rounds, found)) for job, rounds in found.items()]
+    all_measurements = [measurement for rounds in found.values() for measurement in rounds]
+    return [build_row(job, rounds, check_pixels(rounds, all_measurements)) for job, rounds in found.items()]
 
 
-def judged(rounds: list[Measured], found: dict[Job, list[Measured]]) -> str:
-    """Whether what a provider delivers looks like what all deliver."""
+def check_pixels(rounds: list[Measurement], all_measurements: list[Measurement]) -> str:
+    """How a provider's pixels differ from all providers' in mean or spread; "ok" if they do not."""
     for name in ("mean", "spread"):
-        everyone = statistics.median(getattr(m, name) for measured in found.values() for m in measured)
-        own = statistics.mean(getattr(m, name) for m in rounds)
-        if abs(own - everyone) > GATE:
-            return f"{name} of its pixels is {own:.2f}, the others' {everyone:.2f}"
+        usual = statistics.median(getattr(measurement, name) for measurement in all_measurements)
+        own = statistics.mean(getattr(measurement, name) for measurement in rounds)
+        if abs(own - usual) > TOLERANCE:
+            return f"{name} of its pixels is {own:.2f}, the others' {usual:.2f}"
     return "ok"
 
 
-def row(job: Job, rounds: list[Measured], status: str) -> dict:
-    from importlib.metadata import PackageNotFoundError, version
-
+def build_row(job: Job, rounds: list[Measurement], status: str) -> Row:
     speed = summarize([m.images_per_s for m in rounds])
     busy = [m.gpu_busy_percent for m in rounds if m.gpu_busy_percent is not None]
     try:
         dali = version("nvidia-dali-cuda130")
     except PackageNotFoundError:
         dali = ""
-    facts = {
+    row = {
         "provider": job.provider, "mode": job.mode, "device": job.device, "status": status, "cores": job.suite.cores,
         "batch": job.suite.batch, "rounds": speed.rounds, "seconds": job.suite.seconds, "images": job.suite.images,
-        **provenance(job.device).columns(), "dali": dali, "threads": job.suite.cores,
+        **provenance(job.device), "dali": dali, "threads": job.suite.cores,
     }  # fmt: skip
     if status != "ok":
-        return facts
+        return row
     crops = sum(spec.count for _, specs in POLICY.kinds() for spec in specs)
-    return facts | {
+    return row | {
         "images_per_s": speed.median,
         "p20": speed.p20,
         "p80": speed.p80,
@@ -149,40 +153,44 @@ def row(job: Job, rounds: list[Measured], status: str) -> dict:
     }
 
 
-def measure(job: Job) -> Measured:
-    """Runs one loader for a while. In a process of its own: it keeps to the cores it is given."""
-    set_start_method("fork", force=True)  # Linux's own choice for a DataLoader's workers
+def measure_job(job: Job) -> Measurement:
+    """Runs one loader for a while. It binds its process to the first cores, so it needs a process of its own."""
+    set_start_method("fork", force=True)  # Linux's default for a DataLoader's workers
     cores = sorted(os.sched_getaffinity(0))[: job.suite.cores]
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
-    source = ImageFolder(job.folder) if job.mode == "files" else InMemory(ImageFolder(job.folder))
-    step, close = build(job, source)
-    looks = []
+    source: Source = ImageFolder(job.folder)
+    if job.mode == "decoded":
+        source = InMemory(source)
+    step, close = build_step(job, source)
+    means, spreads = [], []
     for _ in range(2 * job.suite.cores + 4):  # more than any of them reads ahead
         pixels = step()
-        looks.append((pixels.mean().item(), pixels.std().item()))
+        means.append(pixels.mean().item())
+        spreads.append(pixels.std().item())
     synchronize(job.device)
-    memory, cpu, began = [], tree_cpu_seconds(), time.perf_counter()
-    with GpuWatch(job.device) as watch:
-        while time.perf_counter() - began < job.suite.seconds:
+    memory, cpu_before, start = [], process_cpu_seconds(), time.perf_counter()
+    with GpuMonitor(job.device) as gpu:
+        while time.perf_counter() - start < job.suite.seconds:
             step()
-            memory.append(own_memory())
+            memory.append(resident_bytes())
         synchronize(job.device)
-        seconds = time.perf_counter() - began
-    cpu, images, third = tree_cpu_seconds() - cpu, len(memory) * job.suite.batch, -(-len(memory) // 3)
+        seconds = time.perf_counter() - start
+    cpu, images, third = process_cpu_seconds() - cpu_before, len(memory) * job.suite.batch, -(-len(memory) // 3)
     growth = max(memory[-third:]) - max(memory[:third])
     close()
-    return Measured(
+    return Measurement(
         images / seconds,
         1e3 * cpu / images,
         growth / 1e6,
-        watch.busy_percent,
-        *map(statistics.mean, zip(*looks, strict=True)),
+        gpu.busy_percent,
+        statistics.mean(means),
+        statistics.mean(spreads),
     )
 
 
-def build(job: Job, source: Source) -> tuple[Callable[[], torch.Tensor], Callable[[], None]]:
-    """A call that takes the next batch to the device and returns its global crops, and one that ends the loader."""
+def build_step(job: Job, source: Source) -> tuple[Callable[[], torch.Tensor], Callable[[], None]]:
+    """A call that moves the next batch to the device and returns its global crops, and a call that ends the loader."""
     if job.provider == PEER:
         batches = pil_batches(source, job.suite.batch, job.suite.cores)
 
@@ -192,15 +200,18 @@ def build(job: Job, source: Source) -> tuple[Callable[[], torch.Tensor], Callabl
 
         return step, batches.close
     kind, _, colors = job.provider.removeprefix("patchlight ").partition(", ")
-    options = {"workers": job.suite.cores, "device": job.device}
-    loader = build_loader(kind, source, POLICY, job.suite.batch, photometric="dali" if colors else "op", **options)
+    photometric, cores = "dali" if colors else "op", job.suite.cores
+    loader = build_loader(
+        kind, source, POLICY, job.suite.batch, photometric=photometric, workers=cores, device=job.device
+    )
     return lambda: next(loader).global_crops.pixels, loader.close
 
 
 class InMemory:
-    """Images decoded once and kept."""
+    """Images that are decoded once and kept."""
 
-    classes, labels = (), None
+    classes: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
 
     def __init__(self, source: Source) -> None:
         self.images = [source.read(index) for index in range(len(source))]
@@ -219,48 +230,56 @@ class InMemory:
         return self.images[index]
 
 
-def pil_batches(source: Source, batch: int, workers: int) -> Iterator[list[torch.Tensor]]:
-    """What most projects do: a DataLoader of worker processes, each changing PIL images crop by crop."""
-    from PIL import ImageFilter
-    from torch.utils.data import DataLoader, Dataset
+def pil_transform(spec: CropSpec) -> Callable[[Image.Image], torch.Tensor]:
+    """torchvision's transforms for one crop."""
     from torchvision import transforms as T
     from torchvision.transforms import InterpolationMode
 
-    class Blur:
-        def __call__(self, image: Image.Image) -> Image.Image:
-            return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(0.1, 2.0))))
+    color = spec.photometric
+    jitter = T.ColorJitter(color.brightness, color.contrast, color.saturation, color.hue)
+    return T.Compose([
+        T.RandomResizedCrop(spec.size, spec.scale, interpolation=InterpolationMode.BICUBIC),
+        T.RandomHorizontalFlip(spec.flip),
+        T.RandomApply([jitter], color.jitter),
+        T.RandomGrayscale(color.gray),
+        T.RandomApply([pil_blur], color.blur),
+        T.RandomSolarize(128, color.solarize),
+        T.ToTensor(),
+        T.Normalize(POLICY.mean, POLICY.std),
+    ])  # fmt: skip
 
-    def chain(spec) -> T.Compose:
-        look = spec.photometric
-        jitter = T.ColorJitter(look.brightness, look.contrast, look.saturation, look.hue)
-        return T.Compose([
-            T.RandomResizedCrop(spec.size, spec.scale, interpolation=InterpolationMode.BICUBIC),
-            T.RandomHorizontalFlip(spec.flip),
-            T.RandomApply([jitter], look.jitter),
-            T.RandomGrayscale(look.gray),
-            T.RandomApply([Blur()], look.blur),
-            T.RandomSolarize(128, look.solarize),
-            T.ToTensor(),
-            T.Normalize(POLICY.mean, POLICY.std),
-        ])  # fmt: skip
 
-    chains = [chain(spec) for _, specs in POLICY.kinds() for spec in specs for _ in range(spec.count)]
+def pil_blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(float(torch.empty(1).uniform_(0.1, 2.0))))
 
-    class Crops(Dataset):
-        def __len__(self) -> int:
-            return len(source)
 
-        def __getitem__(self, index: int) -> list[torch.Tensor]:
-            image = Image.fromarray(source.read(index))
-            return [chain(image) for chain in chains]
+class PilCrops(Dataset):
+    """All crops of an image, cut and changed as PIL images."""
 
-    loader = DataLoader(Crops(), batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True)
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        specs = [spec for _, specs in POLICY.kinds() for spec in specs for _ in range(spec.count)]
+        self.transforms = [pil_transform(spec) for spec in specs]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        image = Image.fromarray(self.source.read(index))
+        return [transform(image) for transform in self.transforms]
+
+
+def pil_batches(source: Source, batch: int, workers: int) -> Generator[list[torch.Tensor], None, None]:
+    """What most projects use: a DataLoader whose worker processes change PIL images crop by crop."""
+    loader = DataLoader(
+        PilCrops(source), batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
+    )
     while True:
         yield from loader
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """JPEGs of 500 x 375 with detail of all sizes, about 60 kB each."""
+    """JPEGs of 500 x 375 with details of all sizes, about 60 kB each."""
     for number in range(count):
         rng, image = np.random.default_rng(number), np.zeros((375, 500, 3))
         for cells, strength in ((4, 1.0), (12, 0.7), (40, 0.5), (120, 0.35), (375, 0.2)):
@@ -270,8 +289,8 @@ def write_photos(folder: Path, count: int) -> None:
         Image.fromarray(image.astype(np.uint8)).save(folder / f"{number:05}.jpg", quality=90)
 
 
-class GpuWatch:
-    """Share of the time in which the GPU did anything, sampled while it is entered; None without a GPU or its monitor."""
+class GpuMonitor:
+    """Share of the time in which the GPU was busy, sampled inside the `with`; None without a GPU or without pynvml."""
 
     busy_percent: float | None = None
 
@@ -284,10 +303,10 @@ class GpuWatch:
         try:
             while not self.stop.wait(0.05):
                 self.samples.append(torch.cuda.utilization())
-        except ModuleNotFoundError:  # pynvml
+        except ModuleNotFoundError:  # no pynvml
             self.samples.clear()
 
-    def __enter__(self) -> GpuWatch:
+    def __enter__(self) -> GpuMonitor:
         if self.thread:
             self.thread.start()
         return self
@@ -299,20 +318,20 @@ class GpuWatch:
         self.busy_percent = statistics.mean(self.samples) if self.samples else None
 
 
-def tree_cpu_seconds() -> float:
-    """Processor time of this process and of all below it, as Linux counts it."""
+def process_cpu_seconds() -> float:
+    """Processor time of this process and of all its descendants, as Linux counts it."""
 
     def seconds(pid: int) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # with what ended children used
+        own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # with that of children that have ended
         children = [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
         return own + sum(seconds(child) for child in children)
 
     return seconds(os.getpid())
 
 
-def own_memory() -> int:
-    """Bytes that this process has in memory now."""
+def resident_bytes() -> int:
+    """Memory that this process has now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -321,15 +340,22 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def show(rows: list[dict]) -> None:
-    """A table per mode, ratios to the peer."""
-    console = Console(width=max(120, Console().width))
+def print_loader_rows(rows: list[Row]) -> None:
+    """A table per mode, with ratios to the peer."""
+    console = wide_console()
     for mode in dict.fromkeys(row["mode"] for row in rows):
         chosen = [row for row in rows if row["mode"] == mode]
         first = next((row for row in chosen if row["provider"] == PEER and row["status"] == "ok"), None)
         title = f"{mode}, {chosen[0]['cores']} cores of {chosen[0]['hardware']}, 2 x 224 + 8 x 96"
         table = Table(
-            "provider", "images/s", "p20 - p80", "vs PIL", "crops/s", "CPU ms per image", "MB grown", title=title
+            "provider",
+            "images/s",
+            "p20 - p80",
+            "vs PIL",
+            "crops/s",
+            "CPU ms per image",
+            "memory growth MB",
+            title=title,
         )
         for row in chosen:
             if row["status"] != "ok":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from .rows import CsvRow, read_rows
+
+README, RESULTS, MARKS = Path("README.md"), Path("bench/results"), ("<!-- numbers -->", "<!-- /numbers -->")
+TABLES = "README.md"  # in the folder of results
 
 
 def draw(rows: Path = Path("bench/out/ops.csv"), out: Path = Path("bench/out")) -> None:
@@ -13,28 +18,27 @@ def draw(rows: Path = Path("bench/out/ops.csv"), out: Path = Path("bench/out")) 
 
     Args:
         rows: the CSV of `python -m bench ops` or `step`.
-        out: where the pictures and the table go.
+        out: the folder of the pictures and the table.
     """
     if not rows.exists():
-        raise SystemExit(f"{rows} is not there; measure first: python -m bench {rows.stem}")
-    with rows.open() as file:
-        timed = [row for row in csv.DictReader(file) if row["status"] == "ok"]
+        raise SystemExit(f"report: rows must be a CSV file, got {rows}; measure first: python -m bench {rows.stem}.")
+    timed = [row for row in read_rows(rows) if row["status"] == "ok"]
     if not timed:
-        raise SystemExit(f"{rows} holds no timed row; nothing to draw")
+        raise SystemExit(f"report: rows must hold a timed row, got none in {rows}; measure again.")
     out.mkdir(parents=True, exist_ok=True)
-    by_op: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    by_op: dict[str, dict[str, list[CsvRow]]] = defaultdict(lambda: defaultdict(list))
     for row in timed:
         by_op[row["op"]][f"{row['case']} {row['dtype']} {row['mode']}"].append(row)
     for op, cases in by_op.items():
         path = out / f"{op}.png"
-        picture(op, cases, path)
+        draw_chart(op, cases, path)
         print(f"plot: {path}")
     table = out / f"{rows.stem}.md"
     table.write_text(markdown(by_op))
     print(f"table: {table}")
 
 
-def markdown(by_op: dict) -> str:
+def markdown(by_op: dict[str, dict[str, list[CsvRow]]]) -> str:
     lines = []
     for op, cases in by_op.items():
         first = next(iter(cases.values()))[0]
@@ -54,10 +58,6 @@ def markdown(by_op: dict) -> str:
     return "\n".join(lines)
 
 
-README, RESULTS, MARKS = Path("README.md"), Path("bench/results"), ("<!-- numbers -->", "<!-- /numbers -->")
-TABLES = "README.md"  # in the folder of results
-
-
 def publish(readme: Path = README, results: Path = RESULTS) -> None:
     """Write all tables of the committed CSVs beside them, and those of the main cases into the README.
 
@@ -75,27 +75,26 @@ def all_tables(results: Path) -> str:
     return f"# Measured\n\nWritten by `python -m bench readme` from the CSVs beside it.\n\n{tables(results, list)}"
 
 
-def tables(results: Path, choose: Callable[[list[dict]], list[dict]], link: Path = Path()) -> str:
-    """A Markdown table per CSV: ours against the official mathematics, or what people use, and the rest."""
+def tables(results: Path, choose: Callable[[list[CsvRow]], list[CsvRow]], link: Path = Path()) -> str:
+    """A Markdown table per CSV, of the chosen rows; link: the folder of the CSVs, for a reader of the text."""
     lines = []
-    for kind, (how, head, tell) in KINDS.items():
+    for kind, (conditions, head, make_lines) in KINDS.items():
         for path in sorted(results.glob(f"{kind}_*.csv")):
-            with path.open() as file:
-                rows = list(csv.DictReader(file))
+            rows = read_rows(path)
             first = rows[0]
             lines += [
                 f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, "
-                f"{first['date']} ([`{path.name}`]({(link / path.name).as_posix()})); {how}:",
+                f"{first['date']} ([`{path.name}`]({(link / path.name).as_posix()})); {conditions}:",
                 "",
                 f"| {' | '.join(head)} |",
                 f"| {' | '.join(['---'] * len(head))} |",
-                *[f"| {' | '.join(cells)} |" for cells in tell(choose(rows))],
+                *[f"| {' | '.join(cells)} |" for cells in make_lines(choose(rows))],
                 "",
             ]
     return "\n".join(lines)
 
 
-def main_rows(rows: list[dict]) -> list[dict]:
+def main_rows(rows: list[CsvRow]) -> list[CsvRow]:
     """Each op's first case in its longest mode; every step; loaders of files."""
     if "op" not in rows[0]:
         return [row for row in rows if row["mode"] == rows[0]["mode"]]
@@ -105,7 +104,7 @@ def main_rows(rows: list[dict]) -> list[dict]:
     return [row for row in chosen if row["mode"] == longest[row["op"]]]
 
 
-def _time(row: dict) -> float:
+def _median_ms(row: CsvRow) -> float:
     return float(row["median_ms"])
 
 
@@ -113,76 +112,78 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def _against(row: dict, ours: dict) -> str:
-    return f"{_number(_time(row))} ms ({_time(row) / _time(ours):.1f}x)"
+def _time_and_ratio(row: CsvRow, ours: CsvRow) -> str:
+    return f"{_number(_median_ms(row))} ms ({_median_ms(row) / _median_ms(ours):.1f}x)"
 
 
-def _memory(ours: dict, official: dict | None) -> str:
+def _memory(ours: CsvRow, official: CsvRow | None) -> str:
     if not (official and ours["peak_extra_mb"] and official["peak_extra_mb"]):
         return ""
     return " : ".join(_number(float(row["peak_extra_mb"])) for row in (ours, official)) + " MB"
 
 
-def _cases(rows: list[dict]) -> dict[tuple, list[dict]]:
-    cases: dict[tuple, list[dict]] = defaultdict(list)
+def _cases(rows: list[CsvRow]) -> dict[tuple[str, str, str, str], list[CsvRow]]:
+    cases: dict[tuple[str, str, str, str], list[CsvRow]] = defaultdict(list)
     for row in rows:
         cases[row["op"], row["case"], row["dtype"], row["mode"]].append(row)
     return cases
 
 
-def _ops(rows: list[dict]) -> list[list[str]]:
-    return [_op(*case, rows) for case, rows in _cases(rows).items()]
+def _op_lines(rows: list[CsvRow]) -> list[list[str]]:
+    return [_op_line(*case, rows) for case, rows in _cases(rows).items()]
 
 
-def _op(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> list[str]:
-    """The first provider is the official mathematics, which may be unable; ours is the fastest of our implementations."""
+def _op_line(op: str, case: str, dtype: str, mode: str, rows: list[CsvRow]) -> list[str]:
+    """The first provider is the official mathematics, which may not run; ours is the fastest of our implementations."""
     official = rows[0] if rows[0]["status"] == "ok" else None
     timed = [row for row in rows[1:] if row["status"] == "ok"]
-    ours = min((row for row in timed if row["provider"].startswith("patchlight")), key=_time)
+    ours = min((row for row in timed if row["provider"].startswith("patchlight")), key=_median_ms)
     others = [row for row in timed if not row["provider"].startswith(("patchlight", "reference"))]
-    best = min(others, key=_time, default=None)
+    best = min(others, key=_median_ms, default=None)
     return [
         f"`{op}`",
         f"{case} {dtype} {mode}",
-        f"**{_number(_time(ours))} ms**",
-        _against(official, ours) if official else "cannot run",
-        f"{best['provider']} {_against(best, ours)}" if best else "",
+        f"**{_number(_median_ms(ours))} ms**",
+        _time_and_ratio(official, ours) if official else "cannot run",
+        f"{best['provider']} {_time_and_ratio(best, ours)}" if best else "",
         _memory(ours, official),
     ]
 
 
-def _steps(rows: list[dict]) -> list[list[str]]:
-    return [_step(*case, rows) for case, rows in _cases(rows).items()]
+def _step_lines(rows: list[CsvRow]) -> list[list[str]]:
+    return [_step_line(*case, rows) for case, rows in _cases(rows).items()]
 
 
-def _step(op: str, case: str, dtype: str, mode: str, rows: list[dict]) -> list[str]:
-    """A host is compared with nothing but the official mathematics."""
+def _step_line(op: str, case: str, dtype: str, mode: str, rows: list[CsvRow]) -> list[str]:
+    """Only a method that extends a host has a ratio to it."""
     by_provider = {row["provider"]: row for row in rows}
-    ours, official, ratio = (by_provider.get(name) for name in ("patchlight", "official eager", "over host"))
+    ours, official, ratio = by_provider["patchlight"], by_provider["official eager"], by_provider.get("over host")
     return [
         f"{case} {dtype}",
-        f"**{_number(_time(ours))} ms**",
+        f"**{_number(_median_ms(ours))} ms**",
         f"{float(ours['images_per_s']):.3g}",
-        _against(official, ours),
+        _time_and_ratio(official, ours),
         f"{float(ratio['time_ratio']):.2f}x : {float(ratio['flop_ratio']):.2f}x" if ratio else "",
         _memory(ours, official),
     ]
 
 
-def _loaders(rows: list[dict]) -> list[list[str]]:
-    """A line per kind of picture and loader of ours; the first provider is what most projects use."""
+def _loader_lines(rows: list[CsvRow]) -> list[list[str]]:
+    """A line per mode and loader of ours; the first provider is what most projects use."""
     peers = {row["mode"]: row for row in rows[::-1] if not row["provider"].startswith("patchlight")}
-    return [_loader(row, peers[row["mode"]]) for row in rows if row is not peers[row["mode"]] and row["status"] == "ok"]
+    return [
+        _loader_line(row, peers[row["mode"]]) for row in rows if row is not peers[row["mode"]] and row["status"] == "ok"
+    ]
 
 
-def _loader(row: dict, peer: dict) -> list[str]:
+def _loader_line(row: CsvRow, peer: CsvRow) -> list[str]:
     speed, usual = float(row["images_per_s"]), float(peer["images_per_s"])
     return [
         row["mode"],
         row["provider"],
         f"**{speed:.0f}**",
         f"{usual:.0f} ({speed / usual:.1f}x)",
-        *[f"{float(one['cpu_ms_per_image']):.3g} ms" for one in (row, peer)],
+        *[f"{float(either['cpu_ms_per_image']):.3g} ms" for either in (row, peer)],
     ]
 
 
@@ -192,22 +193,19 @@ STEP_HEAD = (
 )  # fmt: skip
 LOADER_HEAD = ("pictures", "loader", "images/s", "DataLoader with PIL", "CPU per image", "PIL's")
 RUN = "medians of one interleaved run"
-KINDS = {
-    "ops": (f"{RUN}, inputs not in a cache", OP_HEAD, _ops),
-    "step": (f"{RUN}, the same weights and crops", STEP_HEAD, _steps),
-    "update": (f"{RUN}, the same gradients", OP_HEAD, _ops),
-    "loader": (f"{RUN}, 2 x 224 + 8 x 96 of 500 x 375", LOADER_HEAD, _loaders),
-    "evaluation": (RUN, OP_HEAD, _ops),
+# By the start of a CSV's name: the conditions, the table's head, and what makes its lines.
+KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[list[CsvRow]], list[list[str]]]]] = {
+    "ops": (f"{RUN}, inputs not in a cache", OP_HEAD, _op_lines),
+    "step": (f"{RUN}, the same weights and crops", STEP_HEAD, _step_lines),
+    "update": (f"{RUN}, the same gradients", OP_HEAD, _op_lines),
+    "loader": (f"{RUN}, 2 x 224 + 8 x 96 of 500 x 375", LOADER_HEAD, _loader_lines),
+    "evaluation": (RUN, OP_HEAD, _op_lines),
 }
 
 
-def picture(op: str, cases: dict[str, list[dict]], path: Path) -> None:
+def draw_chart(op: str, cases: dict[str, list[CsvRow]], path: Path) -> None:
     """Horizontal bars per case on a logarithmic axis, p20 to p80 as whiskers, the floor, if there is one, as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     heights = [len(rows) for rows in cases.values()]
     figure, axes = plt.subplots(
         len(cases),
@@ -218,41 +216,7 @@ def picture(op: str, cases: dict[str, list[dict]], path: Path) -> None:
         layout="constrained",
     )
     for axis, (case, rows) in zip(axes[:, 0], cases.items(), strict=True):
-        medians = [float(row["median_ms"]) for row in rows]
-        spread = [
-            [m - min(m, float(row["p20_ms"])) for m, row in zip(medians, rows, strict=True)],
-            [max(m, float(row["p80_ms"])) - m for m, row in zip(medians, rows, strict=True)],
-        ]
-        colors = ["#d9480f" if row["provider"].startswith("patchlight") else "#adb5bd" for row in rows]
-        axis.barh(range(len(rows)), medians, xerr=spread, color=colors, ecolor="#495057", capsize=2)
-        least = min(medians)
-        if rows[0].get("floor_ms"):
-            least = float(rows[0]["floor_ms"])
-            axis.axvline(least, color="#1971c2", linestyle="--", linewidth=1.5)
-            axis.annotate(
-                f"floor {least:.3g} ms",
-                (least, len(rows) - 0.45),
-                color="#1971c2",
-                fontsize=8,
-                ha="left",
-                xytext=(3, 0),
-                textcoords="offset points",
-            )
-        axis.set_yticks(range(len(rows)), [row["provider"] for row in rows])
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlim(least / 1.5, max(medians) * 2.2)
-        for position, median in enumerate(medians):
-            axis.annotate(
-                f"{median:.3g} ms  {medians[0] / median:.1f}x",
-                (median, position),
-                va="center",
-                fontsize=8,
-                xytext=(8, 0),
-                textcoords="offset points",
-            )
-        axis.set_title(case, fontsize=10, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
+        _draw_case(axis, case, rows)
     axes[-1, 0].set_xlabel("milliseconds (lower is better)")
     first = next(iter(cases.values()))[0]
     figure.suptitle(
@@ -260,3 +224,55 @@ def picture(op: str, cases: dict[str, list[dict]], path: Path) -> None:
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, which draws into files without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _draw_case(axis: Any, case: str, rows: list[CsvRow]) -> None:
+    medians = [_median_ms(row) for row in rows]
+    spread = [
+        [m - min(m, float(row["p20_ms"])) for m, row in zip(medians, rows, strict=True)],
+        [max(m, float(row["p80_ms"])) - m for m, row in zip(medians, rows, strict=True)],
+    ]
+    colors = ["#d9480f" if row["provider"].startswith("patchlight") else "#adb5bd" for row in rows]
+    axis.barh(range(len(rows)), medians, xerr=spread, color=colors, ecolor="#495057", capsize=2)
+    least = min(medians)
+    if rows[0].get("floor_ms"):
+        least = float(rows[0]["floor_ms"])
+        _draw_floor(axis, least, len(rows))
+    axis.set_yticks(range(len(rows)), [row["provider"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlim(least / 1.5, max(medians) * 2.2)
+    for position, median in enumerate(medians):
+        axis.annotate(
+            f"{median:.3g} ms  {medians[0] / median:.1f}x",
+            (median, position),
+            va="center",
+            fontsize=8,
+            xytext=(8, 0),
+            textcoords="offset points",
+        )
+    axis.set_title(case, fontsize=10, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_floor(axis: Any, floor_ms: float, bars: int) -> None:
+    axis.axvline(floor_ms, color="#1971c2", linestyle="--", linewidth=1.5)
+    axis.annotate(
+        f"floor {floor_ms:.3g} ms",
+        (floor_ms, bars - 0.45),
+        color="#1971c2",
+        fontsize=8,
+        ha="left",
+        xytext=(3, 0),
+        textcoords="offset points",
+    )

@@ -1,19 +1,19 @@
 """Does the method work? The host alone against host + SelfPatch, + SERE, + PQCL: same images, steps, crops and seeds.
 
-Only the objectives differ, and what an objective cannot do without: SelfPatch sums up an image by class attention, so the
-host has a second control with that summary; PQCL brings a query crop. k-NN accuracy on unseen images and J&F on videos are
-measured by the code of `python -m patchlight.evaluation`, on what no cell has trained on.
+Only the objectives differ, and what an objective needs: SelfPatch summarizes an image by class attention, so the host has a
+second control with that summary; PQCL needs a query crop. k-NN accuracy on new images and J&F on videos are measured by the
+code of `python -m patchlight.evaluation`, on data that no cell has trained on.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -33,17 +33,19 @@ from patchlight.objectives.pqcl import PqclOptions
 from patchlight.objectives.selfpatch import SelfPatchOptions
 from patchlight.objectives.sere import SereOptions, sere_weights
 from patchlight.recipes.ours import demo
-from patchlight.run import Objectives, Optim, Parallel, Run, Schedule
+from patchlight.run import Objectives, Optim, Options, Parallel, Run, Schedule
 
-from .machine import PROVENANCE, provenance
+from .report import pyplot
+from .rows import PROVENANCE, CsvRow, Row, append_row, provenance, read_rows
 
 MEASURES = {"k10": "k-NN, k=10", "k20": "k-NN, k=20", "J&F": "J&F", "J_mean": "J", "F_mean": "F"}
 COLUMNS = ("size", "method", "seed", "steps", *MEASURES, "settings", *PROVENANCE)
 RESULTS = Path("bench/results/study")
+OptionsType = TypeVar("OptionsType", bound=Options)
 
 
 @dataclass(frozen=True)
-class Size:
+class StudySize:
     """How large a cell is, and what it is measured on."""
 
     run: Run
@@ -53,13 +55,13 @@ class Size:
     short_side: int
 
 
-def cpu() -> Size:
+def cpu() -> StudySize:
     """The demo's model and 256 steps: one to three minutes per cell on two cores."""
     run = demo()
-    return Size(replace(run, schedule=Schedule(epochs=8)), videos=8, frames=16, video_size=192, short_side=96)
+    return StudySize(replace(run, schedule=Schedule(epochs=8)), videos=8, frames=16, video_size=192, short_side=96)
 
 
-def gpu() -> Size:
+def gpu() -> StudySize:
     """ViT-Ti/8 at 96 pixels on 20,480 images, 8,000 steps of 256."""
     run = demo()
     crops = replace(
@@ -75,21 +77,24 @@ def gpu() -> Size:
         schedule=Schedule(epochs=100),
         parallel=Parallel(precision="bf16"),
     )
-    return Size(run, videos=30, frames=48, video_size=384, short_side=192)
+    return StudySize(run, videos=30, frames=48, video_size=384, short_side=192)
 
 
-SIZES: dict[str, Callable[[], Size]] = {"cpu": cpu, "gpu": gpu}
+SIZES: dict[str, Callable[[], StudySize]] = {"cpu": cpu, "gpu": gpu}
 QUERY_SHARE = 2 / 3  # a query crop's side in local crops' sides, at least 2 patches
 
 
 def _host(run: Run) -> Run:
     """DINO as in the demo, with a class token and a fixed position table, which PQCL needs and all share."""
-    dino = next(one for one in run.objectives.options if isinstance(one, DinoOptions))
     model = replace(run.model, summary="cls", positions="sincos")
-    return replace(run, model=model, objectives=Objectives((dino,)))
+    return replace(run, model=model, objectives=Objectives((_options(run, DinoOptions),)))
 
 
-def _with(run: Run, options: object, weights: dict[str, float]) -> Run:
+def _options(run: Run, kind: type[OptionsType]) -> OptionsType:
+    return next(options for options in run.objectives.options if isinstance(options, kind))
+
+
+def _with(run: Run, options: Options, weights: dict[str, float]) -> Run:
     return replace(run, objectives=Objectives((*run.objectives.options, options), weights=weights))
 
 
@@ -99,8 +104,7 @@ def _host_class_attention(run: Run) -> Run:
 
 
 def _selfpatch(run: Run) -> Run:
-    options = next(one for one in run.objectives.options if isinstance(one, SelfPatchOptions))
-    return _with(_host_class_attention(run), options, run.objectives.weights)
+    return _with(_host_class_attention(run), _options(run, SelfPatchOptions), run.objectives.weights)
 
 
 def _sere(run: Run) -> Run:
@@ -108,13 +112,14 @@ def _sere(run: Run) -> Run:
 
 
 def _pqcl(run: Run) -> Run:
-    run, crops = _host(run), run.data.crops
-    side = max(2, round(QUERY_SHARE * crops.local_crops[0].size / run.model.patch_size)) * run.model.patch_size
-    look = crops.local_crops[0].photometric
-    query = CropSpec(1, side, crops.local_crops[0].scale, flip=0.0, photometric=look)
+    run, crops, patch = _host(run), run.data.crops, run.model.patch_size
+    local = crops.local_crops[0]
+    side = max(2, round(QUERY_SHARE * local.size / patch)) * patch
+    query = CropSpec(1, side, local.scale, flip=0.0, photometric=local.photometric)
     run = replace(run, data=replace(run.data, crops=replace(crops, query_crops=(query,))))
-    target = run.objectives.options[0].target
-    return _with(run, PqclOptions(target=target, teacher_temperature=0.04, warmup_epochs=0), {})
+    return _with(
+        run, PqclOptions(target=_options(run, DinoOptions).target, teacher_temperature=0.04, warmup_epochs=0), {}
+    )
 
 
 METHODS: dict[str, Callable[[Run], Run]] = {
@@ -143,7 +148,7 @@ def measure_study(
     Args:
         size: cpu or gpu.
         seeds: one cell each per method; 0 and 1 are those of the test images.
-        methods: which of them.
+        methods: which methods.
         steps: fewer steps, to try the script; such cells are never mixed with others.
         work: folder of runs; an interrupted cell resumes there.
         out: the CSV to add to; by default bench/results/study/<size>.csv.
@@ -152,17 +157,19 @@ def measure_study(
     if size not in SIZES or not set(methods) <= set(METHODS) or {0, 1} & set(seeds):
         raise SystemExit(
             f"study: size must be one of {tuple(SIZES)}, methods among {tuple(METHODS)} and seeds other than 0 and 1, got"
-            f" {size!r}, {methods} and {seeds}"
+            f" {size!r}, {methods} and {seeds}; change them."
         )
     torch.set_num_threads(threads)
-    scale, out = SIZES[size](), out or RESULTS / f"{size}.csv"
-    videos = work / size / f"videos-{scale.videos}-{scale.frames}-{scale.video_size}"
+    chosen, out = SIZES[size](), out or RESULTS / f"{size}.csv"
+    videos = work / size / f"videos-{chosen.videos}-{chosen.frames}-{chosen.video_size}"
     if not (videos / "ImageSets").exists():  # written last
-        write_davis(videos, scale.videos, scale.frames, scale.video_size, seed=1)
-    for seed in seeds:  # all methods of a seed before the next one, so that an early stop compares like with like
+        write_davis(videos, chosen.videos, chosen.frames, chosen.video_size, seed=1)
+    for (
+        seed
+    ) in seeds:  # all methods of a seed before the next seed, so that a study that is stopped early compares fairly
         for method in methods:
-            run = _cell(METHODS[method](scale.run), seed, steps, work / size)
-            settings = _settings(run, scale)
+            run = _cell(METHODS[method](chosen.run), seed, steps, work / size)
+            settings = _settings(run, chosen)
             if _done(out, size, method, seed, settings):
                 print(f"skip: {method}, seed {seed}: finished, in {out}")
                 continue
@@ -170,15 +177,14 @@ def measure_study(
             train(run)
             row = {"size": size, "method": method, "seed": seed, "settings": settings}
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            row |= _measure(run, scale, videos) | provenance(device).columns()
-            _append(out, row)
+            append_row(row | _measure(run, chosen, videos) | provenance(device), out, COLUMNS)
     draw(out)
 
 
 def _cell(run: Run, seed: int, steps: int | None, folder: Path) -> Run:
-    """A run of one cell: no looks on the way, a checkpoint at the end."""
+    """The run of one cell: no evaluation on the way, a checkpoint at the end."""
     schedule = Schedule(epochs=1, steps_per_epoch=steps) if steps else run.schedule
-    kinds = [type(one).__name__.removesuffix("Options").lower() for one in run.objectives.options]
+    kinds = [type(options).__name__.removesuffix("Options").lower() for options in run.objectives.options]
     name = "-".join([*kinds, run.model.summary, f"seed{seed}", *([f"{steps}steps"] if steps else [])])
     output = replace(run.output, folder=str(folder / name), look_every=0, save_every=10**6, resume=True, keep=1)
     warmup = min(run.optim.warmup_epochs, schedule.epochs)
@@ -191,48 +197,34 @@ def _cell(run: Run, seed: int, steps: int | None, folder: Path) -> Run:
     )
 
 
-def _measure(run: Run, scale: Size, videos: Path) -> dict[str, float]:
+def _measure(run: Run, size: StudySize, videos: Path) -> Row:
     """k-NN accuracy and J&F of the trained teacher."""
-    here = Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    encoder = open_checkpoint(run.output.folder).to(here.device)
+    ranks = Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    encoder = open_checkpoint(run.output.folder).to(ranks.device)
     facts = json.loads((Path(encoder.name) / "facts.json").read_text())
-    knn = evaluate_knn(encoder, open_labelled("procedural"), KnnProtocol(k=(10, 20)), here, Reading(workers=0))
-    protocol = DavisProtocol(short_side=scale.short_side, std=None)
-    found = evaluate_davis(encoder, DavisFolder(videos), protocol, here, Path(run.output.folder) / "davis", previews=2)
-    if found.failed:
-        raise SystemExit(f"study: every video must be scored, got {found.failed}")
-    scores = knn | found.metrics()
+    knn = evaluate_knn(encoder, open_labelled("procedural"), KnnProtocol(k=(10, 20)), ranks, Reading(workers=0))
+    protocol = DavisProtocol(short_side=size.short_side, std=None)
+    davis = evaluate_davis(encoder, DavisFolder(videos), protocol, ranks, Path(run.output.folder) / "davis", previews=2)
+    if davis.failed:
+        raise SystemExit(
+            f"study: every video must be scored, got failures of {davis.failed}; delete {videos} and run again."
+        )
+    scores = knn | davis.metrics()
     return {"steps": facts["clock"]["step"], **{name: round(scores[name], 5) for name in MEASURES}}
 
 
-def _settings(run: Run, scale: Size) -> str:
-    """A digest of everything but the folder and the seed: rows with another one are another study's."""
-    plain = run.to_dict()
-    del plain["output"], plain["parallel"]["seed"]
-    rest = {name: value for name, value in asdict(scale).items() if name != "run"}
-    return hashlib.sha256(json.dumps([plain, rest], sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _rows(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
+def _settings(run: Run, size: StudySize) -> str:
+    """A digest of everything but the folder and the seed: rows with another digest belong to another study."""
+    settings = run.to_dict()
+    del settings["output"], settings["parallel"]["seed"]
+    rest = {name: value for name, value in asdict(size).items() if name != "run"}
+    return hashlib.sha256(json.dumps([settings, rest], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _done(path: Path, size: str, method: str, seed: int, settings: str) -> bool:
     cell = (size, method, str(seed), settings)
-    return any((row["size"], row["method"], row["seed"], row["settings"]) == cell for row in _rows(path))
-
-
-def _append(path: Path, row: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    rows = read_rows(path) if path.exists() else []
+    return any((row["size"], row["method"], row["seed"], row["settings"]) == cell for row in rows)
 
 
 def draw(rows: Path = RESULTS / "cpu.csv") -> None:
@@ -241,9 +233,11 @@ def draw(rows: Path = RESULTS / "cpu.csv") -> None:
     Args:
         rows: the CSV of `python -m bench study`.
     """
-    measured = _rows(rows)
+    measured = read_rows(rows) if rows.exists() else []
     if not measured:
-        raise SystemExit(f"study: {rows} holds no finished cell; nothing to draw")
+        raise SystemExit(
+            f"study: nothing to draw: rows must hold a finished cell, got none in {rows}; run the study first."
+        )
     longest = max(measured, key=lambda row: int(row["steps"]))["steps"]  # trial cells stay out
     latest = {row["method"]: row["settings"] for row in measured if row["steps"] == longest}
     chosen = {
@@ -253,28 +247,28 @@ def draw(rows: Path = RESULTS / "cpu.csv") -> None:
     }
     table, plot = rows.with_suffix(".md"), rows.with_suffix(".png")
     table.write_text(markdown(chosen, rows))
-    show(chosen)
-    picture(chosen, plot)
+    print_table(chosen)
+    draw_plot(chosen, plot)
     print(f"table: {table}\nplot: {plot}")
 
 
-def spread(values: list[float], sign: str = "-") -> str:
-    """Mean and standard deviation in percent; the deviation of a single value is unknown."""
+def mean_and_deviation(values: list[float], sign: str = "-") -> str:
+    """In percent; the standard deviation of a single value is unknown."""
     mean = f"{100 * statistics.mean(values):{sign}.1f}"
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean} (one seed)"
 
 
-def lines(cells: dict[str, list[dict]]) -> Iterator[tuple[str, ...]]:
+def table_lines(cells: dict[str, list[CsvRow]]) -> Iterator[tuple[str, ...]]:
     """A line of the table per method. A gain is the mean of the differences seed by seed."""
     for method, rows in cells.items():
-        values = [spread([float(row[name]) for row in rows]) for name in MEASURES]
+        values = [mean_and_deviation([float(row[name]) for row in rows]) for name in MEASURES]
         control = {row["seed"]: row for row in cells.get(CONTROLS.get(method, ""), [])}
         pairs = [(row, control[row["seed"]]) for row in rows if row["seed"] in control]
         gains = [[float(row[name]) - float(other[name]) for row, other in pairs] for name in GAINS]
-        yield method, str(len(rows)), *values, *(spread(gain, "+") if gain else "" for gain in gains)
+        yield method, str(len(rows)), *values, *(mean_and_deviation(gain, "+") if gain else "" for gain in gains)
 
 
-def markdown(cells: dict[str, list[dict]], source: Path) -> str:
+def markdown(cells: dict[str, list[CsvRow]], source: Path) -> str:
     first = next(iter(cells.values()))[0]
     text = [
         f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, {first['date']}"
@@ -282,28 +276,24 @@ def markdown(cells: dict[str, list[dict]], source: Path) -> str:
         " the control of SelfPatch is the host with class attention, that of SERE and PQCL the host.",
         "",
     ]
-    text += ["| " + " | ".join(line) + " |" for line in (HEAD, ["---"] * len(HEAD), *lines(cells))]
+    text += ["| " + " | ".join(line) + " |" for line in (HEAD, ["---"] * len(HEAD), *table_lines(cells))]
     return "\n".join(text) + "\n"
 
 
-def show(cells: dict[str, list[dict]]) -> None:
+def print_table(cells: dict[str, list[CsvRow]]) -> None:
     kept = [name for name in HEAD if name not in ("seeds", "J", "F", MEASURES["k10"])]  # 80 columns
     table = Table(*kept)
-    for line in lines(cells):
+    for line in table_lines(cells):
         table.add_row(*(value for name, value in zip(HEAD, line, strict=True) if name in kept))
     Console().print(table)
 
 
-def picture(cells: dict[str, list[dict]], path: Path) -> None:
-    """A dot per seed, a line at the mean, the host's mean across."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = {"k20": "k-NN accuracy (k=20), %", "J&F": "J&F on procedural videos, %"}
-    figure, axes = plt.subplots(1, len(shown), figsize=(11, 0.6 * len(cells) + 1.6), layout="constrained", sharey=True)
-    for axis, (name, title) in zip(axes, shown.items(), strict=True):
+def draw_plot(cells: dict[str, list[CsvRow]], path: Path) -> None:
+    """A dot per seed, a line at each method's mean, and a line across at the host's mean."""
+    plt = pyplot()
+    panels = {"k20": "k-NN accuracy (k=20), %", "J&F": "J&F on procedural videos, %"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 0.6 * len(cells) + 1.6), layout="constrained", sharey=True)
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
         for place, (method, rows) in enumerate(cells.items()):
             values = [100 * float(row[name]) for row in rows]
             color = "#868e96" if method.startswith("host") and "+" not in method else "#d9480f"

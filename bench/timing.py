@@ -1,4 +1,4 @@
-"""Fair timing of several callables in one process: interleaved rounds, inputs that do not sit in a cache, medians."""
+"""Fair timing of several calls in one process: interleaved rounds, inputs that are not in a cache, medians."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,21 +26,19 @@ class Timing:
 
 def summarize(milliseconds: Sequence[float]) -> Timing:
     ordered = sorted(milliseconds)
-    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-    return Timing(statistics.median(ordered), at(0.2), at(0.8), len(ordered))
+    quantile = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return Timing(statistics.median(ordered), quantile(0.2), quantile(0.8), len(ordered))
 
 
-def interleaved(calls: dict[str, list[Callable]], device: str, seconds: float = 2.0) -> dict[str, Timing]:
-    """Times every provider in turn, round after round, until each had about `seconds` or 10 rounds.
+def time_interleaved(calls: Mapping[str, Sequence[Callable]], device: str, seconds: float = 2.0) -> dict[str, Timing]:
+    """Times every provider in turn, round after round, until each had about `seconds` and at least 10 rounds.
 
     A provider is a list of the same call over different copies of the inputs, together larger than the last-level
     cache; each round takes the next copy. On a GPU a call is captured as a CUDA graph where it can be, so that
     Python's launch cost is not part of an op's time; events time the replay.
     """
-    runners = {
-        name: [_gpu_runner(call) for call in copies] if device == "cuda" else [_cpu_runner(call) for call in copies]
-        for name, copies in calls.items()
-    }
+    runner = _gpu_runner if device == "cuda" else _cpu_runner
+    runners = {name: [runner(call) for call in copies] for name, copies in calls.items()}
     spent = dict.fromkeys(runners, 0.0)
     times: dict[str, list[float]] = {name: [] for name in runners}
     for copies in runners.values():
@@ -57,6 +56,29 @@ def interleaved(calls: dict[str, list[Callable]], device: str, seconds: float = 
     return {name: summarize(values) for name, values in times.items()}
 
 
+def measure_calls(calls: Mapping[str, Sequence[Callable]], device: str, seconds: float) -> dict[str, dict[str, Any]]:
+    """The columns of each provider's peak memory, measured first, and of its times."""
+    memory = {name: peak_extra_bytes(copies[0], device) for name, copies in calls.items()}
+    return {
+        name: {
+            "median_ms": timing.median,
+            "p20_ms": timing.p20,
+            "p80_ms": timing.p80,
+            "rounds": timing.rounds,
+            "peak_extra_mb": "" if (extra := memory[name]) is None else extra / 1e6,
+        }
+        for name, timing in time_interleaved(calls, device, seconds).items()
+    }
+
+
+def check_error(name: str, error: float, tolerance: float) -> None:
+    """Ends the program before a wrong result is timed."""
+    if error > tolerance:
+        raise SystemExit(
+            f"{name}: the results must agree within {tolerance:g}, got a difference of {error:.1e}; nothing is timed."
+        )
+
+
 def _cpu_runner(call: Callable) -> Callable[[], float]:
     def run() -> float:
         start = time.perf_counter()
@@ -67,7 +89,7 @@ def _cpu_runner(call: Callable) -> Callable[[], float]:
 
 
 def _gpu_runner(call: Callable) -> Callable[[], float]:
-    replay = _captured(call)
+    replay = _capture(call)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def run() -> float:
@@ -80,8 +102,8 @@ def _gpu_runner(call: Callable) -> Callable[[], float]:
     return run
 
 
-def _captured(call: Callable) -> Callable:
-    """The call as a CUDA graph; the call itself if it cannot be captured (a host sync, a library that refuses)."""
+def _capture(call: Callable) -> Callable:
+    """The call as a CUDA graph; the call itself if it cannot be captured (it waits for the device, or a library refuses)."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -92,7 +114,7 @@ def _captured(call: Callable) -> Callable:
         with torch.cuda.graph(graph, stream=stream):
             call()
     except RuntimeError as error:
-        print(f"not captured as a CUDA graph, timed with its launches: {str(error).splitlines()[0]}")
+        print(f"not captured as a CUDA graph, so timed with its launches: {str(error).splitlines()[0]}")
         torch.cuda.synchronize()
         return call
     return graph.replay
@@ -111,7 +133,7 @@ def peak_extra_bytes(call: Callable, device: str) -> int | None:
     call()
     gc.collect()
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory back, so that using it again shows
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory back, so that using it again counts
         Path("/proc/self/clear_refs").write_text("5")  # restart the peak
         before = _status_bytes("VmRSS")
         call()

@@ -1,4 +1,4 @@
-"""The update alone: clipping per tensor, AdamW, the teacher's moving average, from gradients that lie there."""
+"""The update alone: clipping per tensor, AdamW and the teacher's moving average, on gradients that are given."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .machine import ceiling, provenance
+from .console import print_op_rows
+from .machine import ceiling
+from .methods import LAPTOP, LARGE, METHODS, OFFICIAL, OURS, Method, StepSize, build_official, build_trainer
 from .official_step import OfficialStep
-from .ops import show, write
-from .step import LAPTOP, LARGE, METHODS, OFFICIAL, OURS, Method, Size, build_official, build_trainer
-from .timing import interleaved, peak_extra_bytes
+from .rows import Row, case_columns, write_rows
+from .timing import check_error, measure_calls
 
 FOREACH, COMPILED = "foreach", "compile(foreach)"
 TOLERANCE = 1e-6  # relative difference of any parameter of student and teacher after two updates
@@ -31,71 +32,60 @@ def measure_update(
 
     Args:
         method: whose parameters.
-        large: ViT-S/16's, not the laptop's.
+        large: those of ViT-S/16, not the laptop's.
         out: the CSV to write.
         threads: CPU threads of all.
         seconds: per provider.
     """
     torch.set_num_threads(threads)
     rows = measure(METHODS[method], LARGE if large else LAPTOP, seconds)
-    write(rows, out)
-    show(rows)
+    write_rows(rows, out)
+    print_op_rows(rows)
     print(f"rows: {out}")
 
 
-def measure(method: Method, size: Size, seconds: float) -> list[dict]:
+def measure(method: Method, size: StepSize, seconds: float) -> list[Row]:
     """A row per provider, all on the same gradients and from the same weights."""
     run = method.run(size)
     trainer = build_trainer(run)
     device = trainer.mesh.device.type
-    kinds = {OFFICIAL: method.official, FOREACH: ForeachUpdate, COMPILED: CompiledUpdate}
-    peers = {name: build_official(kind, trainer) for name, kind in kinds.items()}
-    branches = {name: (peer.student, peer.teacher) for name, peer in peers.items()} | {
-        OURS: (trainer.student, trainer.teacher)
-    }
-
+    steps = {OFFICIAL: method.official, FOREACH: ForeachUpdate, COMPILED: CompiledUpdate}
+    peers = {name: build_official(step, trainer) for name, step in steps.items()}
+    branches = {name: (peer.student, peer.teacher) for name, peer in peers.items()}
+    branches[OURS] = (trainer.student, trainer.teacher)
     terms = {"loss": torch.ones((), device=device)}
 
-    def ours() -> None:
+    def our_update() -> None:
         refused, _ = trainer.update.step(terms, trainer.lr, run.optim.weight_decay, freeze=False)
         trainer.teacher.follow(trainer.student, run.optim.teacher_momentum, refused)
 
-    updates = {name: peer.update for name, peer in peers.items()} | {OURS: ours}
+    updates: dict[str, Callable[[], None]] = {name: peer.update for name, peer in peers.items()}
+    updates[OURS] = our_update
     gradients = make_gradients(trainer.student, run.optim.clip)
     calls = {name: with_gradients(branches[name][0], gradients, update) for name, update in updates.items()}
     for _ in range(2):
         for call in calls.values():
             call()
-    errors = {name: furthest(branches[name], branches[OFFICIAL]) for name in calls}
+    errors = {name: largest_difference(branches[name], branches[OFFICIAL]) for name in calls}
     for name, error in errors.items():
-        if error > TOLERANCE:
-            raise SystemExit(f"{name}: parameters differ by {error:.1e}, more than {TOLERANCE:g}: nothing is timed")
+        check_error(f"{name}: parameters", error, TOLERANCE)
     parameters = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
     moved = parameters * LEAST_BYTES_PER_PARAMETER
-    floor = 1e3 * moved / ceiling(device, torch.float32).bandwidth
-    base = {
-        "op": "update",
-        "case": f"{method.title} {run.model.arch}, {len(gradients)} tensors, {parameters / 1e6:.1f} M",
-        "dtype": "float32",
-        "device": device,
-        "mode": "update",
-        "status": "ok",
-        "floor_ms": floor,
-        **provenance(device).columns(),
-    }
-    memory = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
-    timings = interleaved({name: [call] for name, call in calls.items()}, device, seconds)
+    floor_ms = 1e3 * moved / ceiling(device, torch.float32).bandwidth
+    case = f"{method.title} {run.model.arch}, {len(gradients)} tensors, {parameters / 1e6:.1f} M"
+    shared = case_columns("update", case, "float32", device, "update") | {"status": "ok", "floor_ms": floor_ms}
+    measured = measure_calls({name: [call] for name, call in calls.items()}, device, seconds)
     return [
-        base
-        | {"provider": name, "median_ms": t.median, "p20_ms": t.p20, "p80_ms": t.p80, "rounds": t.rounds}
-        | {"percent_of_floor": 100 * floor / t.median, "gb_per_s": moved / t.median / 1e6, "error": errors[name]}
-        | {"peak_extra_mb": "" if memory[name] is None else memory[name] / 1e6}
-        for name, t in timings.items()
+        shared
+        | columns
+        | {"provider": name, "error": errors[name], "percent_of_floor": 100 * floor_ms / columns["median_ms"]}
+        | {"gb_per_s": moved / columns["median_ms"] / 1e6}
+        for name, columns in measured.items()
     ]
 
 
-def make_gradients(student: torch.nn.Module, clip: float) -> dict[str, Tensor]:
-    """Random, of half the limit's norm: an official step then multiplies nothing, which is in its favor."""
+def make_gradients(student: nn.Module, clip: float) -> dict[str, Tensor]:
+    """Random, with half the norm that is clipped: the official update then multiplies nothing, which is in its favor."""
     generator = torch.Generator().manual_seed(0)
     drawn = {
         name: torch.randn(p.shape, generator=generator).to(p.device)
@@ -105,9 +95,8 @@ def make_gradients(student: torch.nn.Module, clip: float) -> dict[str, Tensor]:
     return {name: g * (0.5 * clip / g.norm()) for name, g in drawn.items()}
 
 
-def with_gradients(
-    student: torch.nn.Module, gradients: dict[str, Tensor], update: Callable[[], None]
-) -> Callable[[], None]:
+def with_gradients(student: nn.Module, gradients: dict[str, Tensor], update: Callable[[], None]) -> Callable[[], None]:
+    """The update, after the student's gradients are set to these."""
     named = dict(student.named_parameters())
 
     def call() -> None:
@@ -118,7 +107,7 @@ def with_gradients(
     return call
 
 
-def furthest(branches: tuple, others: tuple) -> float:
+def largest_difference(branches: tuple, others: tuple) -> float:
     """The largest difference of any two parameters, relative to the largest of its tensor."""
     pairs = [
         (p, dict(other.named_parameters())[name])
@@ -137,8 +126,8 @@ class ForeachUpdate(OfficialStep):
         norms = torch.stack(torch._foreach_norm(gradients))
         torch._foreach_mul_(gradients, list((self.run.optim.clip / (norms + 1e-6)).clamp(max=1).unbind()))
         self.optimizer.step()
-        mine, theirs = zip(*self.pairs, strict=True)
-        torch._foreach_lerp_(mine, theirs, 1 - self.run.optim.teacher_momentum)
+        teacher, student = zip(*self.pairs, strict=True)
+        torch._foreach_lerp_(teacher, student, 1 - self.run.optim.teacher_momentum)
 
 
 class CompiledUpdate(ForeachUpdate):
@@ -146,4 +135,7 @@ class CompiledUpdate(ForeachUpdate):
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
-        self.update = torch.compile(super().update)
+        self.compiled = torch.compile(super().update)
+
+    def update(self) -> None:
+        self.compiled()

@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -26,19 +25,6 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def processor() -> str:
-    """The processor's own name, and the vector extensions that the C++ library picks from."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    model = next(
-        (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.machine()
-    )
-    level = "AVX-512" if " avx512f " in text else "AVX2" if " avx2 " in text else "baseline"
-    return f"{model}, {os.cpu_count()} cores, {level}"
-
-
 def compiler(command: str) -> str:
     path = shutil.which(command)
     if not path:
@@ -50,7 +36,7 @@ def compiler(command: str) -> str:
 def facts() -> list[tuple[str, str]]:
     """Everything a bug report should carry."""
     rows = [(name, version(name)) for name in PACKAGES]
-    rows += [("python", platform.python_version()), ("system", platform.platform()), ("CPU", processor())]
+    rows += [("python", platform.python_version()), ("system", platform.platform()), ("CPU", hardware.processor())]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(index)

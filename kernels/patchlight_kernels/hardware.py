@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from . import extension
 
 MIN_CAPABILITY = (8, 0)
+
+
+def processor() -> str:
+    """The processor's own name, and the vector extensions that the C++ library picks from."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    model = next(
+        (line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.machine()
+    )
+    level = "AVX-512" if " avx512f " in text else "AVX2" if " avx2 " in text else "baseline"
+    return f"{model}, {os.cpu_count()} cores, {level}"
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: gate first, every provider, complete rows, pictures from rows only."""
+"""The benchmark measures what it claims: results are checked first, every provider, complete rows, plots from rows only."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from patchlight_kernels import (
 )
 
 bench_ops = pytest.importorskip("bench.ops", reason="run from the repository root")
-from bench import peers, report, step, update  # noqa: E402
+from bench import methods, peers, report, step, update  # noqa: E402
 from bench.flops import OP_FORMULAS, flops_of  # noqa: E402
 from bench.official_step import OfficialStep  # noqa: E402
-from bench.timing import interleaved, peak_extra_bytes  # noqa: E402
+from bench.rows import write_rows  # noqa: E402
+from bench.timing import peak_extra_bytes, time_interleaved  # noqa: E402
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """One small case with eager peers only: compiling is the benchmark's business."""
+    """One small case with eager peers only: compiling takes long, and the benchmark does it."""
     spec = registry.spec("neighbor_topk")
     monkeypatch.setattr(peers, "PEERS", {})
     monkeypatch.setitem(bench_ops.PEERS, "neighbor_topk", {"official eager": peers.neighbor_topk_official})
@@ -35,11 +36,11 @@ def tiny(monkeypatch):
 
 
 def test_rows_are_complete_and_drawn(tiny, tmp_path):
-    rows = bench_ops.one_case(tiny, tiny.tests[1], torch.float32, "cpu", seconds=0.01)
+    rows = bench_ops.measure_case(tiny, tiny.tests[1], torch.float32, "cpu", seconds=0.01)
     assert {row["provider"] for row in rows} >= {"official eager", "patchlight cpp"}
     assert all(row["status"] == "ok" for row in rows)
     path = tmp_path / "ops.csv"
-    bench_ops.write(rows, path)
+    write_rows(rows, path)
     written = list(csv.DictReader(path.open()))
     for row in written:
         for column in ("median_ms", "floor_ms", "hardware", "torch", "commit", "date", "error"):
@@ -55,14 +56,14 @@ def test_a_wrong_result_is_not_timed(tiny, monkeypatch):
         return index, score + 0.1
 
     monkeypatch.setitem(bench_ops.PEERS, "neighbor_topk", {"wrong": wrong})
-    rows = bench_ops.one_case(tiny, tiny.tests[1], torch.float32, "cpu", seconds=0.01)
+    rows = bench_ops.measure_case(tiny, tiny.tests[1], torch.float32, "cpu", seconds=0.01)
     row = next(row for row in rows if row["provider"] == "wrong")
     assert row["status"] == "wrong result, not timed"
     assert "median_ms" not in row
 
 
 def test_peers_agree_with_the_reference():
-    """The peers are honest: for every window that they can do, they find what the reference finds."""
+    """For every window that the peers support, they find what the reference finds."""
     spec = registry.spec("neighbor_topk")
     for case in spec.tests:
         arguments = spec.inputs(case, torch.float32, "cpu")
@@ -73,17 +74,17 @@ def test_peers_agree_with_the_reference():
         for peer in (peers.neighbor_topk_official, peers.neighbor_topk_dense):
             if s["radius"] is None and peer is peers.neighbor_topk_official:
                 continue
-            assert bench_ops.error(spec, arguments, peer(**arguments)) < 1e-5, f"{peer.__name__} {case}"
+            assert bench_ops.largest_error(spec, arguments, peer(**arguments)) < 1e-5, f"{peer.__name__} {case}"
 
 
-def test_timing_is_interleaved_and_memory_is_seen():
+def test_timing_is_interleaved_and_memory_is_measured():
     calls = []
-    timings = interleaved({"a": [lambda: calls.append("a")], "b": [lambda: calls.append("b")]}, "cpu", seconds=0.0)
+    timings = time_interleaved({"a": [lambda: calls.append("a")], "b": [lambda: calls.append("b")]}, "cpu", seconds=0.0)
     assert calls[2:12] == ["a", "b"] * 5
     assert timings["a"].p20 <= timings["a"].median <= timings["a"].p80
     extra = peak_extra_bytes(lambda: torch.ones(16, 2**20), "cpu")
     if extra is None:
-        pytest.skip("this system does not tell a process its peak memory")
+        pytest.skip("this system does not record the peak memory of a process")
     assert 48e6 < extra < 96e6, "64 MiB were held at once"
 
 
@@ -93,48 +94,48 @@ def test_loaders_are_measured_each_in_a_process_of_its_own(tmp_path):
     suite = bench_loader.LoaderSuite(
         images=32, batch=16, cores=1, seconds=0.3, rounds=1, modes=("files",), providers=names
     )
-    rows = bench_loader.run(suite)
+    rows = bench_loader.measure(suite)
     assert [row["provider"] for row in rows] == list(names)
-    assert all(row["status"] == "ok" for row in rows), "the twin's pixels have the peer's mean and spread"
+    assert all(row["status"] == "ok" for row in rows), "our pixels have the peer's mean and spread"
     path = tmp_path / "loader_cpu.csv"
-    bench_ops.write(rows, path, bench_loader.COLUMNS)
+    write_rows(rows, path, bench_loader.COLUMNS)
     assert f"({rows[1]['images_per_s'] / rows[0]['images_per_s']:.1f}x)" in report.tables(tmp_path, report.main_rows)
     for row in csv.DictReader(path.open()):
         assert float(row["crops_per_s"]) == pytest.approx(10 * float(row["images_per_s"]), rel=1e-3)
         for column in ("cpu_ms_per_image", "cores", "hardware", "torch", "commit", "date"):
             assert row[column], column
-    odd = bench_loader.Measured(1.0, 1.0, 0.0, None, mean=0.5, spread=1.0)
-    good = bench_loader.Measured(1.0, 1.0, 0.0, None, mean=0.0, spread=1.0)
-    found = {"odd": [odd], "one": [good], "two": [good]}
-    assert "mean of its pixels is 0.50, the others' 0.00" in bench_loader.judged([odd], found)
-    assert bench_loader.judged([good], found) == "ok"
+    odd = bench_loader.Measurement(1.0, 1.0, 0.0, None, mean=0.5, spread=1.0)
+    good = bench_loader.Measurement(1.0, 1.0, 0.0, None, mean=0.0, spread=1.0)
+    all_measurements = [odd, good, good]
+    assert "mean of its pixels is 0.50, the others' 0.00" in bench_loader.check_pixels([odd], all_measurements)
+    assert bench_loader.check_pixels([good], all_measurements) == "ok"
 
 
-TINY = step.Size("vit_tiny", 2, 64, 48, 2, 48, 40, (4, 3), {"width": 32, "depth": 2, "heads": 2})
+TINY = methods.StepSize("vit_tiny", 2, 64, 48, 2, 48, 40, (4, 3), {"width": 32, "depth": 2, "heads": 2})
 
 
-@pytest.mark.parametrize("method", step.METHODS.values(), ids=step.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS.values(), ids=methods.METHODS)
 def test_the_official_step_is_ours(method):
-    """Two steps on the same weights, crops and masks; the second one's loss has seen centers, update and teacher move."""
-    trainer = step.build_trainer(method.run(TINY))
-    official = step.build_official(method.official, trainer)
+    """Two steps on the same weights, crops and masks; the second loss comes after centers, weights and teacher have moved."""
+    trainer = methods.build_trainer(method.run(TINY))
+    official = methods.build_official(method.official, trainer)
     for _ in range(2):
-        official.mask = step.next_mask(trainer)
+        official.mask = methods.next_mask(trainer)
         wanted = official.step(next(trainer.loader))
         trainer.step()
-        assert trainer.metrics.loss.item() == pytest.approx(wanted, rel=step.TOLERANCE)
+        assert methods.last_loss(trainer) == pytest.approx(wanted, rel=step.TOLERANCE)
 
 
 def test_a_step_is_measured_beside_its_host(tmp_path):
-    rows = step.measure(step.METHODS["sere"], TINY, seconds=0.0)
-    step.show(rows)
+    rows = step.measure(methods.METHODS["sere"], TINY, seconds=0.0)
+    step.print_step_rows(rows)
     *timed, ratio = rows
     assert [row["provider"] for row in timed] == ["official eager", "patchlight", "host alone"]
     ours, host = timed[1:]
     assert ratio["time_ratio"] == ours["median_ms"] / host["median_ms"]
     assert ratio["flop_ratio"] == ours["gflop"] / host["gflop"] > 1
     path = tmp_path / "step_cpu.csv"
-    bench_ops.write(rows, path, step.COLUMNS)
+    write_rows(rows, path, step.COLUMNS)
     for row in csv.DictReader(path.open()):
         for column in (
             ("time_ratio", "flop_ratio") if row["status"] == "ratio" else ("median_ms", "images_per_s", "gflop")
@@ -151,18 +152,18 @@ def test_a_step_with_another_loss_is_not_timed(monkeypatch):
     right = OfficialStep.step
     monkeypatch.setattr(OfficialStep, "step", lambda self, views: 1.001 * right(self, views))
     with pytest.raises(SystemExit, match="nothing is timed"):
-        step.measure(step.METHODS["dino"], TINY, seconds=0.0)
+        step.measure(methods.METHODS["dino"], TINY, seconds=0.0)
 
 
 def test_updates_are_timed_on_equal_parameters(monkeypatch):
-    one_block = replace(TINY, sizes=TINY.sizes | {"depth": 1})  # the compiler takes a second per tensor
-    rows = update.measure(step.METHODS["dino"], one_block, seconds=0.0)
-    assert [row["provider"] for row in rows] == [step.OFFICIAL, update.FOREACH, update.COMPILED, step.OURS]
+    one_block = replace(TINY, model_sizes=TINY.model_sizes | {"depth": 1})  # the compiler takes a second per tensor
+    rows = update.measure(methods.METHODS["dino"], one_block, seconds=0.0)
+    assert [row["provider"] for row in rows] == [methods.OFFICIAL, update.FOREACH, update.COMPILED, methods.OURS]
     assert all(row["error"] <= update.TOLERANCE and row["median_ms"] > 0 for row in rows)
     monkeypatch.setattr(OfficialStep, "update", lambda self: None)
     monkeypatch.setattr(update, "CompiledUpdate", update.ForeachUpdate)
     with pytest.raises(SystemExit, match="nothing is timed"):
-        update.measure(step.METHODS["dino"], one_block, seconds=0.0)
+        update.measure(methods.METHODS["dino"], one_block, seconds=0.0)
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -211,8 +212,8 @@ def test_flops_counted_by_hand(call, flops):
 
 def test_the_official_dino_needs_as_many_flops():
     """The rule counts what a method needs: without the logits in memory it is the same."""
-    trainer = step.build_trainer(step.dino(TINY))
-    official = step.build_official(step.METHODS["dino"].official, trainer)
+    trainer = methods.build_trainer(methods.dino(TINY))
+    official = methods.build_official(methods.METHODS["dino"].official, trainer)
     assert flops_of(trainer.step) == flops_of(lambda: official.step(next(trainer.loader)))
 
 
@@ -222,7 +223,7 @@ def test_every_op_that_trains_is_counted():
             assert {f"{spec.name}_fwd", f"{spec.name}_bwd"} <= OP_FORMULAS.keys()
 
 
-def test_the_readme_shows_the_committed_numbers():
+def test_the_readme_has_the_committed_numbers():
     """`python -m bench readme` was run after the last change of bench/results."""
     main = report.tables(report.RESULTS, report.main_rows, report.RESULTS)
     assert main in report.README.read_text()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from bench import study
+from bench.rows import append_row
 
 from patchlight.engine.assembly import build_objectives
 
@@ -42,7 +43,7 @@ def test_the_table_is_of_the_latest_whole_cells(tmp_path, capsys):
         row("host + SERE", 10, 3, 0.99),
         row("host + SERE", 10, 256, 0.5),
     ):
-        study._append(path, cell)
+        append_row(cell, path, study.COLUMNS)
     assert study._done(path, "cpu", "host", 10, "now")
     assert not study._done(path, "cpu", "host", 12, "now")
     assert not study._done(path, "cpu", "host", 10, "later")
