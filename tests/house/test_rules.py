@@ -104,7 +104,7 @@ def circle(arrows: dict[str, set[str]]) -> list[str]:
     return next((found for name in sorted(arrows) if name not in done and (found := follow([name]))), [])
 
 
-@pytest.mark.parametrize("top", ["ssl", "kernels"])
+@pytest.mark.parametrize("top", ["ssl", "kernels", "bench"])
 def test_no_file_imports_itself_by_way_of_others(top):
     """Imports inside functions and for type checkers count."""
     assert not circle(modules_of(top))
