@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Command, Extension, find_packages, setup
+from setuptools import Command, Extension, find_namespace_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -298,8 +298,9 @@ class AnyPython(bdist_wheel):
 
 setup(
     packages=[
-        *find_packages("ssl", include=["patchlight*"]),
-        *find_packages("kernels", include=["patchlight_kernels*"]),
+        name  # the folder of an op has no __init__.py
+        for top in ("ssl", "kernels")
+        for name in find_namespace_packages(top, include=["patchlight*"], exclude=["*.__pycache__"])
     ],
     package_dir={"patchlight": "ssl/patchlight", "patchlight_kernels": "kernels/patchlight_kernels"},
     ext_modules=[Extension("patchlight_kernels.lib.native", sources=[])],  # only so that setuptools calls build_ext

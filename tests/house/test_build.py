@@ -72,6 +72,25 @@ def test_imports_without(absent):
     assert result.returncode == 0, result.stderr
 
 
+def copy_sources(folder: Path) -> None:
+    """What a build reads, with nothing built yet."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("csrc", "kernels", "ssl"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True
+        )
+
+
+def test_an_install_has_every_file(tmp_path):
+    """Those of folders without an __init__.py too, and those that are not Python."""
+    copy_sources(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "installed"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    files = lambda top: {p.relative_to(top) for p in top.rglob("*") if p.suffix in (".py", ".md", ".typed")}
+    assert files(tmp_path / "installed") == files(tmp_path / "ssl") | files(tmp_path / "kernels")
+
+
 def program(folder: Path, name: str, *lines: str) -> Path:
     """A small shell program of that name."""
     path = folder / name
@@ -83,12 +102,7 @@ def program(folder: Path, name: str, *lines: str) -> Path:
 def build_with_a_broken_compiler(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """In a copy of the sources, in which nothing is built yet."""
     broken = program(folder, "broken-g++", "echo 'broken compiler' >&2", "exit 1")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / name)
-    for name in ("csrc", "kernels", "ssl"):
-        shutil.copytree(
-            ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True
-        )
+    copy_sources(folder)
     return subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=folder,
