@@ -9,11 +9,14 @@ from .ops.prototype_ce.op import prototype_ce
 from .ops.query_attention.op import query_attention
 from .ops.self_relation.op import self_relation
 
+__version__ = "0.1.0"  # of both packages: pyproject.toml and patchlight read it here
+
 force_from_environment()
 
 __all__ = [
     "JITTER_ORDERS",
     "PHOTOMETRIC_COLUMNS",
+    "__version__",
     "class_attention",
     "explain",
     "force",

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import extension, hardware, registry
+from . import __version__, extension, hardware, registry
 
-PACKAGES = ("patchlight", "torch", "triton", "timm", "numpy", "nvidia-dali-cuda130", "torchvision", "safetensors")
+PACKAGES = ("torch", "triton", "timm", "numpy", "nvidia-dali-cuda130", "torchvision", "safetensors")
 
 
 def version(package: str) -> str:
@@ -35,7 +35,7 @@ def compiler(command: str) -> str:
 
 def facts() -> list[tuple[str, str]]:
     """Everything a bug report should carry."""
-    rows = [(name, version(name)) for name in PACKAGES]
+    rows = [("patchlight", __version__), *((name, version(name)) for name in PACKAGES)]
     rows += [("python", platform.python_version()), ("system", platform.platform()), ("CPU", hardware.processor())]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
