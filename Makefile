@@ -37,9 +37,10 @@ bench: $(READY)  ## every op at every size for this machine, tables and plots in
 	$(PY) -m bench ops
 	$(PY) -m bench report
 
-lint: $(READY)
+lint: $(READY)  ## style and types; .pre-commit-config.yaml runs the same tools
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 sanitize: $(READY)  ## the CUDA kernels on CPU threads under the thread and the address sanitizer
 	$(PY) tests/ops/sanitize.py thread
