@@ -115,7 +115,7 @@ def find_providers(spec: OpSpec, arguments: dict[str, Any]) -> dict[str, Callabl
     """The peers, and each implementation that supports these arguments."""
     raw = spec.op.bind(**arguments)
     found = dict(PEERS[spec.name])
-    for impl, reason in spec.op.ladder(*raw):
+    for impl, reason in spec.op.reasons(*raw):
         if reason is None and impl.name != "reference":
             found[f"patchlight {impl.name}"] = functools.partial(call_forced, spec, impl.name)
     return found

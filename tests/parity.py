@@ -1,4 +1,4 @@
-"""Runs any implementation of any op, and holds its error against that of same-precision PyTorch.
+"""Runs any implementation of any op, and compares its error with that of PyTorch at the same precision.
 
 On a machine without a GPU, "triton" runs in Triton's interpreter and "cuda" runs the same .cu files on the CPU.
 """
@@ -29,7 +29,7 @@ RUNNERS += [pytest.param("cuda", name, marks=needs_gpu) for name in ("reference"
 every_runner = pytest.mark.parametrize(("device", "name"), RUNNERS)
 EPS = torch.finfo(torch.float32).eps
 FLOOR = 8 * EPS  # rounding of the fp32 result itself
-DRAWS = 4  # of inputs that are moved by a unit in the last place
+DRAWS = 4  # of random moves of the inputs by a unit in the last place
 SEED = int(os.environ.get("PATCHLIGHT_TEST_SEED", "0"))  # of all random inputs
 
 
@@ -61,7 +61,7 @@ def cuda_kernels_on_cpu():
 
 @contextlib.contextmanager
 def running(device: str, name: str):
-    """Within the block, ops on `device` run the implementation `name`; skips where the machine cannot have it."""
+    """Within the block, ops on `device` run the implementation `name`; skips where the machine has no library for it."""
     if name == "cpp" and (reason := extension.missing("cpp")):
         pytest.skip(reason)
     if name == "cuda" and device == "cuda" and (reason := extension.missing("cuda")):
@@ -75,8 +75,8 @@ def running(device: str, name: str):
 
 def reason_against(spec: OpSpec, name: str, arguments: dict) -> str | None:
     """Why the implementation does not take these arguments, or None."""
-    raw = spec.op.bind(**arguments)
-    return next(reason for impl, reason in spec.op.ladder(*raw) if impl.name == name)
+    args = spec.op.bind(**arguments)
+    return next(reason for impl, reason in spec.op.reasons(*args) if impl.name == name)
 
 
 def widened(arguments: dict) -> dict:
@@ -96,10 +96,7 @@ def tensors(output) -> tuple[torch.Tensor, ...]:
 
 
 def outcome(spec: OpSpec, arguments: dict, upstream: torch.Tensor | float = 1.0) -> dict[str, torch.Tensor]:
-    """What the op makes of the arguments, as the spec observes it, and the gradients for a fixed random cotangent.
-
-    `upstream` is what the cotangent is multiplied by.
-    """
+    """What `spec.observe` gives of the op's output, and the gradients for a fixed random cotangent times `upstream`."""
     if not spec.differentiable:
         return spec.observe(arguments, spec.public(**arguments))
     leaves = {key: arguments[key].detach().requires_grad_() for key in spec.differentiable}
@@ -115,19 +112,19 @@ def outcome(spec: OpSpec, arguments: dict, upstream: torch.Tensor | float = 1.0)
 
 
 def assert_as_exact_as_pytorch(
-    spec: OpSpec, arguments: dict, mine: dict, label: str, also: dict[str, float] | None = None
+    spec: OpSpec, arguments: dict, result: dict, label: str, also: dict[str, float] | None = None
 ) -> None:
-    """err(mine, float64) <= 2 err(reference at the inputs' dtype, float64) + fp32 rounding, for everything observed.
+    """err(result, float64) <= 2 err(reference at the inputs' dtype, float64) + fp32 rounding, for everything observed.
 
-    PyTorch's error is one draw, whose size depends on the CPU's order of sums. Where that was a lucky one, float64 says what
-    fp32 may differ by: `rounding`, or what the caller knows of it: `also`.
+    PyTorch's error depends on the CPU's order of sums, so it may be small by chance. Then the limit is how far float64 results
+    move when fp32 inputs are rounded: `rounding`, or the caller's own number: `also`.
     """
     with force("reference"):
         exact = outcome(spec, widened(arguments))
         pytorch = outcome(spec, arguments)
-    assert mine.keys() == exact.keys()
-    unlucky = None
-    for key, value in mine.items():
+    assert result.keys() == exact.keys()
+    from_rounding = None
+    for key, value in result.items():
         assert value.shape == exact[key].shape, (
             f"{label} {key}: {tuple(value.shape)}, expected {tuple(exact[key].shape)}"
         )
@@ -137,8 +134,8 @@ def assert_as_exact_as_pytorch(
         floor = FLOOR * max(1.0, exact[key].abs().max().item())
         allowed = 2 * (pytorch[key] - exact[key]).abs().max().item() + floor
         if error > allowed:
-            unlucky = unlucky or rounding(spec, arguments, exact)
-            known = max(unlucky[key], (also or {}).get(key, 0.0), last_rounding(arguments, key, exact[key]))
+            from_rounding = from_rounding or rounding(spec, arguments, exact)
+            known = max(from_rounding[key], (also or {}).get(key, 0.0), last_rounding(arguments, key, exact[key]))
             allowed = max(allowed, 2 * known + floor)
         assert error <= allowed, f"{label} {key}: error {error:.2e}, allowed {allowed:.2e}"
 
@@ -166,7 +163,7 @@ def moved(arguments: dict, generator: torch.Generator) -> dict:
 
 
 def spread(function: Callable[[dict], tuple[torch.Tensor, ...]], arguments: dict) -> list[float]:
-    """How far each result of `function` in float64 moves, at most, when its arguments do: what fp32 results may differ by."""
+    """How far each result of `function` in float64 moves, at most, when its arguments are rounded differently in fp32."""
     generator, wide = torch.Generator().manual_seed(1), widened(arguments)
     with force("reference"):
         exact = function(wide)
@@ -175,11 +172,11 @@ def spread(function: Callable[[dict], tuple[torch.Tensor, ...]], arguments: dict
 
 
 def rounding(spec: OpSpec, arguments: dict, exact: dict) -> dict[str, float]:
-    """How far the float64 outcome moves, at most, when what is read from memory as fp32 moves by a unit in the last place.
+    """How far the float64 outcome moves, at most, when values read from memory as fp32 move by a unit in the last place.
 
     That is every input, up or down at random, and the log-sum-exp that a backward reads: a change of it by d changes all
     weights of its row by the factor 1 + d, as the same change of the row's upstream gradient would.
-    Ops without a gradient choose, or read codes and thresholds: what such a change does to them is no rounding.
+    Ops without a gradient select, or read codes and thresholds: for them such a change is more than rounding.
     """
     generator = torch.Generator().manual_seed(1)
     found = {key: 0.0 for key, value in exact.items() if value.numel()}

@@ -1,4 +1,4 @@
-"""Fast operations for patch-level self-supervised learning. Each is usable alone; see `ops/<name>/README.md`."""
+"""Fast operations for patch-level self-supervised learning. Each is usable alone; `ops/<name>/README.md` describes it."""
 
 from .dispatch import explain, force, force_from_environment
 from .ops.class_attention.op import class_attention

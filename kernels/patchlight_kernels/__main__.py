@@ -1,4 +1,4 @@
-"""`python -m patchlight_kernels doctor`: versions, hardware, and which implementation of each op would run, and why."""
+"""`python -m patchlight_kernels doctor`: versions, hardware, which implementation of each op would run, and why."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compiler(command: str) -> str:
 
 
 def facts() -> list[tuple[str, str]]:
-    """Everything a bug report should carry."""
+    """Everything that a bug report should contain."""
     rows = [("patchlight", __version__), *((name, version(name)) for name in PACKAGES)]
     rows += [("python", platform.python_version()), ("system", platform.platform()), ("CPU", hardware.processor())]
     if torch.cuda.is_available():
@@ -43,14 +43,8 @@ def facts() -> list[tuple[str, str]]:
             rows.append((f"GPU {index}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
         rows.append(("CUDA of torch", str(torch.version.cuda)))
     else:
-        rows.append(
-            (
-                "GPU",
-                f"none (torch was built for CUDA {torch.version.cuda})"
-                if torch.version.cuda
-                else "none (CPU build of torch)",
-            )
-        )
+        built_for = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build of torch"
+        rows.append(("GPU", f"none ({built_for})"))
     rows += [("C++ compiler", compiler(os.environ.get("CXX", "g++"))), ("nvcc", compiler("nvcc"))]
     rows += [
         ("C++ library", extension.missing("cpp") or "loaded"),
@@ -68,24 +62,24 @@ def doctor() -> None:
         table.add_row(name, value)
     console.print(table)
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    ladder = Table(
-        "op", "on", "implementation", "would it run", title="which implementation of each op runs, best first"
+    choices = Table(
+        "op", "on", "implementation", "state", title="which implementation of each op runs, preferred first"
     )
     for spec in registry.specs():
         case = spec.benches[0]
         for device in devices:
-            raw = spec.op.bind(**spec.inputs(case, torch.float32, device))
+            args = spec.op.bind(**spec.inputs(case, torch.float32, device))
             try:
-                chosen, complaint = spec.op.choose(*raw).name, None
+                chosen, problem = spec.op.choose(*args).name, None
             except RuntimeError as error:
-                chosen, complaint = None, str(error)
-            for impl, reason in spec.op.ladder(*raw):
+                chosen, problem = None, str(error)
+            for impl, reason in spec.op.reasons(*args):
                 state = "[green]runs[/green]" if impl.name == chosen else reason or "could run"
-                ladder.add_row(spec.name, device, impl.name, state)
-            if complaint:
-                ladder.add_row(spec.name, device, "[red]none[/red]", complaint)
-            ladder.add_section()
-    console.print(ladder)
+                choices.add_row(spec.name, device, impl.name, state)
+            if problem:
+                choices.add_row(spec.name, device, "[red]none[/red]", problem)
+            choices.add_section()
+    console.print(choices)
 
 
 def main() -> None:

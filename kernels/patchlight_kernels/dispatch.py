@@ -1,17 +1,20 @@
-"""Which implementation of an op runs: a pure function of its arguments that can be asked why, and can be forced.
+"""Chooses which implementation of an op runs. The choice depends on the arguments only; it can be explained and forced.
 
-One `Op` owns everything about an operation: its PyTorch custom ops (`patchlight::<name>_fwd`, `_bwd`), its
-implementations in order of preference, and the function that turns public arguments into raw ones.
+One `Op` holds everything about an operation: its PyTorch custom ops (`patchlight::<name>_fwd`, `_bwd`), its
+implementations in order of preference, and the function that checks public arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+from .arguments import message
 
 IMPLEMENTATIONS = ("cuda", "cpp", "triton", "reference")
 
@@ -20,9 +23,13 @@ _ops: dict[str, Op] = {}
 _forced: dict[str, str] = {}  # op name or "*" -> implementation name; process-wide, as backward runs on other threads
 
 
+def _no_backward(*args) -> None:
+    raise NotImplementedError("this op has no backward")
+
+
 @dataclass(frozen=True, slots=True)
 class Impl:
-    """One way to compute an op. `unsupported` sees the forward's raw arguments: None, or the reason in words.
+    """One way to compute an op. `unsupported` takes the forward's checked arguments: None, or the reason in words.
 
     `bwd` is chosen by the same arguments as `fwd`, so one implementation serves both directions.
     """
@@ -30,26 +37,25 @@ class Impl:
     name: str
     fwd: Callable
     unsupported: Callable[..., str | None]
-    bwd: Callable | None = None
+    bwd: Callable = _no_backward
 
 
 class Op:
     """A named operation and its implementations, preferred first.
 
-    `bind` validates the public arguments and returns the raw ones, which every implementation and `unsupported` take.
+    `bind` checks the public arguments and returns those that every implementation and `unsupported` take.
     """
 
     def __init__(self, name: str, bind: Callable[..., tuple], impls: tuple[Impl, ...]) -> None:
         names = [impl.name for impl in impls]
         if names[-1] != "reference" or not set(names) <= set(IMPLEMENTATIONS):
-            raise ValueError(
-                f"{name}: implementations must come from {IMPLEMENTATIONS} and end in 'reference', got {names}"
-            )
+            rule = f"implementations must come from {IMPLEMENTATIONS} and end in 'reference'"
+            raise ValueError(message(name, rule, names, "add the reference last"))
         self.name, self.bind, self.impls = name, bind, impls
         _ops[name] = self
 
     def define(self, direction: str, schema: str, run: Callable, fake: Callable) -> Callable:
-        """Registers `patchlight::<name>_<direction>`: one graph node for the compiler, `run` for everybody else."""
+        """Registers `patchlight::<name>_<direction>`: `run` computes it, `fake` gives torch.compile its shapes and dtypes."""
         qualified = f"{self.name}_{direction}"
         _library.define(qualified + schema)
         _library.impl(qualified, run, "CompositeExplicitAutograd")
@@ -57,42 +63,47 @@ class Op:
         return getattr(torch.ops.patchlight, qualified).default
 
     def differentiate(self, setup_context: Callable, backward: Callable) -> None:
-        """Gives `patchlight::<name>_fwd` its gradient; `backward` should call the op's `_bwd`, so that it is one node too."""
+        """Gives `patchlight::<name>_fwd` its gradient; `backward` should call the op's `_bwd`, one graph node."""
         qualified = f"patchlight::{self.name}_fwd"
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
 
-    def ladder(self, *raw) -> list[tuple[Impl, str | None]]:
-        """Every implementation with the reason that keeps it from running here, or None."""
-        return [(impl, impl.unsupported(*raw)) for impl in self.impls]
+    def reasons(self, *args) -> list[tuple[Impl, str | None]]:
+        """Every implementation with the reason why it cannot run here, or None."""
+        return [(impl, impl.unsupported(*args)) for impl in self.impls]
 
-    def choose(self, *raw) -> Impl:
+    def choose(self, *args) -> Impl:
         """The implementation that runs: the forced one or an error, else the first that can."""
         forced = _forced.get(self.name) or _forced.get("*")
         if forced is None:
-            return next(impl for impl in self.impls if impl.unsupported(*raw) is None)
+            return next(impl for impl in self.impls if impl.unsupported(*args) is None)
         for impl in self.impls:
             if impl.name == forced:
-                reason = impl.unsupported(*raw)
+                reason = impl.unsupported(*args)
                 if reason is None:
                     return impl
                 raise RuntimeError(
-                    f"{self.name}: {forced!r} is forced but cannot run: {reason}. Lift the force, or meet it."
+                    f"{self.name}: {forced!r} is forced but cannot run: {reason}; force another, or none."
                 )
+        names = [impl.name for impl in self.impls]
         raise RuntimeError(
-            f"{self.name}: {forced!r} is forced but this op has only {[impl.name for impl in self.impls]}. Force one of those."
+            message(self.name, f"the forced implementation must be one of {names}", repr(forced), "force one of those")
         )
 
-    def explain(self, *raw) -> str:
-        """The ladder in words, one line per implementation."""
+    def forward(self, *args):
+        """Runs the forward of the chosen implementation."""
+        return self.choose(*args).fwd(*args)
+
+    def explain(self, *args) -> str:
+        """Which implementation runs, and a line for each with the reason why it does not."""
         try:
-            chosen = self.choose(*raw).name
+            chosen = self.choose(*args).name
         except RuntimeError as error:
             chosen, head = None, f"{self.name}: nothing runs: {error}"
         else:
             forced = _forced.get(self.name) or _forced.get("*")
             head = f"{self.name}: {chosen} runs" + (" (forced)" if forced else "")
         lines = [head]
-        for impl, reason in self.ladder(*raw):
+        for impl, reason in self.reasons(*args):
             state = "runs" if impl.name == chosen else (reason or "could run")
             lines.append(f"  {impl.name:<10} {state}")
         return "\n".join(lines)
@@ -103,10 +114,19 @@ def ops() -> dict[str, Op]:
     return dict(_ops)
 
 
+def triton_call(package: str, function: str) -> Callable:
+    """Calls `function` of the package's triton_kernels.py, imported at the first call: Triton may not be installed."""
+
+    def call(*args):
+        return getattr(importlib.import_module(f"{package}.triton_kernels"), function)(*args)
+
+    return call
+
+
 def explain(name: str, *args, **kwargs) -> str:
     """Says which implementation of op `name` these public arguments would run, and why not the others."""
     if name not in _ops:
-        raise ValueError(f"explain: no op is called {name!r}; there are {sorted(_ops)}")
+        raise ValueError(message("explain", f"the op must be one of {sorted(_ops)}", repr(name), "choose one of them"))
     op = _ops[name]
     return op.explain(*op.bind(*args, **kwargs))
 
@@ -115,10 +135,10 @@ def explain(name: str, *args, **kwargs) -> str:
 def force(everywhere: str | None = None, /, **by_op: str) -> Iterator[None]:
     """Within the block an op runs the named implementation, or raises: `force("triton")`, `force(neighbor_topk="cpp")`.
 
-    The setting belongs to the process, so that a backward on another thread obeys it too.
+    The setting belongs to the process, so that it also holds for a backward on another thread.
     """
     requested = dict(by_op) if everywhere is None else {"*": everywhere, **by_op}
-    _check_forced(requested)
+    _check_forced("force", requested)
     saved = dict(_forced)
     _forced.update(requested)
     try:
@@ -128,12 +148,14 @@ def force(everywhere: str | None = None, /, **by_op: str) -> Iterator[None]:
         _forced.update(saved)
 
 
-def _check_forced(requested: dict[str, str]) -> None:
+def _check_forced(setting: str, requested: dict[str, str]) -> None:
     for name, impl in requested.items():
         if name != "*" and name not in _ops:
-            raise ValueError(f"no op is called {name!r}; there are {sorted(_ops)}, or '*' for all")
+            rule = f"an op must be one of {sorted(_ops)}, or '*' for all"
+            raise ValueError(message(setting, rule, repr(name), "choose one of them"))
         if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"{name}={impl}: no implementation is called {impl!r}; choose from {IMPLEMENTATIONS}")
+            rule = f"the implementation of {name} must be one of {IMPLEMENTATIONS}"
+            raise ValueError(message(setting, rule, repr(impl), "choose one of them"))
 
 
 def force_from_environment() -> None:
@@ -143,17 +165,13 @@ def force_from_environment() -> None:
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, impl = item.partition("=")
         if not equals:
-            raise ValueError(
-                f"PATCHLIGHT_IMPL: {item!r} is not op=implementation; write e.g. '*=triton' or 'neighbor_topk=cpp'"
-            )
+            rule, remedy = "each setting must be op=implementation", "write e.g. '*=triton' or 'neighbor_topk=cpp'"
+            raise ValueError(message("PATCHLIGHT_IMPL", rule, repr(item), remedy))
         requested[name.strip()] = impl.strip()
-    try:
-        _check_forced(requested)
-    except ValueError as error:
-        raise ValueError(f"PATCHLIGHT_IMPL: {error}") from None
+    _check_forced("PATCHLIGHT_IMPL", requested)
     _forced.update(requested)
 
 
 def first_reason(*reasons: str | None) -> str | None:
-    """The first obstacle, or None if there is none."""
+    """The first reason, or None if there is none."""
     return next((reason for reason in reasons if reason), None)

@@ -1,4 +1,4 @@
-"""Loads the compiled libraries once, and says in one sentence what is missing and how to build it.
+"""Loads the compiled libraries once; says in one sentence what is missing and how to build it.
 
 `$PATCHLIGHT_LIBRARIES` names another folder to load them from.
 """
@@ -22,7 +22,7 @@ def missing(kind: str) -> str | None:
     """None if the library 'cpp' or 'cuda' is loaded, else the reason why not."""
     path = FOLDER / NAMES[kind]
     if kind == "cuda" and (reason := missing("cpp")):
-        return reason  # the op schemas live in the CPU library
+        return reason  # the CPU library declares the functions of both
     if kind == "cuda" and torch.version.cuda is None:
         return "this torch was built without CUDA; install a CUDA build of torch"
     if not path.exists():
@@ -34,15 +34,24 @@ def missing(kind: str) -> str | None:
     return None
 
 
-def lacks(kind: str, function: str) -> str | None:
-    """None if the library `kind` offers `function`, else the reason why not."""
+def missing_function(kind: str, function: str) -> str | None:
+    """None if the library `kind` has `function`, else the reason why not."""
     if reason := missing(kind):
         return reason
     if not hasattr(torch.ops.patchlight_native, function):
-        return f"{NAMES[kind]} is older than this package and lacks {function}; re{REMEDY}"
+        return f"{NAMES[kind]} is older than this package and has no {function}; re{REMEDY}"
     return None
 
 
 def native(function: str) -> Callable:
-    """The raw C++ function; PyTorch's dispatcher picks its CPU or CUDA body by the tensors' device."""
+    """The C++ function; PyTorch's dispatcher picks its CPU or CUDA body by the tensors' device."""
     return getattr(torch.ops.patchlight_native, function).default
+
+
+def native_call(function: str) -> Callable:
+    """Calls the C++ function, found at each call: the library may not be built."""
+
+    def call(*args):
+        return native(function)(*args)
+
+    return call

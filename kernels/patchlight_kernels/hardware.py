@@ -1,4 +1,4 @@
-"""Which devices and compilers an implementation needs: reasons shared by every op's `unsupported`."""
+"""Reasons why an implementation cannot run, shared by every op's `unsupported`: dtypes, devices, compilers."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def processor() -> str:
     return f"{model}, {os.cpu_count()} cores, {level}"
 
 
+def unsupported_by_all(dtype: torch.dtype, *inputs: torch.Tensor | None) -> str | None:
+    """Why only the reference takes these inputs, computed in `dtype`."""
+    if dtype == torch.float64:
+        return "float64 runs the reference only"
+    empty = any(x is not None and x.numel() == 0 for x in inputs)
+    return "there is nothing to compute" if empty else None
+
+
 @cache
 def _gpu_too_old(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
@@ -51,14 +59,14 @@ def no_cuda_library(tensor: torch.Tensor, function: str) -> str | None:
     """Why the CUDA library's `function` cannot take this tensor."""
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device.type}, not on a GPU"
-    return extension.lacks("cuda", function) or _gpu_too_old(tensor.device.index)
+    return extension.missing_function("cuda", function) or _gpu_too_old(tensor.device.index)
 
 
 def no_cpu_library(tensor: torch.Tensor, function: str) -> str | None:
     """Why the C++ library's `function` cannot take this tensor."""
     if tensor.device.type != "cpu":
         return f"the tensors are on {tensor.device.type}, not on the CPU"
-    return extension.lacks("cpp", function)
+    return extension.missing_function("cpp", function)
 
 
 def no_triton(tensor: torch.Tensor) -> str | None:
@@ -70,3 +78,10 @@ def no_triton(tensor: torch.Tensor) -> str | None:
     if tensor.device.type == "cpu" and triton_interpreted():
         return None
     return f"the tensors are on {tensor.device.type}; Triton needs a GPU (or its interpreter: TRITON_INTERPRET=1)"
+
+
+def too_little_shared_memory(tensor: torch.Tensor, needed: int) -> str | None:
+    """Why the tensor's GPU has no room for a block that needs this many bytes."""
+    properties = torch.cuda.get_device_properties(tensor.device)
+    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub leaves it out
+    return f"its rows need {needed} bytes of shared memory and this GPU has {limit}" if needed > limit else None

@@ -1,4 +1,4 @@
-"""Autotuning that also works in Triton's interpreter, which can neither time nor choose."""
+"""Autotuning that also works in Triton's interpreter, which cannot measure time."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ def test_force_inside_compile_is_obeyed_at_run_time():
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ({"neighbor_topp": "cpp"}, "no op is called 'neighbor_topp'"),
-        ({"neighbor_topk": "fast"}, "no implementation is called 'fast'"),
+        ({"neighbor_topp": "cpp"}, "an op must be one of .*, got 'neighbor_topp'"),
+        ({"neighbor_topk": "fast"}, "implementation of neighbor_topk must be one of .*, got 'fast'"),
     ],
 )
 def test_force_knows_its_names(names, words):
@@ -66,8 +66,8 @@ def test_force_knows_its_names(names, words):
 def test_environment_forces_and_complains():
     assert "reference runs (forced)" in run_with("*=cpp, neighbor_topk=reference").stdout
     assert "nothing runs: neighbor_topk: 'cuda' is forced but cannot run" in run_with("*=cuda").stdout
-    assert "is not op=implementation" in run_with("triton").stderr
-    assert "no op is called 'prototype'" in run_with("prototype=cpp").stderr
+    assert "each setting must be op=implementation, got 'triton'" in run_with("triton").stderr
+    assert "got 'prototype'; choose one of them" in run_with("prototype=cpp").stderr
 
 
 def test_an_op_must_end_in_its_reference():

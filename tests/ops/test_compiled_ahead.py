@@ -113,7 +113,7 @@ def test_the_cuda_library_links_and_loads(tmp_path):
     compile_cuda("--output", str(tmp_path / extension.NAMES["cuda"]))
     shutil.copy(extension.FOLDER / extension.NAMES["cpp"], tmp_path)
     code = "from patchlight_kernels import extension, registry\n"
-    code += "print([extension.lacks('cuda', f'{name}_fwd') for name in registry.names()])"
+    code += "print([extension.missing_function('cuda', f'{name}_fwd') for name in registry.names()])"
     environment = {**os.environ, "PATCHLIGHT_LIBRARIES": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.stdout.strip() == str([None] * len(registry.names())), result.stdout + result.stderr

@@ -5,16 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...arguments import accumulator
+
 
 def state_shape(q: Tensor, k_self: Tensor, v_self: Tensor, k_patches: Tensor, index: Tensor | None) -> tuple[int, ...]:
     """[M, Q, H, E]: one row for every state, however many states share one of q, k_self, v_self."""
     states = max(x.shape[1] for x in (q, k_self, v_self)) if index is None else index.shape[1]
     return (k_patches.shape[0], states, *k_patches.shape[2:])
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in, and what the log-sum-exp is saved as."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def scale_of(width: int) -> float:
@@ -25,7 +22,7 @@ def scale_of(width: int) -> float:
 def class_attention_fwd(
     q: Tensor, k_self: Tensor, v_self: Tensor, k_patches: Tensor, v_patches: Tensor, index: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Raw arguments as `patchlight::class_attention_fwd`: the output [M, Q, H, E] and its log-sum-exp [M, Q, H]."""
+    """Takes the arguments of `patchlight::class_attention_fwd`: the output [M, Q, H, E] and its log-sum-exp [M, Q, H]."""
     shape = state_shape(q, k_self, v_self, k_patches, index)
     with torch.autocast(q.device.type, enabled=False):
         wide_q, k_self, v_self = (_wide(x).expand(shape) for x in (q, k_self, v_self))
@@ -70,18 +67,18 @@ def class_attention_bwd(
             _gathered(d_scores[..., 1:], wide_q, index, k_patches),
             _gathered(weights[..., 1:], wide_grad, index, v_patches),
         )
-        return (
-            *(gradient_for_every_state(g, x) for g, x in zip(own, (q, k_self, v_self), strict=True)),
-            *(gradient.to(q.dtype) for gradient in patches),
-        )
+        dq, dk_self, dv_self = (gradient_per_state(g, x) for g, x in zip(own, (q, k_self, v_self), strict=True))
+        dk_patches, dv_patches = (gradient.to(q.dtype) for gradient in patches)
+        return dq, dk_self, dv_self, dk_patches, dv_patches
 
 
-def gradient_for_every_state(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient [M, Q, H, E] in x's dtype, or still in full precision where rows of it remain to be summed."""
+def gradient_per_state(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient [M, Q, H, E] in x's dtype, or in the accumulator's if rows of it are still to be summed."""
     return gradient if gradient.shape != x.shape else gradient.to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
+    """In the dtype that sums are kept in."""
     return x.to(accumulator(x.dtype))
 
 
@@ -105,21 +102,24 @@ def _read(x: Tensor, index: Tensor | None) -> Tensor:
 
 def _dots(a: Tensor, own: Tensor, others: Tensor) -> Tensor:
     """a [M, Q, H, E] times its own row and times the others [M, 1 or Q, K, H, E]: [M, Q, H, 1 + K]."""
-    return torch.cat([(a * own).sum(-1, keepdim=True), torch.einsum("mqhe,mqkhe->mqhk", a, _spread(others, a))], dim=-1)
+    return torch.cat(
+        [(a * own).sum(-1, keepdim=True), torch.einsum("mqhe,mqkhe->mqhk", a, _expanded(others, a))], dim=-1
+    )
 
 
 def _mix(weights: Tensor, own: Tensor, others: Tensor) -> Tensor:
     """Rows mixed by weights [M, Q, H, 1 + K]: [M, Q, H, E]."""
-    return weights[..., :1] * own + torch.einsum("mqhk,mqkhe->mqhe", weights[..., 1:], _spread(others, own))
+    return weights[..., :1] * own + torch.einsum("mqhk,mqkhe->mqhe", weights[..., 1:], _expanded(others, own))
 
 
-def _spread(others: Tensor, states: Tensor) -> Tensor:
+def _expanded(others: Tensor, states: Tensor) -> Tensor:
+    """The rows [M, 1 or Q, K, H, E] for every state: [M, Q, K, H, E]."""
     return others.expand(-1, states.shape[1], -1, -1, -1)
 
 
 def _gathered(coefficients: Tensor, rows: Tensor, index: Tensor | None, patches: Tensor) -> Tensor:
-    """For every patch the sum of rows [M, Q, H, E] of those who read it, times their coefficients [M, Q, H, K]."""
-    if index is not None:  # a matrix of who reads whom, so that this is a product: deterministic on every device
+    """For every patch the sum of rows [M, Q, H, E] of the states that read it, times their coefficients [M, Q, H, K]."""
+    if index is not None:  # a matrix of which state reads which patch: a product is deterministic on every device
         reads = index[..., None] == torch.arange(patches.shape[1], device=index.device, dtype=index.dtype)
         coefficients = torch.einsum("mqhk,mqkn->mqhn", coefficients, reads.to(coefficients.dtype))
     return torch.einsum("mqhn,mqhe->mnhe", coefficients, rows)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...registry import SEEDS, Case, OpSpec
+from ...registry import Case, OpSpec, first_images, generator
 from .op import OP, class_attention
 
 STATE = ("q", "k_self", "v_self")
-SAMPLED_IMAGES = 16
+PATCHES = ("k_patches", "v_patches")
 
 
 def _case(
@@ -35,9 +36,9 @@ def _case(
 
 TESTS = (
     _case(1, 2, 2, 1, 2, 2),
-    _case(2, 7, 5, 2, 16, 3),  # rows of whole 16-byte units: the fast way
+    _case(2, 7, 5, 2, 16, 3),  # rows of whole 16-byte units: 16-byte loads
     _case(2, 5, 3, 1, 37, 4),  # a prime width
-    _case(1, 5, 3, 2, 20, 5, shared="state and image"),  # one learned query for everybody
+    _case(1, 5, 3, 2, 20, 5, shared="state and image"),  # one learned query for all states
     _case(2, 3, 4, 1, 8, 2, shared="mixed"),
     _case(1, 9, 2, 1, 64, 1),
     _case(1, 3, 2, 1, 72, 6),  # wider than 8 lanes hold; more neighbors than one round takes
@@ -49,7 +50,7 @@ TESTS = (
     _case(1, 3, 40, 1, 8, 2),  # more states than a block takes at once
     _case(0, 3, 2, 1, 8, 2),  # no images
     _case(2, 3, 0, 1, 8, 2),  # no states
-    _case(2, 3, 2, 1, 8, 0),  # nobody reads anybody: the own value
+    _case(2, 3, 2, 1, 8, 0),  # no state reads a patch: the own value
     _case(1, 0, 2, 1, 8, 2),  # no patches
     _case(1, 0, 1, 1, 8, None),
     _case(1, 3, 2, 1, 0, 2),  # no width
@@ -69,7 +70,7 @@ BENCHES = (
 
 def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     s = case.sizes
-    generator = torch.Generator().manual_seed(seed * SEEDS + s["patches"] * 1000 + s["width"])
+    draws = generator(seed, s["patches"], s["width"])
     outer = {name: [s["images"], s["states"]] for name in STATE}
     if s["shared"] == "mixed":
         outer["q"][0], outer["k_self"][1] = 1, 1
@@ -77,37 +78,27 @@ def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[
         for sizes in outer.values():
             sizes[0] = 1 if "image" in s["shared"] else sizes[0]
             sizes[1] = 1 if "state" in s["shared"] else sizes[1]
-    if s["k"] is None and s["shared"] == "state":  # somebody has to say how many states there are
+    if s["k"] is None and s["shared"] == "state":  # one tensor must have all states
         outer["q"][1] = s["states"]
-    outer |= {name: [s["images"], s["patches"]] for name in ("k_patches", "v_patches")}
-    draw = lambda sizes: torch.randn(*sizes, s["heads"], s["width"], generator=generator)
+    outer |= {name: [s["images"], s["patches"]] for name in PATCHES}
+    draw = lambda sizes: torch.randn(*sizes, s["heads"], s["width"], generator=draws)
     tensors = {name: draw(sizes).to(device, dtype) for name, sizes in outer.items()}
-    index = None if s["k"] is None else _neighbors(s, generator).to(device)
+    index = None if s["k"] is None else _neighbors(s, draws).to(device)
     return {**tensors, "index": index}
 
 
-def _neighbors(s: dict[str, Any], generator: torch.Generator) -> Tensor:
+def _neighbors(s: Mapping[str, Any], draws: torch.Generator) -> Tensor:
     """Any patches, some twice and some missing; with a grid, different ones of the 3x3 window, as SelfPatch has them."""
     if s["grid"] is None:
         shape = (s["images"], s["states"], s["k"])
-        return torch.randint(-1, max(s["patches"], 1), shape, generator=generator, dtype=torch.int32)
+        return torch.randint(-1, max(s["patches"], 1), shape, generator=draws, dtype=torch.int32)
     height, width = s["grid"]
     steps = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x])
-    chosen = torch.rand(s["images"], s["states"], 8, generator=generator).argsort(dim=-1)[..., : s["k"]]
+    chosen = torch.rand(s["images"], s["states"], 8, generator=draws).argsort(dim=-1)[..., : s["k"]]
     patch = torch.arange(s["states"])[:, None]
     y = (patch // width + steps[chosen, 0]) % height
     x = (patch % width + steps[chosen, 1]) % width
     return (y * width + x).int()
-
-
-def _observe(arguments: dict[str, Any], output: Tensor) -> dict[str, Tensor]:
-    return {"out": output.double()}
-
-
-def _sample(arguments: dict[str, Any], output: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The first images; rows that stand for all images stay."""
-    cut = lambda x: x if x is None or x.shape[0] == 1 else x[:SAMPLED_IMAGES]
-    return {name: cut(x) for name, x in arguments.items()}, output[:SAMPLED_IMAGES]
 
 
 def _min_bytes(case: Case, dtype: torch.dtype) -> int:
@@ -136,10 +127,9 @@ SPEC = OpSpec(
     tests=TESTS,
     benches=BENCHES,
     inputs=_inputs,
-    observe=_observe,
     min_bytes=_min_bytes,
     flops=_flops,
-    differentiable=("q", "k_self", "v_self", "k_patches", "v_patches"),
+    differentiable=(*STATE, *PATCHES),
     saved_sums=_saved_sums,
-    sample=_sample,
+    sample=first_images(16, *STATE, *PATCHES, "index"),
 )

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12  # norms below this count as this, so a zero patch has cosine 0 with everything
-NAN_RANK = -2.0  # below every cosine: a NaN similarity is chosen only when nothing else is left, lower index first
+from ...arguments import accumulator
+
+EPS = 1e-12  # norms below this count as this, so a zero patch has cosine 0 with all patches
+NAN_RANK = -2.0  # below every cosine: a NaN similarity is chosen last, lower index first
 
 
 def capacity(height: int, width: int, radius: int) -> int:
@@ -21,16 +23,16 @@ def capacity(height: int, width: int, radius: int) -> int:
 
 @cache
 def neighborhood(height: int, width: int, radius: int, wrap: bool) -> Tensor:
-    """[N, capacity] int64 table of each patch's neighbors, ascending; -1 fills the places of patches that have fewer.
+    """[N, capacity] int64 table of each patch's neighbors, ascending; -1 stands behind the last of those that have fewer.
 
-    A neighborhood is a set: on a grid smaller than the window, a wrapped neighbor counts once and never is the patch itself.
+    A neighborhood is a set: on a grid smaller than the window a neighbor counts once, and a patch is never its own neighbor.
     """
     rows = torch.arange(height * width) // width
     columns = torch.arange(height * width) % width
 
     def distance(positions: Tensor, size: int) -> Tensor:
-        apart = (positions[:, None] - positions[None, :]).abs()
-        return torch.minimum(apart, size - apart) if wrap else apart
+        steps = (positions[:, None] - positions[None, :]).abs()
+        return torch.minimum(steps, size - steps) if wrap else steps
 
     inside = torch.ones(height * width, height * width, dtype=torch.bool)
     if radius >= 0:
@@ -46,7 +48,7 @@ def neighborhood(height: int, width: int, radius: int, wrap: bool) -> Tensor:
 def similarities(x: Tensor, height: int, width: int, radius: int, wrap: bool) -> tuple[Tensor, Tensor]:
     """Cosine similarity of each patch with its neighbors [B, N, C], and the table [N, C] they belong to."""
     table = neighborhood(height, width, radius, wrap).to(x.device)
-    unit = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=EPS)
+    unit = F.normalize(x.to(accumulator(x.dtype)), dim=-1, eps=EPS)
     gram = unit @ unit.transpose(1, 2)
     return gram.gather(2, table.clamp(min=0).expand(x.shape[0], -1, -1)), table
 
@@ -54,16 +56,11 @@ def similarities(x: Tensor, height: int, width: int, radius: int, wrap: bool) ->
 def neighbor_topk_fwd(
     x: Tensor, height: int, width: int, k: int, radius: int, wrap: bool, scores: bool
 ) -> tuple[Tensor, Tensor]:
-    """Raw arguments as `patchlight::neighbor_topk_fwd`. A stable sort gives ties to the lower index."""
+    """Takes the arguments of `patchlight::neighbor_topk_fwd`. A stable sort gives ties to the lower index."""
     similarity, table = similarities(x, height, width, radius, wrap)
     rank = similarity.nan_to_num(nan=NAN_RANK).masked_fill(table < 0, -torch.inf)
     order = rank.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     index = table.expand(x.shape[0], -1, -1).gather(2, order).int()
     if not scores:
         return index, similarity.new_empty(0)
-    return index, similarity.masked_fill(table < 0, -torch.inf).gather(2, order).to(score_dtype(x.dtype))
-
-
-def score_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores are fp32, or fp64 for fp64 features."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return index, similarity.masked_fill(table < 0, -torch.inf).gather(2, order).to(accumulator(x.dtype))

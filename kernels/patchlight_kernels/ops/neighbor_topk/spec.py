@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import SEEDS, Case, OpSpec
+from ...registry import Case, OpSpec, first_images, generator
 from . import reference
 from .op import ALL, OP, neighbor_topk
 
@@ -36,7 +36,7 @@ TESTS = (
     _case(1, (9, 11), 40, 4, None),
     _case(1, (3, 3), 16, 2, None),  # all patches, as many as a window has
     _case(0, (3, 3), 8, 2, 1),  # no images
-    _case(2, (3, 3), 0, 2, 1),  # no channels: every cosine is 0, the lowest indices win
+    _case(2, (3, 3), 0, 2, 1),  # no channels: every cosine is 0, the lowest indices are chosen
 )
 
 BENCHES = (
@@ -56,8 +56,7 @@ BENCHES = (
 def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     s = case.sizes
     patches = s["grid"][0] * s["grid"][1]
-    generator = torch.Generator().manual_seed(seed * SEEDS + patches * 1000 + s["channels"])
-    x = torch.randn(s["images"], patches, s["channels"], generator=generator)
+    x = torch.randn(s["images"], patches, s["channels"], generator=generator(seed, patches, s["channels"]))
     return {
         "x": x.to(device, dtype),
         "grid": s["grid"],
@@ -69,17 +68,12 @@ def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[
 
 
 def _observe(arguments: dict[str, Any], output: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The scores given, and what the chosen patches are truly worth: their float64 cosines, whatever breaks a tie."""
+    """The scores, and the float64 cosines of the chosen patches, which do not depend on how a tie is broken."""
     index, score = output
     unit = torch.nn.functional.normalize(arguments["x"].double(), dim=-1, eps=reference.EPS)
     gram = unit @ unit.transpose(1, 2)
-    worth = gram.gather(2, index.long().clamp(min=0)).masked_fill(index < 0, -2.0)
-    return {"score": score.double().clamp(min=-2.0), "worth": worth}
-
-
-def _sample(arguments: dict[str, Any], output: tuple[Tensor, Tensor]) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
-    """The first 16 images."""
-    return arguments | {"x": arguments["x"][:16]}, tuple(part[:16] for part in output)
+    cosine = gram.gather(2, index.long().clamp(min=0)).masked_fill(index < 0, -2.0)
+    return {"score": score.double().clamp(min=-2.0), "cosine": cosine}
 
 
 def _min_bytes(case: Case, dtype: torch.dtype) -> int:
@@ -103,8 +97,8 @@ SPEC = OpSpec(
     tests=TESTS,
     benches=BENCHES,
     inputs=_inputs,
-    observe=_observe,
     min_bytes=_min_bytes,
     flops=_flops,
-    sample=_sample,
+    observe=_observe,
+    sample=first_images(16, "x"),
 )

@@ -1,24 +1,24 @@
 """The specification of photometric in plain PyTorch: any device, fp64 in fp64, everything else in fp32.
 
-Values stay between 0 and 255, so that those of the file are exact; nothing is rounded between two operations.
+Values stay between 0 and 255, so that the bytes given are exact; nothing is rounded between two operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .table import GRAY, JITTER_ORDERS, MAX_FACTOR, MAX_HUE, MAX_REACH, PHOTOMETRIC_COLUMNS
 
-_CHUNK_PIXELS = 1 << 18  # worked on at a time, so that intermediate planes stay in cache
+_CHUNK_PIXELS = 1 << 18  # computed at a time, so that intermediate planes stay in cache
 
 
 def photometric_fwd(
     pixels: Tensor, table: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    """Raw arguments as `patchlight::photometric_fwd`."""
+    """Takes the arguments of `patchlight::photometric_fwd`."""
     samples, height, width = pixels.shape[:3]
     out = pixels.new_empty(samples, 3, height, width, dtype=dtype)
     chunk = max(1, _CHUNK_PIXELS // max(1, height * width))
@@ -47,7 +47,7 @@ def change(x: Tensor, table: Tensor, mean: Sequence[float], std: Sequence[float]
 
 
 def valid(amount: Tensor, name: str) -> Tensor:
-    """The column with what lies outside its range (and NaN) replaced by what changes nothing."""
+    """The column with what lies outside its range (and NaN) replaced by the value that changes nothing."""
     low, high = (-MAX_HUE, MAX_HUE) if name == "hue" else (0.0, MAX_FACTOR)
     return torch.where((amount >= low) & (amount <= high), amount, PHOTOMETRIC_COLUMNS[name])
 
@@ -57,7 +57,7 @@ def order_row(order: Tensor) -> Tensor:
     return torch.where((order >= 0) & (order < len(JITTER_ORDERS)), order, 0).long()
 
 
-def _apply(operation, x: Tensor, chosen: Tensor, amount: Tensor) -> Tensor:
+def _apply(operation: Callable[[Tensor, Tensor], Tensor], x: Tensor, chosen: Tensor, amount: Tensor) -> Tensor:
     """The operation on the chosen images only."""
     rows = chosen.nonzero()[:, 0]
     return x.index_copy(0, rows, operation(x[rows], amount[rows])) if len(rows) else x
@@ -94,7 +94,7 @@ def hue(x: Tensor, turns: Tensor) -> Tensor:
     red, green, blue = x.unbind(1)
     most, least = x.amax(1), x.amin(1)
     chroma = most - least
-    scale = 1 / torch.where(chroma > 0, chroma, 1)  # of a gray pixel: multiplies zero below
+    scale = 1 / torch.where(chroma > 0, chroma, 1)  # 1 for a gray pixel, where it multiplies zeros
     sextant = torch.where(
         most == red,
         (green - blue) * scale,
@@ -113,13 +113,13 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
     return band(weights, height)[:, None] @ x @ band(weights, width)[:, None].transpose(2, 3)
 
 
-def kernel(sigma: Tensor, room: int) -> Tensor:
+def kernel(sigma: Tensor, limit: int) -> Tensor:
     """Weights [M, 2 * MAX_REACH + 1] for the distances -MAX_REACH..MAX_REACH, summing to 1.
 
-    An image's kernel reaches three sigmas, rounded up, but neither beyond MAX_REACH nor beyond `room`.
+    An image's kernel reaches three sigmas, rounded up, but neither beyond MAX_REACH nor beyond `limit`.
     """
     distance = torch.arange(-MAX_REACH, MAX_REACH + 1, device=sigma.device)
-    reach = torch.ceil(3 * sigma.float()).clamp(max=min(MAX_REACH, room))[:, None]
+    reach = torch.ceil(3 * sigma.float()).clamp(max=min(MAX_REACH, limit))[:, None]
     weights = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2).masked_fill(distance.abs() > reach, 0)
     return weights / weights.sum(1, keepdim=True)
 
@@ -129,7 +129,7 @@ def band(weights: Tensor, size: int) -> Tensor:
     source = torch.arange(size, device=weights.device)[:, None] + torch.arange(
         -MAX_REACH, MAX_REACH + 1, device=weights.device
     )
-    source = (size - 1 - (size - 1 - source.abs()).abs()).clamp(min=0)  # what lies beyond the mirror has no weight
+    source = (size - 1 - (size - 1 - source.abs()).abs()).clamp(min=0)  # rows beyond the mirrored ones have no weight
     reads = source[:, :, None] == torch.arange(size, device=weights.device)  # [size, distances, size]
     return torch.einsum("idj,md->mij", reads.to(weights.dtype), weights)
 

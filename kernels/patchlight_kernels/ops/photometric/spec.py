@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ...registry import SEEDS, Case, OpSpec
+from ...registry import Case, OpSpec, first_images, generator
 from .op import OP, photometric
 from .table import JITTER_ORDERS, PHOTOMETRIC_COLUMNS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SAMPLED_IMAGES = 16
 
 
 def _case(samples: int, height: int, width: int, *, blur: float = 0.5, **more: Any) -> Case:
@@ -23,7 +21,7 @@ def _case(samples: int, height: int, width: int, *, blur: float = 0.5, **more: A
 
 TESTS = (
     _case(3, 1, 1),
-    _case(7, 7, 5),  # primes; rows that are not 4-byte aligned; smaller than the kernel
+    _case(7, 7, 5),  # primes; rows that are not 4-byte aligned; smaller than the blur's kernel
     _case(2, 53, 70, blur=1),  # more than one tile each way
     _case(24, 6, 12),  # every order
     _case(2, 1, 9, blur=1),
@@ -47,34 +45,24 @@ def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[
     """DINO's distributions over all orders; bytes with flat areas, black, white and gray in them."""
     s = case.sizes
     samples = s["samples"]
-    generator = torch.Generator().manual_seed(seed * SEEDS + s["height"] * 1000 + s["width"])
-    pixels = torch.randint(0, 256, (samples, s["height"], s["width"], 3), generator=generator, dtype=torch.uint8)
+    draws = generator(seed, s["height"], s["width"])
+    pixels = torch.randint(0, 256, (samples, s["height"], s["width"], 3), generator=draws, dtype=torch.uint8)
     pixels[:, : s["height"] // 4] = pixels[:, : s["height"] // 4, :, :1] // 128 * 255
-    u = dict(zip(PHOTOMETRIC_COLUMNS, torch.rand(len(PHOTOMETRIC_COLUMNS), samples, generator=generator), strict=True))
-    chance = torch.rand(4, samples, generator=generator)
-    jittered = chance[0] < 0.8
+    u = dict(zip(PHOTOMETRIC_COLUMNS, torch.rand(len(PHOTOMETRIC_COLUMNS), samples, generator=draws), strict=True))
+    chosen = torch.rand(4, samples, generator=draws)
+    jittered = chosen[0] < 0.8
     columns = {
         "brightness": torch.where(jittered, 0.6 + 0.8 * u["brightness"], 1.0),
         "contrast": torch.where(jittered, 0.6 + 0.8 * u["contrast"], 1.0),
         "saturation": torch.where(jittered, 0.8 + 0.4 * u["saturation"], 1.0),
         "hue": torch.where(jittered, 0.2 * u["hue"] - 0.1, 0.0),
         "order": torch.arange(samples) % len(JITTER_ORDERS),
-        "gray": chance[1] < 0.2,
-        "sigma": torch.where(chance[2] < s["blur"], 0.1 + 1.9 * u["sigma"], 0.0),
-        "solarize": torch.where(chance[3] < 0.2, 127.5, 256.0),  # continuous there, so no rounding decides
+        "gray": chosen[1] < 0.2,
+        "sigma": torch.where(chosen[2] < s["blur"], 0.1 + 1.9 * u["sigma"], 0.0),
+        "solarize": torch.where(chosen[3] < 0.2, 127.5, 256.0),  # continuous there: rounding moves no pixel
     }
     table = torch.stack([columns[name].float() for name in PHOTOMETRIC_COLUMNS], dim=1)
     return {"pixels": pixels.to(device), "table": table.to(device), "mean": MEAN, "std": STD, "dtype": dtype}
-
-
-def _observe(arguments: dict[str, Any], output: Tensor) -> dict[str, Tensor]:
-    return {"out": output.double()}
-
-
-def _sample(arguments: dict[str, Any], output: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The first images."""
-    cut = {name: arguments[name][:SAMPLED_IMAGES] for name in ("pixels", "table")}
-    return arguments | cut, output[:SAMPLED_IMAGES]
 
 
 def _min_bytes(case: Case, dtype: torch.dtype) -> int:
@@ -95,8 +83,7 @@ SPEC = OpSpec(
     tests=TESTS,
     benches=BENCHES,
     inputs=_inputs,
-    observe=_observe,
     min_bytes=_min_bytes,
     flops=_flops,
-    sample=_sample,
+    sample=first_images(16, "pixels", "table"),
 )

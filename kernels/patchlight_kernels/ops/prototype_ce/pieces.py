@@ -1,4 +1,4 @@
-"""The backward on a GPU: the gradient of the logits piece by piece from a kernel, and its two plain products by cuBLAS."""
+"""The backward on a GPU: a kernel makes the gradient of the logits piece by piece, cuBLAS its two products."""
 
 from __future__ import annotations
 
@@ -8,42 +8,46 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .reference import exact_dtype
+from ...arguments import accumulator
 from .reference import unit as unit_of
 
-PIECE = 1 << 24  # gradients of logits that exist at a time: 32 MiB in 16 bits, which the L2 cache of a large GPU holds
+PIECE = 1 << 24  # gradients of logits in memory at a time: 32 MiB in 16 bits, which the L2 cache of a large GPU holds
 ALIGNED = 128  # pieces start on whole tiles
 
 
 def gradients(
-    grad_logits: Callable[..., Tensor], grad_loss: Tensor, log2_student: Tensor, log2_teacher: Tensor, raw: tuple,
+    grad_logits: Callable[..., Tensor],
+    grad_loss: Tensor,
+    log2_student: Tensor,
+    log2_teacher: Tensor,
+    args: tuple,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """dz and dprototypes in `dtype`.
 
-    `grad_logits(raw, log2_student, log2_teacher, unit)` sees a piece as a problem of its own, with fewer rows and
-    prototypes, and gives [S, rows, prototypes] in the dtype of z:
+    `grad_logits(args, log2_student, log2_teacher, unit)` takes a piece as a problem with fewer rows and prototypes, and
+    gives [S, rows, prototypes] in the dtype of z:
     unit row_weight sum_t pair_weight[t] (p_student - p_teacher[t]).
     """
-    z, prototypes, _, _, temperature, _, pair_weight, row_weight, *_ = raw
+    z, prototypes, _, _, temperature, _, pair_weight, row_weight, *_ = args
     unit = unit_of(pair_weight, row_weight)
     factor = grad_loss / unit / temperature
     (views, rows, width), count = z.shape, len(prototypes)
     row_step, prototype_step = steps(views, rows, count)
-    exact = exact_dtype(dtype)
-    dz = z.new_empty(z.shape, dtype=dtype if prototype_step == count else exact)
-    dprototypes = z.new_empty(prototypes.shape, dtype=dtype if row_step == rows else exact)
+    wide = accumulator(dtype)
+    dz = z.new_empty(z.shape, dtype=dtype if prototype_step == count else wide)
+    dprototypes = z.new_empty(prototypes.shape, dtype=dtype if row_step == rows else wide)
     for r in slices(rows, row_step):
         for k in slices(count, prototype_step):
             sums = log2_student[:, r].contiguous(), log2_teacher[:, r].contiguous()
-            g = grad_logits(_piece(raw, r, k), *sums, unit).flatten(0, 1)
-            _put(dz[:, r], _product(g, prototypes[k]).view(views, -1, width), factor, first=k.start == 0)
-            _put(dprototypes[k], _product(g.T, z[:, r].reshape(-1, width)), factor, first=r.start == 0)
+            g = grad_logits(_piece(args, r, k), *sums, unit).flatten(0, 1)
+            _add(dz[:, r], _product(g, prototypes[k]).view(views, -1, width), factor, first=k.start == 0)
+            _add(dprototypes[k], _product(g.T, z[:, r].reshape(-1, width)), factor, first=r.start == 0)
     return dz.to(dtype), dprototypes.to(dtype)
 
 
 def steps(views: int, rows: int, prototypes: int) -> tuple[int, int]:
-    """Rows and prototypes of a piece. The longer side is cut, so that what adds up over pieces is the smaller gradient."""
+    """Rows and prototypes of a piece. The longer side is cut, so that only the smaller gradient is summed over pieces."""
     if views * rows >= prototypes:
         return _even(rows, PIECE // (views * prototypes)), prototypes
     return rows, _even(prototypes, PIECE // (views * rows))
@@ -60,9 +64,9 @@ def slices(size: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-def _piece(raw: tuple, rows: slice, prototypes: slice) -> tuple:
-    """The raw arguments of the problem with these rows and prototypes only."""
-    z, w, teacher_z, teacher_w, *temperatures, pair_weight, row_weight, bias, gradients = raw
+def _piece(args: tuple, rows: slice, prototypes: slice) -> tuple:
+    """The arguments of the problem with these rows and prototypes only."""
+    z, w, teacher_z, teacher_w, *temperatures, pair_weight, row_weight, bias, gradients = args
     parts = z[:, rows], w[prototypes], teacher_z[:, rows], teacher_w[prototypes]
     bias = None if bias is None else bias[prototypes]
     return (*parts, *temperatures, pair_weight, row_weight[rows], bias, gradients)
@@ -73,7 +77,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float() if a.device.type == "cpu" else torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _put(total: Tensor, part: Tensor, factor: Tensor, first: bool) -> None:
+def _add(total: Tensor, part: Tensor, factor: Tensor, first: bool) -> None:
+    """Adds `factor` times the part; the first one is written without reading the total."""
     part.mul_(factor)
     if first:
         total.copy_(part)

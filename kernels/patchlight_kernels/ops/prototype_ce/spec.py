@@ -5,23 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...registry import SEEDS, Case, OpSpec
+from ...registry import Case, OpSpec, generator, observe_loss
 from .op import OP, prototype_ce
 
 
-def _case(students: int, teachers: int, rows: int, width: int, prototypes: int, bias: bool = True) -> Case:
+def _case(
+    students: int,
+    teachers: int,
+    rows: int,
+    width: int,
+    prototypes: int,
+    *,
+    bias: bool = True,
+    equal: bool = False,
+    small: bool = False,
+) -> Case:
+    """`equal`: all pairs and rows weigh the same, as in most libraries."""
     name = f"S{students}-T{teachers}-R{rows}-D{width}-K{prototypes}" + ("" if bias else "-unbiased")
     sizes = {"students": students, "teachers": teachers, "rows": rows, "width": width, "prototypes": prototypes}
-    return Case(name, sizes | {"bias": bias})
-
-
-def _plain(*sizes: int, small: bool = False) -> Case:
-    """All pairs and rows weigh the same, as libraries have it."""
-    case = _case(*sizes)
-    return Case(case.name, {**case.sizes, "plain": True}, small)
+    return Case(name, {**sizes, "bias": bias, "equal": equal}, small)
 
 
 TESTS = (
@@ -39,28 +43,28 @@ TESTS = (
 )
 
 BENCHES = (
-    _plain(1, 1, 2048, 256, 4096, small=True),
-    _plain(10, 2, 16, 256, 8192, small=True),
-    _plain(10, 2, 64, 256, 65536),
-    _plain(10, 2, 128, 256, 65536),
-    _plain(1, 1, 43520, 256, 4096),
+    _case(1, 1, 2048, 256, 4096, equal=True, small=True),
+    _case(10, 2, 16, 256, 8192, equal=True, small=True),
+    _case(10, 2, 64, 256, 65536, equal=True),
+    _case(10, 2, 128, 256, 65536, equal=True),
+    _case(1, 1, 43520, 256, 4096, equal=True),
 )
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
-    """Unit vectors, as from a head; students view the teacher's images, so the two look alike."""
+    """Unit vectors, as from a head; students have the teacher's images, so the two are similar."""
     s = case.sizes
-    generator = torch.Generator().manual_seed(seed * SEEDS + s["rows"] * 1000 + s["prototypes"])
-    random = lambda *shape: torch.randn(*shape, generator=generator)
+    draws = generator(seed, s["rows"], s["prototypes"])
+    random = lambda *shape: torch.randn(*shape, generator=draws)
     rows = random(s["rows"], s["width"])
     views = lambda count: normalize(rows + random(count, s["rows"], s["width"]), dim=-1).to(device, dtype)
     prototypes = random(s["prototypes"], s["width"])
     directions = lambda: normalize(prototypes + 0.3 * random(s["prototypes"], s["width"]), dim=-1).to(device, dtype)
     pair_weight = random(s["teachers"], s["students"]).abs() / max(1, s["teachers"] * s["students"])
     if min(s["teachers"], s["students"]) > 1:
-        pair_weight.fill_diagonal_(0)  # a view does not teach itself
+        pair_weight.fill_diagonal_(0)  # no pair of a view with itself
     row_weight = lambda: random(s["rows"]).abs() / max(1, s["rows"])
-    if s.get("plain"):
+    if s.get("equal"):
         pair_weight = (pair_weight > 0) / (pair_weight > 0).sum()
         row_weight = lambda: torch.full((s["rows"],), 1 / s["rows"])
     return {
@@ -74,10 +78,6 @@ def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[
         "row_weight": row_weight().to(device),
         "bias": (0.05 * random(s["prototypes"])).to(device) if s["bias"] else None,
     }
-
-
-def _observe(arguments: dict[str, Any], output: Tensor) -> dict[str, Tensor]:
-    return {"loss": output.double()}
 
 
 def _min_bytes(case: Case, dtype: torch.dtype) -> int:
@@ -109,9 +109,9 @@ SPEC = OpSpec(
     tests=TESTS,
     benches=BENCHES,
     inputs=_inputs,
-    observe=_observe,
     min_bytes=_min_bytes,
     flops=_flops,
     backward_flops=_backward_flops,
+    observe=observe_loss,
     differentiable=("z", "prototypes"),
 )

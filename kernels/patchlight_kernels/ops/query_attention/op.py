@@ -1,4 +1,4 @@
-"""query_attention: raw tokens attend raw tokens, query tokens attend raw and query tokens, from one packed projection (PQCL)."""
+"""query_attention: raw tokens attend to raw tokens, queries to raw tokens and queries, from one packed projection (PQCL)."""
 
 from __future__ import annotations
 
@@ -6,119 +6,97 @@ import torch
 from torch import Tensor
 
 from ... import extension, hardware
-from ...dispatch import Impl, Op, first_reason
+from ...arguments import accumulator, check_dtype, message, with_dense_rows
+from ...dispatch import Impl, Op, first_reason, triton_call
 from . import reference
-from .reference import accumulator
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OP_NAME = "query_attention"
 CUDA_WIDTH, TRITON_WIDTH = 64, 128
 QUERY_KEYS = ("all", "raw")
 
 
 def _bind(qkv: Tensor, raw: int, query_keys: str = "all", crop: int | None = None) -> tuple:
-    """Checks the public arguments and returns the raw ones: there `crop` says how many queries read one another, 0: none."""
+    """Checks the public arguments and returns those that implementations take.
+
+    In those, `crop` is the number of queries that read one another; 0: none.
+    """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(
-            f"query_attention: qkv must be [images, tokens, 3, heads, width], got shape {tuple(qkv.shape)}; "
-            "unflatten the projection"
-        )
-    if qkv.dtype not in (*DTYPES, torch.float64):
-        raise TypeError(f"query_attention: qkv must be float32, bfloat16, float16 or float64, got {qkv.dtype}; cast it")
-    if isinstance(raw, bool) or not isinstance(raw, (int, torch.SymInt)):
-        raise TypeError(
-            f"query_attention: raw must be a Python integer, got {type(raw).__name__}; count the raw tokens"
-        )
+        rule, got = "qkv must be [images, tokens, 3, heads, width]", f"shape {tuple(qkv.shape)}"
+        raise ValueError(message(OP_NAME, rule, got, "unflatten the projection"))
+    check_dtype(OP_NAME, "qkv", qkv.dtype)
+    _check_integer("raw", raw, "count the raw tokens")
     tokens = qkv.shape[1]
     if not 1 <= raw <= tokens:
-        raise ValueError(
-            f"query_attention: raw must be between 1 and the {tokens} tokens, got {raw}; queries come behind raw tokens"
-        )
+        rule = f"raw must be between 1 and the {tokens} tokens"
+        raise ValueError(message(OP_NAME, rule, raw, "queries come behind raw tokens"))
     if query_keys not in QUERY_KEYS:
-        raise ValueError(f"query_attention: query_keys must be one of {QUERY_KEYS}, got {query_keys!r}; choose one")
+        rule = f"query_keys must be one of {QUERY_KEYS}"
+        raise ValueError(message(OP_NAME, rule, repr(query_keys), "choose one"))
     if crop is not None:
         _check_crop(crop, tokens - raw, query_keys)
-    reach = 0 if query_keys == "raw" else tokens - raw if crop is None else crop
-    dense = qkv.shape[4] <= 1 or qkv.stride(4) == 1
-    return qkv if dense else qkv.contiguous(), raw, reach
+    queries_together = 0 if query_keys == "raw" else tokens - raw if crop is None else crop
+    return with_dense_rows(qkv), raw, queries_together
+
+
+def _check_integer(name: str, value: object, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(message(OP_NAME, f"{name} must be a Python integer", type(value).__name__, remedy))
 
 
 def _check_crop(crop: int, queries: int, query_keys: str) -> None:
-    if isinstance(crop, bool) or not isinstance(crop, (int, torch.SymInt)):
-        raise TypeError(
-            f"query_attention: crop must be a Python integer or None, got {type(crop).__name__}; convert it"
-        )
+    _check_integer("crop", crop, "convert it, or leave it out")
     if query_keys == "raw":
-        raise ValueError(
-            f"query_attention: crop must be None where queries read raw keys only, got {crop}; use query_keys='all'"
-        )
+        rule = "crop must be None where queries read raw keys only"
+        raise ValueError(message(OP_NAME, rule, crop, "use query_keys='all'"))
     if crop < 1 or queries % crop:
-        raise ValueError(
-            f"query_attention: crop must be positive and divide the {queries} queries, got {crop}; give whole crops"
-        )
+        rule = f"crop must be positive and divide the {queries} queries"
+        raise ValueError(message(OP_NAME, rule, crop, "give whole crops"))
 
 
-def _unfit(qkv: Tensor) -> str | None:
-    """What no fast implementation takes."""
-    return first_reason(
-        "float64 features run the reference only" if qkv.dtype not in DTYPES else None,
-        "there is nothing to compute" if qkv.numel() == 0 else None,
-    )
+def _too_wide(qkv: Tensor, limit: int) -> str | None:
+    return f"heads of width {qkv.shape[4]} exceed the {limit} of its tiles" if qkv.shape[4] > limit else None
 
 
 def _cuda_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
-    wide = f"heads of width {qkv.shape[4]} exceed the {CUDA_WIDTH} of its tiles"
-    library = hardware.no_cuda_library(qkv, "query_attention_fwd")
-    return first_reason(_unfit(qkv), wide if qkv.shape[4] > CUDA_WIDTH else None, library)
+    return first_reason(
+        hardware.unsupported_by_all(qkv.dtype, qkv),
+        _too_wide(qkv, CUDA_WIDTH),
+        hardware.no_cuda_library(qkv, "query_attention_fwd"),
+    )
 
 
 def _triton_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
-    wide = f"heads of width {qkv.shape[4]} exceed the {TRITON_WIDTH} of its registers"
-    return first_reason(_unfit(qkv), wide if qkv.shape[4] > TRITON_WIDTH else None, hardware.no_triton(qkv))
+    return first_reason(
+        hardware.unsupported_by_all(qkv.dtype, qkv), _too_wide(qkv, TRITON_WIDTH), hardware.no_triton(qkv)
+    )
 
 
 def _cpp_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
-    return first_reason(_unfit(qkv), hardware.no_cpu_library(qkv, "query_attention_fwd"))
+    return first_reason(
+        hardware.unsupported_by_all(qkv.dtype, qkv), hardware.no_cpu_library(qkv, "query_attention_fwd")
+    )
 
 
-def _native_fwd(*raw) -> tuple[Tensor, Tensor]:
-    return extension.native("query_attention_fwd")(*raw)
-
-
-def _native_bwd(*raw) -> Tensor:
-    return extension.native("query_attention_bwd")(*raw)
-
-
-def _triton_fwd(*raw) -> tuple[Tensor, Tensor]:
-    from .triton_kernels import query_attention_fwd  # here, so that a machine without Triton can import the package
-
-    return query_attention_fwd(*raw)
-
-
-def _triton_bwd(*raw) -> Tensor:
-    from .triton_kernels import query_attention_bwd
-
-    return query_attention_bwd(*raw)
-
+_native_fwd, _native_bwd = extension.native_call("query_attention_fwd"), extension.native_call("query_attention_bwd")
+_triton_fwd, _triton_bwd = (
+    triton_call(__package__, "query_attention_fwd"),
+    triton_call(__package__, "query_attention_bwd"),
+)
 
 OP = Op(
-    "query_attention",
+    OP_NAME,
     bind=_bind,
     impls=(
         Impl("cuda", _native_fwd, _cuda_unsupported, _native_bwd),
-        Impl("cpp", _native_fwd, _cpp_unsupported, _native_bwd),  # on CPUs only, where Triton could but be interpreted
+        Impl("cpp", _native_fwd, _cpp_unsupported, _native_bwd),  # before Triton: on CPUs its interpreter is slow
         Impl("triton", _triton_fwd, _triton_unsupported, _triton_bwd),
-        Impl("reference", reference.query_attention_fwd, lambda *raw: None, reference.query_attention_bwd),
+        Impl("reference", reference.query_attention_fwd, lambda *args: None, reference.query_attention_bwd),
     ),
 )
 
 
-def _run_fwd(*raw) -> tuple[Tensor, Tensor]:
-    return OP.choose(*raw).fwd(*raw)
-
-
 def _run_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw: int, crop: int) -> Tensor:
-    dense = grad.shape[3] <= 1 or grad.stride(3) == 1
-    return OP.choose(qkv, raw, crop).bwd(grad if dense else grad.contiguous(), qkv, out, lse, raw, crop)
+    return OP.choose(qkv, raw, crop).bwd(with_dense_rows(grad), qkv, out, lse, raw, crop)
 
 
 def _fake_fwd(qkv: Tensor, raw: int, crop: int) -> tuple[Tensor, Tensor]:
@@ -131,7 +109,7 @@ def _fake_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw: int, cro
     return qkv.new_empty(qkv.shape)
 
 
-_fwd = OP.define("fwd", "(Tensor qkv, SymInt raw, SymInt crop) -> (Tensor, Tensor)", run=_run_fwd, fake=_fake_fwd)
+_fwd = OP.define("fwd", "(Tensor qkv, SymInt raw, SymInt crop) -> (Tensor, Tensor)", run=OP.forward, fake=_fake_fwd)
 _bwd = OP.define(
     "bwd",
     "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, SymInt raw, SymInt crop) -> Tensor",
@@ -156,7 +134,7 @@ OP.differentiate(_setup_context, _backward)
 def query_attention(qkv: Tensor, raw: int, query_keys: str = "all", crop: int | None = None) -> Tensor:
     """Lets raw tokens attend to raw tokens, and query tokens to raw and query tokens, in one pass over packed projections.
 
-    out = softmax(q k^T E^-0.5) v per head: PQCL's attention, in which queries learn from an image and leave it as it is.
+    out = softmax(q k^T E^-0.5) v per head: PQCL's attention, in which queries read an image and do not change it.
 
     Args:
         qkv: [M, T, 3, H, E] the projections of T tokens, the first `raw` of them raw (class token and patches), the others
@@ -171,8 +149,8 @@ def query_attention(qkv: Tensor, raw: int, query_keys: str = "all", crop: int | 
         [M, T, H, E] in the order of the tokens and the dtype of qkv.
 
     fp32, bf16 or fp16 (fp64 runs the reference); softmax and sums are fp32. Differentiable; the gradient is packed like
-    qkv, in one tensor, and no sum depends on an order of execution. What a token does not read, be it NaN, does not reach
-    it. Traffic: qkv read once, the output and one fp32 number per token and head written once; the backward reads these
+    qkv, in one tensor, and no sum depends on an order of execution. What a token does not read, even a NaN, does not
+    change it. Traffic: qkv read once, the output and one fp32 number per token and head written once; the backward reads these
     and the upstream gradient and writes one gradient. No attention map exists in memory.
     """
     return _fwd(*_bind(qkv, raw, query_keys, crop))[0]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...arguments import accumulator
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -23,16 +25,11 @@ class Segment:
 
 
 def segments(tokens: int, raw: int, crop: int) -> Iterator[Segment]:
-    """The raw tokens, whose keys are the raw ones anyway, then the queries: crop by crop, or all at once if crop is 0."""
+    """The raw tokens, which read the raw ones only, then the queries: crop by crop, or all at once if crop is 0."""
     yield Segment(0, raw, own=False)
-    each = crop or tokens - raw
-    for first in range(raw, tokens, max(each, 1)):
-        yield Segment(first, each, own=crop > 0)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in, and what the log-sum-exp is saved as."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    count = crop or tokens - raw
+    for first in range(raw, tokens, max(count, 1)):
+        yield Segment(first, count, own=crop > 0)
 
 
 def scale_of(width: int) -> float:
@@ -41,7 +38,7 @@ def scale_of(width: int) -> float:
 
 
 def query_attention_fwd(qkv: Tensor, raw: int, crop: int) -> tuple[Tensor, Tensor]:
-    """Raw arguments as `patchlight::query_attention_fwd`: the output [M, T, H, E] and its log-sum-exp [M, H, T]."""
+    """Takes the arguments of `patchlight::query_attention_fwd`: the output [M, T, H, E] and its log-sum-exp [M, H, T]."""
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, v = _heads(qkv)
         outputs, sums = [], []
@@ -56,7 +53,7 @@ def query_attention_fwd(qkv: Tensor, raw: int, crop: int) -> tuple[Tensor, Tenso
 
 
 def query_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw: int, crop: int) -> Tensor:
-    """The gradient of qkv, packed like it. `out` is for those who take sum(P dP) as sum(g out).
+    """The gradient of qkv, packed like it. `out` is for implementations that compute sum(P dP) as sum(g out).
 
     With probabilities P, outputs P v and upstream g: dP = g v^T, dS = P (dP - sum(P dP)) E^-0.5, and then
     dq = dS k, dk = dS^T q, dv = P^T g, the last two summed over the segments that read the row.
@@ -75,19 +72,19 @@ def query_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw
             weights, d_scores = _rounded(weights, qkv.dtype), _rounded(d_scores, qkv.dtype)
             dq[:, :, rows] = d_scores @ keys
             for gradient, coefficients, x in ((dk, d_scores, q), (dv, weights, g)):
-                read = coefficients.mT @ x[:, :, rows]
-                gradient[:, :, :raw] += read[:, :, :raw]
+                of_keys = coefficients.mT @ x[:, :, rows]
+                gradient[:, :, :raw] += of_keys[:, :, :raw]
                 if segment.own:
-                    gradient[:, :, rows] += read[:, :, raw:]
+                    gradient[:, :, rows] += of_keys[:, :, raw:]
         return dqkv.to(qkv.dtype)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As an operand of a product in the inputs' dtype, as PyTorch's own attention multiplies it, autocast or not."""
+    """Rounded to the inputs' dtype, as PyTorch's own attention does before a product, with and without autocast."""
     return x.to(dtype).to(x.dtype)
 
 
-def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(qkv: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values [M, H, T, E] of a packed [M, T, 3, H, E], in the accumulator's dtype."""
     return qkv.to(accumulator(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind(0)
 

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import SEEDS, Case, OpSpec
+from ...registry import Case, OpSpec, first_images, generator
 from .op import OP, query_attention
-
-SAMPLED_IMAGES = 4
 
 
 def _case(
@@ -62,22 +60,13 @@ BENCHES = (
 
 def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     s = case.sizes
-    generator = torch.Generator().manual_seed(seed * SEEDS + s["raw"] * 1000 + s["width"])
-    qkv = torch.randn(s["images"], s["raw"] + s["queries"], 3, s["heads"], s["width"], generator=generator)
+    draws = generator(seed, s["raw"], s["width"])
+    qkv = torch.randn(s["images"], s["raw"] + s["queries"], 3, s["heads"], s["width"], generator=draws)
     return {"qkv": qkv.to(device, dtype), "raw": s["raw"], "query_keys": s["query_keys"], "crop": s["crop"]}
-
-
-def _observe(arguments: dict[str, Any], output: Tensor) -> dict[str, Tensor]:
-    return {"out": output.double()}
 
 
 def _saved_sums(arguments: dict[str, Any]) -> Tensor:
     return torch.ops.patchlight.query_attention_fwd(*OP.bind(**arguments))[1].transpose(1, 2)[..., None]
-
-
-def _sample(arguments: dict[str, Any], output: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The first images."""
-    return {**arguments, "qkv": arguments["qkv"][:SAMPLED_IMAGES]}, output[:SAMPLED_IMAGES]
 
 
 def _min_bytes(case: Case, dtype: torch.dtype) -> int:
@@ -100,10 +89,9 @@ SPEC = OpSpec(
     tests=TESTS,
     benches=BENCHES,
     inputs=_inputs,
-    observe=_observe,
     min_bytes=_min_bytes,
     flops=_flops,
     differentiable=("qkv",),
     saved_sums=_saved_sums,
-    sample=_sample,
+    sample=first_images(4, "qkv"),
 )

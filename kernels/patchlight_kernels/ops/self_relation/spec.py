@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import SEEDS, Case, OpSpec
+from ...registry import Case, OpSpec, generator, observe_loss
 from .op import OP, self_relation
 
 
@@ -18,8 +18,8 @@ def _case(
     sizes = {"views": views, "images": images, "heads": heads, "rows": rows, "width": width}
     name = f"S{views}-B{images}-H{heads}-N{rows}-E{width}"
     if teacher_width is None:
-        return Case(name, sizes | {"teacher_width": width, "turned": False}, **more)
-    return Case(f"{name}-F{teacher_width}", sizes | {"teacher_width": teacher_width, "turned": True}, **more)
+        return Case(name, sizes | {"teacher_width": width, "transposed": False}, **more)
+    return Case(f"{name}-F{teacher_width}", sizes | {"teacher_width": teacher_width, "transposed": True}, **more)
 
 
 TESTS = (
@@ -30,7 +30,7 @@ TESTS = (
     _case(1, 1, 1, 130, 72, 9),  # three blocks, a second chunk of channels
     _case(2, 1, 1, 64, 64),  # one full block of everything
     _case(1, 1, 1, 1, 1),  # one of everything: the loss is 0
-    _case(1, 1, 1, 20, 270, 30),  # more channels than a block of a GPU kernel pulls
+    _case(1, 1, 1, 20, 270, 30),  # more channels than a block of a GPU kernel makes
     _case(0, 2, 1, 3, 4),  # no views, no images, no heads, no rows, no channels
     _case(2, 0, 1, 3, 4),
     _case(1, 2, 0, 3, 4),
@@ -54,16 +54,16 @@ BENCHES = (
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
-    """Not negative, as behind a ReLU; students view the teacher's images, so their relations look alike."""
+    """Not negative, as behind a ReLU; students have the teacher's images, so their relations are similar."""
     s = case.sizes
     views, images, heads, rows = s["views"], s["images"], s["heads"], s["rows"]
-    generator = torch.Generator().manual_seed(seed * SEEDS + rows * 1000 + s["width"])
-    random = lambda *shape: torch.randn(*shape, generator=generator)
+    draws = generator(seed, rows, s["width"])
+    random = lambda *shape: torch.randn(*shape, generator=draws)
     shared = random(images, heads, rows, max(s["width"], s["teacher_width"]))
 
     def features(width: int, *more: int) -> Tensor:
         x = (shared[..., :width] + 0.5 * random(*more, images, heads, rows, width)).relu().to(device, dtype)
-        return x.mT.contiguous().mT if s["turned"] else x
+        return x.mT.contiguous().mT if s["transposed"] else x
 
     return {
         "student": features(s["width"], views),
@@ -72,10 +72,6 @@ def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[
         "teacher_scale": max(1, s["teacher_width"]) ** -0.5 / 0.5,
         "weight": (random(views, images).abs() / max(1, views * images)).to(device),
     }
-
-
-def _observe(arguments: dict[str, Any], output: Tensor) -> dict[str, Tensor]:
-    return {"loss": output.double()}
 
 
 def _min_bytes(case: Case, dtype: torch.dtype) -> int:
@@ -102,9 +98,9 @@ SPEC = OpSpec(
     tests=TESTS,
     benches=BENCHES,
     inputs=_inputs,
-    observe=_observe,
     min_bytes=_min_bytes,
     flops=_flops,
     backward_flops=_backward_flops,
+    observe=observe_loss,
     differentiable=("student",),
 )
