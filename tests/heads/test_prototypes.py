@@ -45,9 +45,9 @@ def value_and_gradients(loss, *leaves):
 def test_the_formula(bias):
     prototypes, z, target, pair_weight, row_weight = some_case(bias=bias)
     leaves = (z, prototypes.weight_g, prototypes.weight_v)
-    ours = value_and_gradients(prototypes(z, target, 0.3, pair_weight, row_weight), *leaves)
-    theirs = value_and_gradients(by_the_formula(prototypes, z, target, 0.3, pair_weight, row_weight), *leaves)
-    torch.testing.assert_close(ours, theirs)
+    result = value_and_gradients(prototypes(z, target, 0.3, pair_weight, row_weight), *leaves)
+    expected = value_and_gradients(by_the_formula(prototypes, z, target, 0.3, pair_weight, row_weight), *leaves)
+    torch.testing.assert_close(result, expected)
 
 
 def test_rows_weigh_the_same_by_default():

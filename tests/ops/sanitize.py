@@ -1,6 +1,6 @@
 """Runs the CUDA kernels on CPU threads under a sanitizer: `python tests/ops/sanitize.py thread|address`.
 
-Builds the sources with the sanitizer, then runs every op's tests on them in a Python that has its runtime preloaded.
+Builds the sources with the sanitizer, then runs every op's cases on them in a Python with the sanitizer's runtime preloaded.
 The thread sanitizer finds a missing __syncthreads, the address sanitizer an access out of bounds; any report is a failure.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 RUNTIME = {"thread": "libtsan.so", "address": "libasan.so"}
 OPTIONS = {
-    # Python and torch are not instrumented: only races between instrumented threads count, and leaks are not ours to judge.
+    # Python and torch are not instrumented: only races between instrumented threads count, and leaks are not reported.
     "thread": {"TSAN_OPTIONS": "exitcode=66 halt_on_error=0 ignore_noninstrumented_modules=1 report_signal_unsafe=0"},
     "address": {"ASAN_OPTIONS": "exitcode=66 detect_leaks=0 halt_on_error=1 verify_asan_link_order=0"},
 }
@@ -39,11 +39,11 @@ def run_cases(library: str) -> None:
                 with parity.running("cpu", "cuda"):
                     if parity.reason_against(spec, "cuda", arguments):
                         continue
-                    mine = parity.outcome(spec, arguments)
-                parity.assert_as_exact_as_pytorch(spec, arguments, mine, f"{spec.name} {case}")
+                    result = parity.outcome(spec, arguments)
+                parity.assert_as_exact_as_pytorch(spec, arguments, result, f"{spec.name} {case}")
                 count += 1
     print(f"{count} cases agree", flush=True)
-    os._exit(0)  # the sanitizer's exit code comes from its reports, not from Python's finalisation
+    os._exit(0)  # the exit code is that of the sanitizer, not of Python's last steps
 
 
 def main(sanitizer: str) -> int:
@@ -56,7 +56,14 @@ def main(sanitizer: str) -> int:
         [compiler, f"-print-file-name={RUNTIME[sanitizer]}"], capture_output=True, text=True, check=True
     )
     environment = {**os.environ, **OPTIONS[sanitizer], "LD_PRELOAD": runtime.stdout.strip(), "OMP_NUM_THREADS": "1"}
-    command = ["setarch", "-R", sys.executable, __file__, "--cases", str(library)]  # the thread sanitizer dislikes ASLR
+    command = [
+        "setarch",
+        "-R",
+        sys.executable,
+        __file__,
+        "--cases",
+        str(library),
+    ]  # the thread sanitizer needs fixed addresses
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     reports = (result.stdout + result.stderr).count(f"{sanitizer.capitalize()}Sanitizer")
     print(result.stdout + result.stderr)

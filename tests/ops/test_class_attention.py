@@ -1,4 +1,4 @@
-"""What is particular to class_attention: who is read, who is not, shared rows, packed projections, the folded query, errors."""
+"""What is special about class_attention: which rows are read, shared rows, packed projections, the folded query, errors."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_the_reference_is_attention_over_a_list_of_keys():
 
 
 @every_runner
-def test_a_state_that_reads_nobody_keeps_its_value(device, name):
+def test_a_state_that_reads_no_patch_keeps_its_value(device, name):
     given = arguments(device, dtype=torch.bfloat16)
     given["index"][0] = -1
-    given["index"][1, 0] = torch.tensor([-7, 6])  # outside of 0..5: nobody
+    given["index"][1, 0] = torch.tensor([-7, 6])  # outside of 0..5: no patch
     found = run(device, name, given)
     assert torch.equal(found["out"][0], given["v_self"][0].double())
     assert torch.equal(found["out"][1, 0], given["v_self"][1, 0].double())
@@ -59,25 +59,25 @@ def test_a_state_that_reads_nobody_keeps_its_value(device, name):
 
 
 @every_runner
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_is_not_read_does_not_matter(device, name, poison):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_read_changes_nothing(device, name, bad):
     """Missing neighbors read no row at all, not the first one with weight 0; nor do gradients."""
     given = arguments(device, patches=5)
     given["index"] = given["index"].clamp(1, 3)
     given["index"][:, :, 1] = -1
     clean = run(device, name, given)
     for x in ("k_patches", "v_patches"):
-        given[x][:, [0, 4]] = poison
-    poisoned = run(device, name, given)
+        given[x][:, [0, 4]] = bad
+    dirty = run(device, name, given)
     for key, value in clean.items():
-        assert torch.equal(value, poisoned[key]), key
+        assert torch.equal(value, dirty[key]), key
         assert value.isfinite().all(), key
     for x in ("k_patches", "v_patches"):
         assert (clean[f"gradient of {x}"][:, [0, 4]] == 0).all()
 
 
 @every_runner
-def test_a_poisoned_patch_poisons_its_readers_only(device, name):
+def test_nan_in_a_patch_reaches_its_readers_only(device, name):
     given = arguments(device, images=1, patches=4, states=2, k=1)
     given["index"][0, :, 0] = torch.tensor([1, 2])
     given["v_patches"][0, 1] = float("nan")
@@ -107,7 +107,7 @@ def test_reading_all_is_reading_a_list_of_all(device, name):
 
 
 @every_runner
-def test_everybody_may_read_the_same_patch(device, name):
+def test_all_states_may_read_the_same_patch(device, name):
     """The longest list of readers: 320 of one patch, none of the others; equal bit for bit when done again."""
     given = arguments(device, images=1, patches=3, states=40, k=8, dtype=torch.bfloat16)
     given["index"][:] = 1
@@ -138,8 +138,8 @@ def test_slices_of_a_packed_projection_need_no_copy(device, name, k):
     packed = torch.randn(2, 6, 2, 2, 8, device=device)  # images, patches, (key, value), heads, width
     given = arguments(device, states=3 if k else 1, heads=2, k=k)
     given |= {"k_patches": packed[:, :, 0], "v_patches": packed[:, :, 1]}
-    raw = OP.bind(**given)
-    assert all(x.data_ptr() == given[key].data_ptr() for key, x in zip(given, raw, strict=True) if x is not None)
+    args = OP.bind(**given)
+    assert all(x.data_ptr() == given[key].data_ptr() for key, x in zip(given, args, strict=True) if x is not None)
     dense = {**given, "k_patches": packed[:, :, 0].contiguous(), "v_patches": packed[:, :, 1].contiguous()}
     for key, value in run(device, name, given).items():
         assert torch.equal(value, run(device, name, dense)[key]), key
@@ -166,7 +166,7 @@ def test_the_number_of_threads_changes_nothing(threads):
 
 
 def test_the_projections_of_the_first_block_fold_into_the_query():
-    """SelfPatch's first block asks with one learned vector: scores = LN(x) U^T, with U [heads, width] the key projection
+    """SelfPatch's first block has one learned query: scores = LN(x) U^T, with U [heads, width] the key projection
     applied to the query, and without the key bias, which moves all scores of a head alike. No key is ever computed."""
     torch.manual_seed(0)
     heads, dim, patches = 3, 12, 5
@@ -206,31 +206,31 @@ def test_autocast_does_not_reach_into_the_reference():
 @pytest.mark.parametrize("k", [2, None])
 def test_opcheck_of_the_backward(k):
     given = arguments(k=k, states=3 if k else 1)
-    raw = OP.bind(**given)
-    out, lse = torch.ops.patchlight.class_attention_fwd(*raw)
-    torch.library.opcheck(torch.ops.patchlight.class_attention_bwd.default, (torch.randn_like(out), *raw, lse))
+    args = OP.bind(**given)
+    out, lse = torch.ops.patchlight.class_attention_fwd(*args)
+    torch.library.opcheck(torch.ops.patchlight.class_attention_bwd.default, (torch.randn_like(out), *args, lse))
 
 
 @every_runner
 def test_takes_a_gradient_of_any_layout(device, name):
-    """`out.sum()` hands back a single one with strides of 0; a transposed gradient has no dense rows."""
+    """The gradient of `out.sum()` is a single 1 with strides of 0; a transposed gradient has no dense rows."""
     given = arguments(device)
     leaves = {key: given[key].clone().requires_grad_() for key in SPEC.differentiable}
     with running(device, name):
         out = class_attention(**leaves, index=given["index"])
         ones = torch.autograd.grad(out, leaves.values(), torch.ones_like(out), retain_graph=True)
         summed = torch.autograd.grad(out.sum(), leaves.values(), retain_graph=True)
-        tilted = torch.ones_like(out).transpose(1, 3).contiguous().transpose(1, 3)
-        for gradients in (summed, torch.autograd.grad(out, leaves.values(), tilted)):
+        transposed = torch.ones_like(out).transpose(1, 3).contiguous().transpose(1, 3)
+        for gradients in (summed, torch.autograd.grad(out, leaves.values(), transposed)):
             assert all(torch.equal(a, b) for a, b in zip(ones, gradients, strict=True))
 
 
 def test_benchmark_peers_agree():
-    """What the op is measured against computes the same."""
+    """The functions that benchmarks compare the op with compute the same."""
     peers = pytest.importorskip("bench.peers", reason="run from the repository root")
     for k in (3, None):
         given = arguments(dtype=torch.float64, heads=2, k=k)
-        given["index"] = None if k is None else torch.rand(2, 3, 6).argsort(-1)[..., :k].int()  # nobody twice
+        given["index"] = None if k is None else torch.rand(2, 3, 6).argsort(-1)[..., :k].int()  # no patch twice
         for peer in (peers.class_attention_official, peers.class_attention_smart, peers.class_attention_sdpa):
             torch.testing.assert_close(peer(**given), class_attention(**given), msg=peer.__name__)
 
@@ -239,9 +239,17 @@ GIVEN = arguments()
 WRONG = {
     "rank": ({"q": GIVEN["q"][0]}, ValueError, r"q must be \[images, rows, heads, width\], got shape \(3, 1, 8\)"),
     "integers": ({"v_self": GIVEN["v_self"].long()}, TypeError, "v_self must be float32, .* got torch.int64; cast it"),
-    "two dtypes": ({"k_patches": GIVEN["k_patches"].half()}, TypeError, "share one dtype, got torch.float32 and"),
-    "widths": ({"k_self": GIVEN["k_self"][..., :4]}, ValueError, r"must agree, q has \(1, 8\) and k_self \(1, 4\)"),
-    "a key without value": ({"v_patches": GIVEN["v_patches"][:, :5]}, ValueError, "every key needs its value"),
+    "two dtypes": (
+        {"k_patches": GIVEN["k_patches"].half()},
+        TypeError,
+        "k_patches must be torch.float32 like q, got torch.float16",
+    ),
+    "widths": ({"k_self": GIVEN["k_self"][..., :4]}, ValueError, r"k_self must have .* of q, \(1, 8\), got \(1, 4\)"),
+    "a key without value": (
+        {"v_patches": GIVEN["v_patches"][:, :5]},
+        ValueError,
+        r"v_patches must have the shape of k_patches, \(2, 6, 1, 8\), got \(2, 5, 1, 8\)",
+    ),
     "states": ({"q": GIVEN["q"][:, :2]}, ValueError, r"q must have 2 \(or 1\) images of 3 \(or 1\) states, got 2 of 2"),
     "images": ({"k_self": GIVEN["k_self"].repeat(2, 1, 1, 1)}, ValueError, r"k_self must have 2 \(or 1\) images"),
     "a wide index": (

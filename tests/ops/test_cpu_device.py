@@ -1,4 +1,4 @@
-"""The CPU that stands in for a GPU: its matrix instructions are right, and the sanitizers see what they must on it."""
+"""CUDA kernels on a CPU: its matrix instructions are right, and the sanitizers find defects planted in a kernel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ template <class T> __global__ void product(const T* a, const T* b, float* d) {  
   multiply_add<T>(sum, left, right[0], right[1]);
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
 }
-template <class T> __global__ void turned_product(const T* a, const T* b, float* d) {  // d[16, 16] = a[16, 16] b[16, 16]
+template <class T> __global__ void transposed_product(const T* a, const T* b, float* d) {  // d[16, 16] = a[16, 16] b[16, 16]
   uint32_t left[4], right[4];
   const int lane = threadIdx.x % 32;
   load_matrices(left, a + lane % 16 * 16 + lane / 16 * 8);
@@ -49,11 +49,11 @@ template <class T> __global__ void turned_product(const T* a, const T* b, float*
   for (int half = 0; half < 2; ++half)
     for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 16 + half * 8 + lane % 4 * 2 + i % 2] = sum[half][i];
 }
-template <class T> int check_turned() {
+template <class T> int check_transposed() {
   T a[256], b[256];
   float d[256];
   for (int i = 0; i < 256; ++i) a[i] = T(float(i % 7 - 3)), b[i] = T(float(i % 11 - 5));
-  cpu_device::launch(turned_product<T>, dim3{1, 1, 1}, 32, 0, a, b, d);
+  cpu_device::launch(transposed_product<T>, dim3{1, 1, 1}, 32, 0, a, b, d);
   for (int m = 0; m < 16; ++m) for (int n = 0; n < 16; ++n) {
     float expected = 0;
     for (int k = 0; k < 16; ++k) expected += float(a[m * 16 + k]) * float(b[k * 16 + n]);
@@ -74,7 +74,7 @@ template <class T> int check() {
   }
   return 0;
 }
-int main() { return check<BFloat16>() + check<Half>() + check_turned<BFloat16>() + check_turned<Half>(); }
+int main() { return check<BFloat16>() + check<Half>() + check_transposed<BFloat16>() + check_transposed<Half>(); }
 """
 
 
@@ -129,7 +129,7 @@ def test_matrix_instructions(tmp_path):
         ("address", "__syncthreads()", 4096, "heap-buffer-overflow"),
     ],
 )
-def test_sanitizers_see_planted_defects(tmp_path, sanitizer, barrier, off, report):
+def test_sanitizers_find_planted_defects(tmp_path, sanitizer, barrier, off, report):
     result = build_and_run(tmp_path, KERNEL, f"-fsanitize={sanitizer}", f"-DBARRIER={barrier}", f"-DOFF={off}")
     if report is None:
         assert result.returncode == 0, result.stderr

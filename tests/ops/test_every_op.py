@@ -1,4 +1,4 @@
-"""What every op owes, in every implementation: exactness, repeatability, no unwritten output, one graph node."""
+"""What holds for every implementation of every op: exactness, repeatability, no unwritten output, one graph node."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
 def compute(spec, device, name, arguments):
-    """What the op makes of the arguments, or None after checking that an implementation that cannot take them says so."""
+    """Output and gradients, or None after checking that an implementation that does not take the arguments raises."""
     with running(device, name):
         if reason := reason_against(spec, name, arguments):
             with pytest.raises(RuntimeError, match="is forced but cannot run"):
@@ -35,9 +35,9 @@ def compute(spec, device, name, arguments):
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_is_as_exact_as_pytorch(spec, case, dtype, device, name):
     arguments = spec.inputs(case, dtype, device, SEED)
-    mine = compute(spec, device, name, arguments)
-    if mine is not None:
-        assert_as_exact_as_pytorch(spec, arguments, mine, f"{name} on {device}")
+    result = compute(spec, device, name, arguments)
+    if result is not None:
+        assert_as_exact_as_pytorch(spec, arguments, result, f"{name} on {device}")
 
 
 @every_runner
@@ -74,8 +74,8 @@ def test_takes_any_layout(spec, layout, device, name):
         else:
             changed[key] = value.clone().requires_grad_()
         assert torch.equal(changed[key], value)
-    mine = compute(spec, device, name, changed)
-    assert_as_exact_as_pytorch(spec, arguments, mine, f"{layout}, {name} on {device}")
+    result = compute(spec, device, name, changed)
+    assert_as_exact_as_pytorch(spec, arguments, result, f"{layout}, {name} on {device}")
 
 
 @every_spec
@@ -88,8 +88,8 @@ def test_is_one_node_of_a_full_graph(spec):
         return graph.forward
 
     compiled = torch.compile(lambda **kw: spec.public(**kw), fullgraph=True, backend=backend)
-    for mine, eager in zip(tensors(compiled(**arguments)), tensors(spec.public(**arguments)), strict=True):
-        assert torch.equal(mine, eager)
+    for result, eager in zip(tensors(compiled(**arguments)), tensors(spec.public(**arguments)), strict=True):
+        assert torch.equal(result, eager)
     assert len(nodes) == 1
 
 

@@ -1,4 +1,4 @@
-"""What is particular to neighbor_topk: ties, NaN, borders, sets, errors."""
+"""What is special about neighbor_topk: ties, NaN, borders, sets, errors."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ def test_missing_neighbors_come_last(device, name, radius):
 
 @every_runner
 @pytest.mark.parametrize("radius", [1, 2, None])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_poisoned_features_select_by_index_and_stay_in_range(device, name, radius, poison):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_features_select_by_index_and_stay_in_range(device, name, radius, bad):
     x = torch.randn(1, 30, 20)
-    x[0, 7, 3] = poison
+    x[0, 7, 3] = bad
     index, score = select(device, name, x, (5, 6), 4, radius=radius, return_scores=True)
     index, score = index.cpu(), score.cpu()
     table = neighborhood(5, 6, -1 if radius is None else radius, True)
     assert ((index >= 0) & (index < 30)).all()
-    assert index[0, 7].tolist() == table[7, :4].tolist(), "a poisoned patch takes the lowest indices"
+    assert index[0, 7].tolist() == table[7, :4].tolist(), "a patch with NaN takes the lowest indices"
     assert score[0, 7].isnan().all()
     others = [p for p in range(30) if p != 7]
-    assert (index[0, others] != 7).all(), "a poisoned candidate loses against every number"
+    assert (index[0, others] != 7).all(), "NaN ranks below every number"
     assert score[0, others].isfinite().all()
 
 
 @every_runner
-def test_a_zero_patch_is_similar_to_nobody(device, name):
+def test_a_zero_patch_has_cosine_0_with_all(device, name):
     x = torch.randn(1, 9, 8)
     x[0, 4] = 0
     index, score = select(device, name, x, (3, 3), 8, return_scores=True)
@@ -89,11 +89,10 @@ def test_a_scaled_patch_changes_nothing(device, name):
 )
 def test_any_grid_against_a_plain_loop(height, width, radius, wrap, data):
     """The default implementation against sets and Python's own sort."""
-    raw = -1 if radius is None else radius
-    room = capacity(height, width, raw)
-    if room == 0:
+    most = capacity(height, width, -1 if radius is None else radius)
+    if most == 0:
         return
-    k = data.draw(st.integers(1, room))
+    k = data.draw(st.integers(1, most))
     x = torch.randn(1, height * width, 5, generator=torch.Generator().manual_seed(height * 100 + width))
     index = neighbor_topk(x, (height, width), k, radius=radius, border="wrap" if wrap else "clip")[0].tolist()
     unit = torch.nn.functional.normalize(x[0].double(), dim=-1)
@@ -117,10 +116,10 @@ def test_any_grid_against_a_plain_loop(height, width, radius, wrap, data):
 X = torch.randn(2, 12, 8)
 WRONG = {
     "wrong rank": ((X[0], (3, 4), 2), {}, ValueError, r"\[images, patches, width\], got shape \(12, 8\)"),
-    "grid that does not match": ((X, (3, 5), 2), {}, ValueError, "grid 3x5 does not hold the 12 patches"),
-    "k beyond the window": ((X, (3, 4), 9), {}, ValueError, "k=9 exceeds the 8 neighbors of radius=1"),
-    "k beyond all": ((X, (3, 4), 12), {"radius": None}, ValueError, "k=12 exceeds the 11 neighbors"),
-    "k below one": ((X, (3, 4), 0), {}, ValueError, "k must be at least 1, got 0"),
+    "grid that does not match": ((X, (3, 5), 2), {}, ValueError, "the 12 patches of x, got 3x5"),
+    "k beyond the window": ((X, (3, 4), 9), {}, ValueError, "at most the 8 neighbors of radius=1 on a 3x4 grid, got 9"),
+    "k beyond all": ((X, (3, 4), 12), {"radius": None}, ValueError, "at most the 11 neighbors .*, got 12"),
+    "k below one": ((X, (3, 4), 0), {}, ValueError, "k must be at least 1 .*, got 0"),
     "radius below one": ((X, (3, 4), 1), {"radius": 0}, ValueError, "radius must be at least 1"),
     "unknown border": ((X, (3, 4), 1), {"border": "mirror"}, ValueError, "'wrap' or 'clip', got 'mirror'"),
     "integers": ((X.long(), (3, 4), 1), {}, TypeError, "got torch.int64; cast it"),

@@ -1,4 +1,4 @@
-"""photometric against torchvision's float operations, and against loops; what lies outside of the table's ranges; layouts."""
+"""photometric against torchvision's float operations, and against loops; values out of range; layouts."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def with_torchvision(pixels: Tensor, row: Tensor) -> Tensor:
 
 
 def worst_against_torchvision(pixels: Tensor, rows: Tensor) -> float:
-    ours = photometric(pixels, rows, **PLAIN)
-    assert ours.isfinite().all()
-    return max((o - with_torchvision(p, r)).abs().max().item() for o, p, r in zip(ours, pixels, rows, strict=True))
+    out = photometric(pixels, rows, **PLAIN)
+    assert out.isfinite().all()
+    return max((o - with_torchvision(p, r)).abs().max().item() for o, p, r in zip(out, pixels, rows, strict=True))
 
 
-def test_nothing_changes_without_a_reason():
+def test_a_neutral_row_only_normalizes():
     x = images(3)
     assert torch.equal(photometric(x, table(3), **PLAIN).round(), x.movedim(-1, 1).float())
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -69,12 +69,12 @@ def test_nothing_changes_without_a_reason():
         ("gray", (1.0,)),
     ],
 )
-def test_each_operation_is_torchvisions(name, values):
+def test_each_operation_equals_torchvisions(name, values):
     count = len(values)
     assert worst_against_torchvision(images(count), table(count, **{name: values})) < 1e-3, "in 255ths"
 
 
-def test_every_order_is_torchvisions_and_moves_pixels():
+def test_every_order_equals_torchvisions():
     x = images(1).repeat(24, 1, 1, 1)
     rows = table(24, brightness=1.4, contrast=0.6, saturation=1.2, hue=0.1, order=range(24))
     assert worst_against_torchvision(x, rows) < 1e-3
@@ -83,7 +83,7 @@ def test_every_order_is_torchvisions_and_moves_pixels():
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 5), (96, 96), (224, 224)])
-def test_random_rows_are_torchvisions(height, width):
+def test_random_rows_equal_torchvisions(height, width):
     count = 48 if height < 96 else 4
     case = registry.Case("", {"samples": count, "height": height, "width": width, "blur": 0.5})
     arguments = SPEC.inputs(case, torch.float32, "cpu", SEED)
@@ -193,10 +193,10 @@ def test_takes_any_layout_of_pixels(layout, device, name):
         ({"std": (0.2, 0.0, 0.2)}, "std positive"),
         ({"mean": (0.5,)}, "three numbers each"),
         ({"dtype": torch.uint8}, "dtype must be float32"),
-        ({"table": torch.zeros(2, 8, device="meta")}, "must share a device"),
+        ({"table": torch.zeros(2, 8, device="meta")}, "table must be on cpu like pixels, got meta"),
     ],
 )
-def test_bad_input_is_named(change, sentence):
+def test_errors_say_rule_got_and_remedy(change, sentence):
     good = {"pixels": torch.zeros(2, 8, 8, 3, dtype=torch.uint8), "table": table(2), **PLAIN}
     with pytest.raises((ValueError, TypeError), match=sentence):
         photometric(**(good | change))

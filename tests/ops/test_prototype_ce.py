@@ -1,4 +1,4 @@
-"""What is particular to prototype_ce: its algebra, pieces and chunks, the backward of a GPU, ranges, errors."""
+"""What is special about prototype_ce: its algebra, pieces and chunks, the backward of a GPU, ranges, errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from patchlight_kernels.registry import Case
 
 SPEC = registry.spec("prototype_ce")
 LEAVES = SPEC.differentiable
-# Of fp16, relative to the largest gradient: each of two results has rounded its operands, its sum of products and itself.
+# Rounding in fp16, relative to the largest gradient: each of two results rounds its operands, its sum of products and itself.
 UNITS = 2 * 3 * torch.finfo(torch.float16).eps
 
 
@@ -74,11 +74,11 @@ def test_cross_entropy_is_linear_in_the_target():
     m = p @ a["prototypes"]
     logits = a["z"] @ a["prototypes"].T / a["temperature"]
     pairs, rows = a["pair_weight"], a["row_weight"]
-    pull = torch.einsum("ts,trd->srd", pairs, m)
-    loss = ((pairs.sum(0)[:, None] * logits.logsumexp(-1) - (a["z"] * pull).sum(-1) / a["temperature"]) * rows).sum()
+    target = torch.einsum("ts,trd->srd", pairs, m)
+    loss = ((pairs.sum(0)[:, None] * logits.logsumexp(-1) - (a["z"] * target).sum(-1) / a["temperature"]) * rows).sum()
     torch.testing.assert_close(prototype_ce(**a), loss)
     own = logits.softmax(-1) @ a["prototypes"]
-    dz = (pairs.sum(0)[:, None, None] * own - pull) * rows[:, None] / a["temperature"]
+    dz = (pairs.sum(0)[:, None, None] * own - target) * rows[:, None] / a["temperature"]
     torch.testing.assert_close(with_gradients(a)[1], dz)
 
 
@@ -87,8 +87,8 @@ def test_a_shift_of_all_biases_changes_nothing():
     torch.testing.assert_close(with_gradients(a | {"bias": a["bias"] + 3}), with_gradients(a))
 
 
-def test_a_teacher_that_agrees_pulls_nowhere():
-    """The loss is then the entropy, at its least: no gradient for the rows, and none for the prototypes."""
+def test_an_equal_teacher_gives_no_gradient():
+    """The loss is then the entropy, its minimum: no gradient for the rows, and none for the prototypes."""
     a = some_arguments(students=1, teachers=1, bias=None)
     a |= {"teacher_z": a["z"], "teacher_prototypes": a["prototypes"], "teacher_temperature": a["temperature"]}
     loss, dz, dprototypes = with_gradients(a)
@@ -99,7 +99,7 @@ def test_a_teacher_that_agrees_pulls_nowhere():
     assert dprototypes.abs().max() < 1e-6
 
 
-# --------------------------------------------------------------------------------- sizes beyond one of everything
+# --------------------------------------------------------------------------------- more than one chunk and piece
 
 
 def test_chunks_of_the_reference_change_nothing(monkeypatch):
@@ -116,8 +116,8 @@ def test_many_chunks_of_positions_and_blocks_of_prototypes_on_the_cpu(sizes, thr
     arguments = some_arguments(*sizes)
     torch.set_num_threads(threads)
     with running("cpu", "cpp"):
-        mine = outcome(SPEC, arguments)
-    assert_as_exact_as_pytorch(SPEC, arguments, mine, f"{sizes}, {threads} threads")
+        result = outcome(SPEC, arguments)
+    assert_as_exact_as_pytorch(SPEC, arguments, result, f"{sizes}, {threads} threads")
 
 
 @every_runner
@@ -142,7 +142,7 @@ def test_pieces_are_even_and_whole_tiles():
 
 
 @every_runner
-def test_nothing_of_size_rows_by_prototypes_waits_for_the_backward(device, name):
+def test_nothing_of_size_rows_by_prototypes_is_kept_for_the_backward(device, name):
     arguments = some_arguments(1, 1, 64, 4, 500, device=device)
     sizes = []
     with (
@@ -163,9 +163,9 @@ def test_the_backward_that_computes_logits_again(device, name, dtype):
     arguments = some_arguments(dtype=dtype, device=device)
     leaves = [arguments[key].requires_grad_() for key in LEAVES]
     with running(device, name):
-        raw = SPEC.op.bind(**arguments)
-        loss, _, _, *unmade = torch.ops.patchlight.prototype_ce_fwd(*raw[:-1], False)
-        assert all(x.numel() == 0 for x in unmade)
+        args = SPEC.op.bind(**arguments)
+        loss, _, _, *empty = torch.ops.patchlight.prototype_ce_fwd(*args[:-1], False)
+        assert all(x.numel() == 0 for x in empty)
         later = torch.autograd.grad(3 * loss, leaves)
         at_once = torch.autograd.grad(3 * prototype_ce(**arguments), leaves)
     tolerance = 4 * torch.finfo(dtype).eps
@@ -176,20 +176,20 @@ def test_the_backward_that_computes_logits_again(device, name, dtype):
 
 @every_runner
 def test_small_weights_survive_half_precision(device, name):
-    """A million rows weigh 1e-6 each, and 65536 prototypes have 1.5e-5 of a row: alone, each is at fp16's end."""
+    """A million rows weigh 1e-6 each, and 65536 prototypes have 1.5e-5 of a row: each alone is near the smallest fp16."""
     arguments = some_arguments(1, 1, 3, 8, 70, torch.float16, device)
     small = torch.full_like(arguments["row_weight"], 1e-6)
     with running(device, name):
         loss, *gradients = with_gradients(arguments | {"row_weight": torch.ones_like(small)})
-        raw = SPEC.op.bind(**arguments | {"row_weight": small, "z": arguments["z"].requires_grad_()})
-        outputs = torch.ops.patchlight.prototype_ce_fwd(*raw)
+        args = SPEC.op.bind(**arguments | {"row_weight": small, "z": arguments["z"].requires_grad_()})
+        outputs = torch.ops.patchlight.prototype_ce_fwd(*args)
     torch.testing.assert_close(outputs[0], loss * 1e-6)
     if device == "cpu":  # gradients made by the forward are fp32: the loss may still be scaled
         for made, expected in zip(outputs[3:], gradients, strict=True):
             assert (made.float() * 1e6 - expected.float()).abs().max() <= UNITS * expected.abs().max()
 
 
-# ------------------------------------------------------------------------------------------------ who counts
+# --------------------------------------------------------------------------------- weights, ranges, gradients
 
 
 @every_runner
@@ -217,22 +217,22 @@ def test_rows_weigh_the_same_by_default():
 
 
 @every_runner
-def test_a_prototype_may_be_closed_to_the_teacher(device, name):
+def test_a_prototype_may_have_no_probability(device, name):
     """Bias -inf, even for whole tiles: no probability there, and everything stays finite."""
     arguments = some_arguments(2, 1, 3, 8, 150, device=device)
     arguments["bias"][:70] = -torch.inf
     with running(device, name):
-        mine = outcome(SPEC, arguments)
-    assert all(value.isfinite().all() for value in mine.values())
-    assert_as_exact_as_pytorch(SPEC, arguments, mine, name)
+        result = outcome(SPEC, arguments)
+    assert all(value.isfinite().all() for value in result.values())
+    assert_as_exact_as_pytorch(SPEC, arguments, result, name)
 
 
 @every_runner
 def test_extreme_logits_stay_finite(device, name):
     arguments = some_arguments(device=device)
     with running(device, name):
-        mine = outcome(SPEC, arguments | {"z": 1e4 * arguments["z"], "teacher_z": 1e4 * arguments["teacher_z"]})
-    assert all(value.isfinite().all() for value in mine.values())
+        result = outcome(SPEC, arguments | {"z": 1e4 * arguments["z"], "teacher_z": 1e4 * arguments["teacher_z"]})
+    assert all(value.isfinite().all() for value in result.values())
 
 
 @every_runner
@@ -255,7 +255,7 @@ def test_nothing_flows_into_the_teacher_or_the_weights():
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_one_of_the_gradients_is_enough(leaf):
+def test_one_gradient_can_be_wanted_alone(leaf):
     arguments = some_arguments()
     alone = torch.autograd.grad(prototype_ce(**arguments | {leaf: arguments[leaf].requires_grad_()}), arguments[leaf])
     torch.testing.assert_close(alone[0], with_gradients(some_arguments())[1 + LEAVES.index(leaf)])
@@ -278,7 +278,7 @@ WRONG = {
     "no prototypes": ({"prototypes": torch.zeros(0, 7)}, ValueError, "a count of at least 1"),
     "teacher's prototypes": ({"teacher_prototypes": torch.zeros(12, 7)}, ValueError, r"\(11, 7\), got \(12, 7\)"),
     "mixed dtypes": ({"prototypes": torch.zeros(11, 7).half()}, TypeError, "prototypes must be torch.float32 like z"),
-    "pairs turned": ({"pair_weight": torch.zeros(3, 2)}, ValueError, r"pair_weight must be \(2, 3\), got \(3, 2\)"),
+    "pairs transposed": ({"pair_weight": torch.zeros(3, 2)}, ValueError, r"pair_weight must be \(2, 3\), got \(3, 2\)"),
     "row weights": ({"row_weight": torch.zeros(6)}, ValueError, r"row_weight must be \(5,\), got \(6,\)"),
     "bias": ({"bias": torch.zeros(7)}, ValueError, r"bias must be \(11,\), got \(7,\)"),
     "half weights": ({"row_weight": torch.zeros(5).half()}, TypeError, "row_weight must be torch.float32 beside a z"),
@@ -298,13 +298,13 @@ def test_errors_say_rule_got_and_remedy(wrong):
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 3, 8, 5), (2, 0, 3, 8, 5), (2, 1, 0, 8, 5)])
-def test_nobody_to_compare_costs_nothing(sizes):
+def test_no_rows_or_views_cost_nothing(sizes):
     loss, *gradients = with_gradients(some_arguments(*sizes))
     assert loss == 0
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_no_channels_make_all_prototypes_alike():
+def test_no_channels_make_all_prototypes_equal():
     arguments = some_arguments(1, 1, 2, 0, 5, bias=None, row_weight=None, pair_weight=torch.ones(1, 1))
     torch.testing.assert_close(prototype_ce(**arguments), torch.tensor(5.0).log())
 
@@ -350,7 +350,7 @@ int main() {
 
 
 def test_panel_products_of_every_instruction_set(tmp_path):
-    """The library runs the widest that a machine has; here all that it has give the same, exactly, in small integers."""
+    """The library runs the widest set of a machine; here all of the machine's sets give the same sums of small integers."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if not compiler or os.uname().machine != "x86_64":
         pytest.skip("no g++ on x86-64")

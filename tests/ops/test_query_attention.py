@@ -1,4 +1,4 @@
-"""What is particular to query_attention: who reads whom, packed projections, sizes beyond one tile, precision, errors."""
+"""What is special about query_attention: which rows are read, packed projections, sizes beyond one tile, precision, errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def arguments(device="cpu", images=2, raw=5, queries=4, heads=2, width=8, dtype=
 
 
 def may_read(raw: int, tokens: int, query_keys: str, crop: int | None) -> torch.Tensor:
-    """Who reads whom, token by token."""
+    """Which token reads which, one by one."""
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
     for row in range(tokens):
         for key in range(tokens):
@@ -47,9 +47,9 @@ def test_the_reference_is_attention_under_a_mask(reading):
     """Forward and gradient in float64, against PyTorch's own."""
     given = arguments(dtype=torch.float64, **READS[reading])
     qkv, upstream = given["qkv"].requires_grad_(), torch.randn(2, 9, 2, 8, dtype=torch.float64)
-    mine, theirs = query_attention(**given), masked(**given)
-    torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(*(torch.autograd.grad(out, qkv, upstream)[0] for out in (mine, theirs)))
+    result, expected = query_attention(**given), masked(**given)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(out, qkv, upstream)[0] for out in (result, expected)))
 
 
 @every_reading
@@ -60,7 +60,7 @@ def test_the_reference_gradient_is_the_derivative(reading):
         torch.autograd.gradcheck(lambda x: query_attention(x, **given), qkv)
 
 
-def test_raw_tokens_do_not_feel_queries():
+def test_queries_do_not_change_raw_tokens():
     """Without queries the raw rows are the same, bit for bit; and with crops each crop is as if it were alone."""
     given = arguments(crop=2)
     whole = query_attention(**given)
@@ -78,14 +78,14 @@ def test_queries_behind_one_another_are_one_crop():
 
 @every_runner
 @every_reading
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_is_not_read_does_not_matter(device, name, reading, poison):
-    """A poisoned query reaches its readers and nobody else, forward or backward."""
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_read_changes_nothing(device, name, reading, bad):
+    """NaN in a query reaches its readers only, forward and backward."""
     given = arguments(device, images=1, raw=3, heads=1, **READS[reading])
     readers = may_read(3, 7, given["query_keys"], given["crop"])[:, 6]
     readers[6] = True
     clean = run(device, name, given)
-    given["qkv"][0, 6] = poison
+    given["qkv"][0, 6] = bad
     found = run(device, name, given)
     assert torch.equal(found["out"][0, ~readers], clean["out"][0, ~readers])
     assert found["out"][0, 6].isnan().all()
@@ -108,7 +108,7 @@ def test_far_apart_scores(device, name):
 @every_runner
 @pytest.mark.parametrize("raw", [1, 16, 17])
 def test_keys_behind_the_last_do_not_count(device, name, raw):
-    """Scores all far below zero: an absent key, whose score would be 0, must not win. And the other way round."""
+    """Scores all far below zero: a missing key, whose score would be 0, must have no weight. And the other way round."""
     for sign in (-1, 1):
         given = arguments(device, images=1, raw=raw, queries=2, heads=1)
         given["qkv"][:, :, 0], given["qkv"][:, :, 1] = 10.0, 10.0 * sign
@@ -125,8 +125,8 @@ def test_strides_of_the_projection_need_no_copy(device, name):
     wide = torch.randn(9, 2, 3 * 2 * 8 + 5, device=device)
     view = wide[..., 3:-2].unflatten(-1, (3, 2, 8)).transpose(0, 1)
     view.copy_(given["qkv"])
-    raw = OP.bind(**given | {"qkv": view})
-    assert raw[0].data_ptr() == view.data_ptr()
+    args = OP.bind(**given | {"qkv": view})
+    assert args[0].data_ptr() == view.data_ptr()
     dense = run(device, name, given)
     for key, value in run(device, name, given | {"qkv": view}).items():
         assert torch.equal(value, dense[key]), key
@@ -134,16 +134,16 @@ def test_strides_of_the_projection_need_no_copy(device, name):
 
 @every_runner
 def test_takes_a_gradient_of_any_layout(device, name):
-    """`out.sum()` hands back a single one with strides of 0; a transposed gradient has no dense rows."""
+    """The gradient of `out.sum()` is a single 1 with strides of 0; a transposed gradient has no dense rows."""
     given = arguments(device, images=1, heads=1)
     given["qkv"].requires_grad_()
     with running(device, name):
         out = query_attention(**given)
         ones = torch.autograd.grad(out, given["qkv"], torch.ones_like(out), retain_graph=True)[0]
         summed = torch.autograd.grad(out.sum(), given["qkv"], retain_graph=True)[0]
-        tilted = torch.ones_like(out).transpose(1, 3).contiguous().transpose(1, 3)
+        transposed = torch.ones_like(out).transpose(1, 3).contiguous().transpose(1, 3)
         assert torch.equal(ones, summed)
-        assert torch.equal(ones, torch.autograd.grad(out, given["qkv"], tilted)[0])
+        assert torch.equal(ones, torch.autograd.grad(out, given["qkv"], transposed)[0])
 
 
 @pytest.mark.parametrize("sizes", [(197, 36, None), (785, 8, 4), (64, 128, 32)])
@@ -159,31 +159,31 @@ def test_sizes_of_training_on_the_cpu(sizes, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_yardstick_is_no_laxer_than_pytorchs_own_attention(dtype):
+def test_the_reference_is_as_exact_as_pytorchs_own_attention(dtype):
     """In 16 bits the reference rounds probabilities, as PyTorch does: it must not be less exact than that.
 
-    On the average of all values, as the largest error of either is chance.
+    Compared on the average of all values, as the largest error depends on chance.
     """
     given = arguments(raw=37, queries=8, width=64, dtype=dtype)
     exact = outcome(SPEC, given | {"qkv": given["qkv"].double()})
     leaf, generator = given["qkv"].requires_grad_(), torch.Generator().manual_seed(1)
     upstream = torch.randn(2, 45, 2, 64, generator=generator, dtype=torch.float64).to(dtype)
     with force("reference"):
-        mine = outcome(SPEC, given)
+        result = outcome(SPEC, given)
     q, k, v = (x.transpose(1, 2) for x in leaf.unbind(2))
     mask = may_read(37, 45, "all", None)
     scores = (q @ k.mT * 64**-0.5).float().masked_fill(~mask, -torch.inf)  # as autocast runs the release
     out = (scores.softmax(dim=-1).to(dtype) @ v).transpose(1, 2)
-    theirs = {"out": out, "gradient of qkv": torch.autograd.grad(out, leaf, upstream)[0]}
+    expected = {"out": out, "gradient of qkv": torch.autograd.grad(out, leaf, upstream)[0]}
     for key, value in exact.items():
-        assert (mine[key] - value).square().mean() <= (theirs[key].double() - value).square().mean(), key
+        assert (result[key] - value).square().mean() <= (expected[key].double() - value).square().mean(), key
 
 
 @every_reading
 def test_opcheck_of_the_backward(reading):
-    raw = OP.bind(**arguments(**READS[reading]))
-    out, lse = torch.ops.patchlight.query_attention_fwd(*raw)
-    given = (torch.randn_like(out), raw[0], out, lse, *raw[1:])
+    args = OP.bind(**arguments(**READS[reading]))
+    out, lse = torch.ops.patchlight.query_attention_fwd(*args)
+    given = (torch.randn_like(out), args[0], out, lse, *args[1:])
     torch.library.opcheck(torch.ops.patchlight.query_attention_bwd.default, given)
 
 
@@ -197,7 +197,7 @@ def test_autocast_does_not_reach_into_the_reference():
 
 
 def test_benchmark_peers_agree():
-    """What the op is measured against computes the same."""
+    """The functions that benchmarks compare the op with compute the same."""
     peers = pytest.importorskip("bench.peers", reason="run from the repository root")
     for reading in READS.values():
         given = arguments(dtype=torch.float64, **reading)

@@ -1,4 +1,4 @@
-"""What is particular to self_relation: its algebra, sampling, samples that do not count, strips, ranges, errors."""
+"""What is special about self_relation: its algebra, sampling, samples of weight 0, strips, ranges, errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def some_arguments(
     views=2, images=3, heads=2, rows=7, width=5, teacher_width=None, dtype=torch.float32, device="cpu", **changes
 ):
     sizes = {"views": views, "images": images, "heads": heads, "rows": rows, "width": width}
-    more = {"teacher_width": teacher_width or width, "turned": teacher_width is not None}
+    more = {"teacher_width": teacher_width or width, "transposed": teacher_width is not None}
     return SPEC.inputs(Case("test", sizes | more), dtype, device, SEED) | changes
 
 
@@ -42,8 +42,8 @@ def by_the_formula(student, teacher, student_scale, teacher_scale, weight):
     for s, b in ((s, b) for s in range(len(student)) for b in range(student.shape[1])):
         rows = []
         for g, n in ((g, n) for g in range(student.shape[2]) for n in range(student.shape[3])):
-            wanted = (teacher_scale * teacher[b, g] @ teacher[b, g, n]).softmax(-1)
-            rows.append(-(wanted * (student_scale * student[s, b, g] @ student[s, b, g, n]).log_softmax(-1)).sum())
+            target = (teacher_scale * teacher[b, g] @ teacher[b, g, n]).softmax(-1)
+            rows.append(-(target * (student_scale * student[s, b, g] @ student[s, b, g, n]).log_softmax(-1)).sum())
         loss = loss + weight[s, b] * torch.stack(rows).mean()
     return loss
 
@@ -62,7 +62,7 @@ def test_the_reference_is_the_formula(teacher_width):
 def gradient_from_sums(a, off=0.0):
     """D + D^T of the symmetric relation from two vectors of log-sum-exps, and one product with the features.
 
-    `off` is what share of themselves the sums are wrong by, up or down at random.
+    `off` is the relative error of the sums, up or down at random.
     """
     relations = [
         scale * (x @ x.mT) for scale, x in ((a["student_scale"], a["student"]), (a["teacher_scale"], a["teacher"]))
@@ -81,19 +81,19 @@ def test_the_gradient_needs_the_sums_of_both_rows_only():
     torch.testing.assert_close(with_gradient(a)[1], gradient_from_sums(a))
 
 
-def test_the_teacher_meets_the_sum_of_students():
+def test_the_cross_term_is_linear_in_the_students():
     """sum_v <P, s_v> = <P, sum_v s_v>, the relation of all views' features side by side: linear in the student."""
     a = double(some_arguments(views=3))
-    wanted = (a["teacher_scale"] * a["teacher"] @ a["teacher"].mT).softmax(-1)
+    target = (a["teacher_scale"] * a["teacher"] @ a["teacher"].mT).softmax(-1)
     relation = a["student_scale"] * a["student"] @ a["student"].mT
     together = torch.cat(list(a["student"]), dim=-1)
-    pulls = (wanted * (a["student_scale"] * together @ together.mT)).sum((-1, -2, -3))
-    loss = (relation.logsumexp(-1).sum((0, -1, -2)) - pulls).sum() / (2 * 7)
+    cross = (target * (a["student_scale"] * together @ together.mT)).sum((-1, -2, -3))
+    loss = (relation.logsumexp(-1).sum((0, -1, -2)) - cross).sum() / (2 * 7)
     torch.testing.assert_close(self_relation(**a | {"weight": torch.ones(3, 3).double()}), loss)
 
 
-def test_a_teacher_that_agrees_pulls_nowhere():
-    """The loss is then the entropy, at its least."""
+def test_an_equal_teacher_gives_no_gradient():
+    """The loss is then the entropy, its minimum."""
     a = some_arguments(views=1)
     a |= {"teacher": a["student"][0], "teacher_scale": a["student_scale"]}
     loss, gradient = with_gradient(a)
@@ -133,19 +133,19 @@ def test_sampling_the_features_samples_the_relation():
     samples = F.grid_sample(maps, grid, align_corners=False).flatten(2).unflatten(1, (heads, -1)).mT
     torch.testing.assert_close(samples @ samples.mT, relation)
     teacher = torch.randn(images, heads, points**2, width).double()
-    wanted = (3 * teacher @ teacher.mT).softmax(-1)
-    released = -(wanted * (0.4 * relation).log_softmax(-1)).sum(-1).mean()
-    ours = self_relation(samples[None], teacher, 0.4, 3.0)
-    torch.testing.assert_close(ours, released)
+    target = (3 * teacher @ teacher.mT).softmax(-1)
+    released = -(target * (0.4 * relation).log_softmax(-1)).sum(-1).mean()
+    loss = self_relation(samples[None], teacher, 0.4, 3.0)
+    torch.testing.assert_close(loss, released)
     torch.testing.assert_close(
-        torch.autograd.grad(ours, features, retain_graph=True), torch.autograd.grad(released, features)
+        torch.autograd.grad(loss, features, retain_graph=True), torch.autograd.grad(released, features)
     )
 
 
 @every_runner
 @pytest.mark.parametrize("kind", ["pixel", "channel"])
 @pytest.mark.parametrize("recorded", ["sere_step_globals_a", "sere_step_globals_nooverlap_b"])
-def test_the_recorded_relations_cost_what_was_recorded(recorded, kind, device, name):
+def test_the_recorded_relations_give_the_recorded_loss(recorded, kind, device, name):
     """The released code's relations of two views as those of their square roots, each view against the other's teacher."""
     case = Recorded(FOLDER / f"{recorded}.safetensors")
     features = {}
@@ -170,8 +170,8 @@ def test_threads_and_strips_on_the_cpu(sizes, threads):
     arguments = some_arguments(*sizes)
     torch.set_num_threads(threads)
     with running("cpu", "cpp"):
-        mine = outcome(SPEC, arguments)
-    assert_as_exact_as_pytorch(SPEC, arguments, mine, f"{sizes}, {threads} threads")
+        result = outcome(SPEC, arguments)
+    assert_as_exact_as_pytorch(SPEC, arguments, result, f"{sizes}, {threads} threads")
 
 
 def test_one_of_these_sizes_needs_a_second_strip():
@@ -181,7 +181,7 @@ def test_one_of_these_sizes_needs_a_second_strip():
 
 
 @every_runner
-def test_nothing_of_size_rows_by_rows_waits_for_the_backward(device, name):
+def test_nothing_of_size_rows_by_rows_is_kept_for_the_backward(device, name):
     arguments = some_arguments(1, 1, 1, 90, 4, device=device)
     sizes = []
     with (
@@ -199,8 +199,8 @@ def test_the_backward_that_computes_relations_again(device, name, dtype):
     arguments = some_arguments(dtype=dtype, device=device)
     leaf = arguments["student"].requires_grad_()
     with running(device, name):
-        loss, _, _, unmade = torch.ops.patchlight.self_relation_fwd(*SPEC.op.bind(**arguments)[:-1], False)
-        assert unmade.numel() == 0
+        loss, _, _, empty = torch.ops.patchlight.self_relation_fwd(*SPEC.op.bind(**arguments)[:-1], False)
+        assert empty.numel() == 0
         later = torch.autograd.grad(3 * loss, leaf)[0]
         at_once = torch.autograd.grad(3 * self_relation(**arguments), leaf)[0]
     (moves,) = spread(lambda given: with_gradient(given)[1:], arguments)
@@ -208,12 +208,12 @@ def test_the_backward_that_computes_relations_again(device, name, dtype):
     assert (later - at_once).abs().max() <= tolerance * at_once.abs().max() + 3 * 4 * moves
 
 
-# ---------------------------------------------------------------------------------------------------- who counts
+# ---------------------------------------------------------------------------------------------------- weights, ranges, gradients
 
 
 @every_runner
-def test_a_sample_of_weight_0_counts_for_nothing(device, name):
-    """Even with NaN in it; its gradient is 0. A teacher whose every student weighs nothing may hold NaN too."""
+def test_a_sample_of_weight_0_changes_nothing(device, name):
+    """Even with NaN in it; its gradient is 0. A teacher may hold NaN too if all its students have weight 0."""
     arguments = some_arguments(device=device)
     arguments["weight"][1, 0] = 0
     arguments["weight"][:, 2] = 0
@@ -243,7 +243,7 @@ def test_what_is_not_finite_reaches_the_loss(device, name, which, bad):
 
 @every_runner
 def test_no_overlap_costs_ln_n(device, name):
-    """All samples are 0: both softmaxes are uniform, and nothing pulls."""
+    """All samples are 0: both softmaxes are uniform, and there is no gradient."""
     arguments = some_arguments(rows=9, device=device, weight=None)
     zeros = {key: torch.zeros_like(arguments[key]) for key in ("student", "teacher")}
     with running(device, name):
@@ -259,11 +259,13 @@ def test_extreme_relations_stay_finite(device, name):
     arguments["student"][..., ::2, :] *= 100
     arguments["teacher"][..., 1::2, :] *= 100
     with running(device, name):
-        mine = outcome(SPEC, arguments)
-    assert all(value.isfinite().all() for value in mine.values())
+        result = outcome(SPEC, arguments)
+    assert all(value.isfinite().all() for value in result.values())
     wide = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in double(arguments).items()}
-    saved = (gradient_from_sums(wide, off=EPS) - gradient_from_sums(wide)).abs().max().item()  # sums in the thousands
-    assert_as_exact_as_pytorch(SPEC, arguments, mine, name, also={"gradient of student": saved})
+    saved = (
+        (gradient_from_sums(wide, off=EPS) - gradient_from_sums(wide)).abs().max().item()
+    )  # the sums are in the thousands
+    assert_as_exact_as_pytorch(SPEC, arguments, result, name, also={"gradient of student": saved})
 
 
 def test_samples_weigh_the_same_by_default():
@@ -322,7 +324,7 @@ WRONG = {
     "teacher's heads": ({"teacher": torch.zeros(3, 1, 7, 5)}, ValueError, "sample both at the same points"),
     "mixed dtypes": ({"teacher": torch.zeros(3, 2, 7, 5).half()}, TypeError, "teacher must be torch.float32 like student"),
     "mixed devices": ({"teacher": torch.zeros(3, 2, 7, 5, device="meta")}, ValueError, "must be on cpu like student, got meta"),
-    "weights turned": ({"weight": torch.zeros(3, 2)}, ValueError, r"weight must be \(2, 3\), got \(3, 2\)"),
+    "weights transposed": ({"weight": torch.zeros(3, 2)}, ValueError, r"weight must be \(2, 3\), got \(3, 2\)"),
     "half weights": ({"weight": torch.zeros(2, 3).half()}, TypeError, "weight must be torch.float32 beside a student"),
     "weights elsewhere": ({"weight": torch.zeros(2, 3, device="meta")}, ValueError, "weight must be on cpu like student"),
     "scale 0": ({"student_scale": 0.0}, ValueError, "student_scale must be positive and finite, got 0.0"),
@@ -342,13 +344,13 @@ def test_errors_say_rule_got_and_remedy(wrong):
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 2, 3, 4), (2, 0, 2, 3, 4), (2, 1, 0, 3, 4), (2, 1, 2, 0, 4)])
-def test_nobody_to_relate_costs_nothing(sizes):
+def test_no_rows_or_views_cost_nothing(sizes):
     loss, gradient = with_gradient(some_arguments(*sizes))
     assert loss == 0
     assert (gradient == 0).all()
 
 
-def test_no_channels_relate_everybody_alike():
+def test_no_channels_make_all_rows_equal():
     arguments = some_arguments(1, 1, 2, 5, 0, weight=torch.ones(1, 1))
     torch.testing.assert_close(self_relation(**arguments), torch.tensor(5.0).log())
 
