@@ -1,8 +1,8 @@
 """Packages from ssl/ and kernels/, and the compiled libraries from csrc/.
 
-A C++ library is built always, a CUDA library for the GPUs of this machine (in a wheel: for all wanted architectures), if
-nvcc is found. Neither holds Python or unstable torch symbols, so one build serves every Python and every torch >= 2.11. A
-build that fails leaves a working pure-Python install and says so.
+The C++ library is always built. The CUDA library is built if nvcc is found, for the GPUs of this machine (in a wheel: for all
+wanted architectures). Neither uses Python's or torch's unstable symbols, so one build serves every Python and every torch >=
+2.11. If a build fails, a message says so and the pure-Python install works.
 
     python setup.py build_ext --inplace              # what this machine needs, only what changed
     PATCHLIGHT_CUDA_ARCHS=all python setup.py ...    # every wanted architecture, with a GPU or without
@@ -36,14 +36,14 @@ CSRC = ROOT / "csrc"
 LIB = Path("patchlight_kernels", "lib")
 PYTHON_PATH = "patchlight works without it: the pure-Python and Triton implementations run instead."
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
-# No finite-math: NaN has a defined result everywhere. Reassociation is what lets reductions vectorise.
+# No finite-math: NaN has a defined result everywhere. Reassociation lets the compiler vectorize sums.
 MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"]
 WANTED_ARCHS = ("80", "90a", "100")
 
 
 def torch_flags() -> tuple[list[str], list[str]]:
     """Include flags and link flags of the installed torch."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU is said below
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a missing GPU is reported below
     from torch.utils.cpp_extension import include_paths, library_paths
 
     return [f"-I{p}" for p in include_paths()], [f"-L{p}" for p in library_paths()]
@@ -65,7 +65,7 @@ def nvcc() -> str | None:
 
 
 def cuda_archs(nvcc_path: str, all_wanted: bool) -> list[str]:
-    """What to compile for: the chosen architectures, else all wanted ones that this toolkit knows, or the GPUs' own."""
+    """What to compile for: the chosen architectures, else all wanted ones that nvcc knows, or those of the GPUs here."""
     chosen = os.environ.get("PATCHLIGHT_CUDA_ARCHS")
     if chosen and chosen != "all":
         return chosen.replace(",", ";").split(";")
@@ -78,11 +78,11 @@ def cuda_archs(nvcc_path: str, all_wanted: bool) -> list[str]:
 def gpu_archs() -> list[str]:
     """The architectures of the GPUs that are here, from 8.0 on: ["80"], ["90a"], ..."""
     try:
-        asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        answer = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return []
-    found = sorted({tuple(int(part) for part in line.split(".")) for line in answer.split() if "." in line})
+    found = sorted({tuple(int(part) for part in line.split(".")) for line in output.split() if "." in line})
     return [f"{major}{minor}" + "a" * (major == 9) for major, minor in found if major >= 8]
 
 
@@ -98,12 +98,12 @@ def compile_all(command: list[str], sources: list[Path], folder: Path) -> list[s
     todo = [pair for pair in zip(sources, targets, strict=True) if is_old(*pair)]
     lock, done = threading.Lock(), 0
 
-    def one(pair: tuple[Path, Path]) -> None:
+    def compile_one(pair: tuple[Path, Path]) -> None:
         nonlocal done
         source, target = pair
         began = time.perf_counter()
-        with alone(target):
-            if is_old(source, target):  # and not just made by another process
+        with locked(target):
+            if is_old(source, target):  # and not made by another process meanwhile
                 call([*command, "-c", str(source), "-o", f"{target}.partial"])
                 os.replace(f"{target}.partial", target)
         with lock:
@@ -112,20 +112,20 @@ def compile_all(command: list[str], sources: list[Path], folder: Path) -> list[s
             print(f"patchlight: compiled {done} of {len(todo)}: {source.name}, {seconds:.0f} s", flush=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(one, todo))
+        list(pool.map(compile_one, todo))
     return [str(target) for target in targets]
 
 
 @contextlib.contextmanager
-def alone(target: Path) -> Iterator[None]:
-    """One process at a time makes a file."""
+def locked(target: Path) -> Iterator[None]:
+    """One process at a time makes the file."""
     with open(f"{target}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def link(command: list[str], target: Path) -> None:
-    """Links a library, which has its name only when it is whole: other processes may be using the last one."""
+    """Links a library, which gets its name when it is complete: other processes may be using the old one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     call([*command, "-o", str(partial)])
@@ -133,13 +133,14 @@ def link(command: list[str], target: Path) -> None:
 
 
 def call(command: list[str]) -> None:
+    """Runs the command; an error has its output."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
 
 
 def build_cpp(target: Path, work: Path, level: int | None = None) -> None:
-    """The C++ library, which picks its x86-64 level when it is loaded, or for one `level` alone.
+    """The C++ library, which chooses its x86-64 level when it is loaded, or for one `level` alone.
 
     It is linked without the math flags: those at link time would flush denormals process-wide.
     """
@@ -153,7 +154,7 @@ def build_cpp(target: Path, work: Path, level: int | None = None) -> None:
 
 
 def cuda_objects(work: Path, archs: list[str], op: str = "*") -> list[str]:
-    """Of every op: machine code for each architecture, and PTX of the newest for what comes later."""
+    """Objects of every op: machine code for each architecture, and PTX of the newest for later GPUs."""
     path = nvcc()
     include, _ = torch_flags()
     newest = archs[-1].rstrip("a")
@@ -214,7 +215,7 @@ class BuildLibraries(build_ext):
         try:
             build(target, ROOT / "build" / "objects", *arguments)
         except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
-            target.unlink(missing_ok=True)  # an old library beside new Python would be worse than none
+            target.unlink(missing_ok=True)  # an old library may not fit the new Python files
             print(
                 f"{error}\npatchlight: the {kind} library could not be built (reason above). {PYTHON_PATH}",
                 file=sys.stderr,
@@ -241,7 +242,7 @@ class CpuDevice(Command):
 
     def finalize_options(self) -> None:
         if not self.output or self.sanitizer not in (None, "thread", "address"):
-            raise SystemExit("cpu_device: needs --output FILE, and --sanitizer may be thread or address")
+            raise SystemExit("cpu_device: needs --output FILE, and --sanitizer thread or address if any")
 
     def run(self) -> None:
         build_cpu_device(Path(self.output), ROOT / "build" / "objects", self.sanitizer)
@@ -265,7 +266,7 @@ class CpuLevel(Command):
 
 
 class CudaAll(Command):
-    """Compiles the CUDA sources, or those of one op, for all wanted architectures, and links the library if it has a name."""
+    """Compiles the CUDA sources, or those of one op, for all wanted architectures; links the library if --output is given."""
 
     description = "compile the CUDA sources for every wanted architecture, for tests"
     user_options = [("op=", None, "the op; all without it"), ("output=", "o", "the library to write, if any")]  # noqa: RUF012
