@@ -1,4 +1,4 @@
-// Memory of a CPU kernel: uninitialised whole pages, which go back to the system at once. A heap would keep them as its peak.
+// Memory of a CPU kernel: uninitialized pages, which are returned to the system at once. A heap would keep them.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,7 +14,7 @@ class Buffer {
  public:
   explicit Buffer(int64_t count) : bytes_(size_t(std::max<int64_t>(count, 1)) * sizeof(float)) {
     void* pages = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    STD_TORCH_CHECK(pages != MAP_FAILED, "patchlight: no memory for ", bytes_, " bytes; use smaller batches");
+    STD_TORCH_CHECK(pages != MAP_FAILED, "patchlight: no memory for ", bytes_, " bytes; use smaller batches.");
     data_ = static_cast<float*>(pages);
   }
   Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(std::exchange(other.data_, nullptr)) {}

@@ -1,5 +1,5 @@
 // Rows of features in shared memory, 128 bytes of each at a time ("a chunk"), copied asynchronously.
-// The 16-byte units of a row are swizzled by the row number, so that eight neighboring rows never share a bank.
+// The 16-byte units of a row are swizzled by the row number, so that eight neighboring rows never use the same bank.
 #pragma once
 
 #include "device.h"
@@ -17,7 +17,7 @@ __device__ __forceinline__ int chunk_offset(int row, int unit) {
   return row * kChunkBytes + ((unit ^ (row & (kUnits - 1))) << 4);
 }
 
-// One 16-byte unit of a row that has `channels` values; zeros behind its end. Rows that are not 16-byte aligned
+// Copies one 16-byte unit of a row that has `channels` values; zeros behind its end. Rows that are not 16-byte aligned
 // (an odd width, an odd offset) are copied value by value.
 template <class T>
 __device__ __forceinline__ void stage_unit(char* shared, const T* row, int channel, int channels, bool aligned) {
@@ -31,7 +31,7 @@ __device__ __forceinline__ void stage_unit(char* shared, const T* row, int chann
   }
 }
 
-// Whether rows `stride` values apart from `pointer` on all start on 16-byte borders and end on value borders.
+// Whether all rows of a tensor with these strides (in values) start at multiples of 16 bytes.
 template <class T>
 bool rows_aligned(const T* pointer, std::initializer_list<int64_t> strides) {
   bool aligned = reinterpret_cast<uintptr_t>(pointer) % kUnitBytes == 0;

@@ -1,6 +1,6 @@
-// A CPU that CUDA kernels can run on: one block at a time, its threads in turn on one CPU thread, which changes between them
-// where they wait for one another. For tests without a GPU. Under a sanitizer each CUDA thread is a CPU thread: the thread
-// sanitizer sees a missing __syncthreads, the address sanitizer a wild pointer.
+// Runs CUDA kernels on a CPU, for tests without a GPU: one block at a time, all its threads on one CPU thread, which changes
+// between them where they wait for one another. Under a sanitizer each CUDA thread is a CPU thread: the thread sanitizer finds
+// a missing __syncthreads, the address sanitizer an access out of bounds.
 #pragma once
 
 #include <cmath>
@@ -60,7 +60,7 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
 
 inline dim3 thread_index;  // of the one that runs
 
-// The threads of a block. Each has a stack of its own, which is used again for the next block.
+// The threads of a block. Each has its own stack, which is used again for the next block.
 struct Threads {
   static constexpr size_t kStack = 256 * 1024;
   ucontext_t scheduler;
@@ -68,7 +68,7 @@ struct Threads {
   std::vector<char*> stacks;
   std::vector<bool> done;
   const std::function<void()>* kernel = nullptr;
-  bool progress = false;  // since all have had a turn
+  bool progress = false;  // has any thread advanced since all were resumed once?
 };
 inline Threads threads_of_block;
 
@@ -93,7 +93,7 @@ inline void begin_thread() {
   Threads& all = threads_of_block;
   (*all.kernel)();
   all.done[thread_index.x] = all.progress = true;
-}  // and back to the scheduler, its link
+}  // continues in the scheduler, its uc_link
 
 inline void run_block(int threads, const std::function<void()>& kernel) {
   Threads& all = threads_of_block;
@@ -122,7 +122,7 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
       swapcontext(&all.scheduler, &all.contexts[t]);
       left += !all.done[t];
     }
-    if (!all.progress) std::fprintf(stderr, "cpu_device: %d threads wait for others that never come\n", left), std::abort();
+    if (!all.progress) std::fprintf(stderr, "cpu_device: %d threads wait at a barrier that the others never reach\n", left), std::abort();
   }
 }
 
@@ -131,7 +131,7 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
 struct Warp {
   explicit Warp(int lanes) : barrier(lanes) {}
   Barrier barrier;
-  char slot[kWarp][64];  // what a lane shows the others
+  char slot[kWarp][64];  // the value of each lane, for the others to read
 };
 
 struct Block {
@@ -149,17 +149,17 @@ inline dim3 block_dim, grid_dim, block_index;
 inline int lane() { return int(thread_index.x) % kWarp; }
 inline Warp& warp() { return *block->warps[thread_index.x / kWarp]; }
 
-// Every lane shows `mine`; `read(slots)` may look at all of them before they change again.
+// Every lane publishes `value`; `read` gets a function from a lane's number to its value.
 template <class T, class F>
-auto exchange(const T& mine, F read) {
+auto exchange(const T& value, F read) {
   static_assert(sizeof(T) <= sizeof(Warp::slot[0]));
   Warp& w = warp();
-  std::memcpy(w.slot[lane()], &mine, sizeof mine);
+  std::memcpy(w.slot[lane()], &value, sizeof value);
   wait(w.barrier);
   auto result = read([&](int from) {
-    T value;
-    std::memcpy(&value, w.slot[from], sizeof value);
-    return value;
+    T other;
+    std::memcpy(&other, w.slot[from], sizeof other);
+    return other;
   });
   wait(w.barrier);
   return result;
@@ -172,8 +172,8 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_byt
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
-        Block running(threads, shared_bytes);
-        block = &running;
+        Block current(threads, shared_bytes);
+        block = &current;
         block_index = {x, y, z};
         run_block(threads, [=] { kernel(static_cast<Params>(args)...); });
         block = nullptr;

@@ -1,5 +1,5 @@
-// What a kernel and its launcher need of the machine, once for the GPU and once for CPU threads:
-// launch, streams, shared memory, asynchronous copies. Kernels use dynamic shared memory only, through `shared_memory()`.
+// What kernels and their launchers need: launch, streams, shared memory, asynchronous copies, once for the GPU and once for a CPU.
+// Kernels use dynamic shared memory only, through `shared_memory()`.
 #pragma once
 
 #include "native.h"
@@ -14,11 +14,13 @@
 
 namespace patchlight {
 
+constexpr int kWarpLanes = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
 __device__ __forceinline__ int min_int(int a, int b) { return a < b ? a : b; }
 
-struct Alike {  // a lane among those of its warp that hold the same value
+struct EqualLanes {  // of the lanes of a warp that have this lane's value: how many come before it, and how many there are
   int before, total;
 };
 
@@ -40,12 +42,12 @@ inline char* shared_memory() {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(cpu_device::block->shared.data()) + 127) & ~uintptr_t(127));
 }
 
-inline Alike lanes_alike(int value) {
+inline EqualLanes equal_lanes(int value) {
   return cpu_device::exchange(value, [&](auto lane) {
-    Alike alike{0, 0};
-    for (int other = 0; other < cpu_device::kWarp; ++other)
-      if (lane(other) == value) ++alike.total, alike.before += other < cpu_device::lane();
-    return alike;
+    EqualLanes equal{0, 0};
+    for (int other = 0; other < kWarpLanes; ++other)
+      if (lane(other) == value) ++equal.total, equal.before += other < cpu_device::lane();
+    return equal;
   });
 }
 
@@ -65,7 +67,7 @@ inline void wait_copies() {}
     STD_TORCH_CHECK(status_ == cudaSuccess, "CUDA error: ", cudaGetErrorString(status_), " in " #call);          \
   } while (0)
 
-// Makes the tensor's device current and knows its stream.
+// Makes the tensor's device current, and has its stream and its limit of shared memory.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -111,12 +113,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // Every lane of the warp calls it.
-__device__ __forceinline__ Alike lanes_alike(int value) {
+__device__ __forceinline__ EqualLanes equal_lanes(int value) {
   const unsigned same = __match_any_sync(kAllLanes, value);
-  return {__popc(same & ((1u << (threadIdx.x % 32)) - 1)), __popc(same)};
+  return {__popc(same & ((1u << (threadIdx.x % kWarpLanes)) - 1)), __popc(same)};
 }
 
-// 16 bytes to shared memory, the first `bytes` from global memory and zeros behind them.
+// Copies 16 bytes to shared memory: the first `bytes` from global memory, then zeros.
 __device__ __forceinline__ void copy16_async(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
 }

@@ -1,4 +1,4 @@
-// Every op schema, nothing else. Arguments are raw: the Python side validates, normalises and documents them.
+// The schemas of all functions, nothing else. The Python side checks and documents the arguments.
 #include "native.h"
 
 PATCHLIGHT_LIBRARY(m) {

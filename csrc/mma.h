@@ -1,4 +1,4 @@
-// Tensor-core steps of one warp, with a twin for CPU threads: D[16, 8] += A[16, 16] B[8, 16]^T in fp32.
+// Tensor-core steps of one warp, and the same for a CPU: D[16, 8] += A[16, 16] B[8, 16]^T in fp32.
 // Fragments (g = lane / 4, t = lane % 4): A rows g and g + 8, B row g, columns 2t, 2t + 1 and those + 8;
 // D[0..1] = row g, columns 2t, 2t + 1; D[2..3] = row g + 8.
 #pragma once
@@ -44,15 +44,15 @@ template <class T>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t b0, const uint32_t b1) {
   struct Operands {
     T a[8], b[4];
-  } mine;
+  } own;
   const uint32_t b[2] = {b0, b1};
-  std::memcpy(mine.a, a, sizeof mine.a);
-  std::memcpy(mine.b, b, sizeof mine.b);
+  std::memcpy(own.a, a, sizeof own.a);
+  std::memcpy(own.b, b, sizeof own.b);
   struct Sums {
     float s[4];
   };
   const int g = cpu_device::lane() / 4, t = cpu_device::lane() % 4;
-  const Sums sums = cpu_device::exchange(mine, [&](auto operands) {
+  const Sums sums = cpu_device::exchange(own, [&](auto operands) {
     Sums result{};
     for (int i = 0; i < 4; ++i) {
       const int column = 2 * t + i % 2;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], const voi
                : "r"(shared_address(row)));
 }
 
-// The same of the matrices' transposes: a right factor whose rows lie along the sum.
+// The same of the transposed matrices: for a right factor stored with the summed dimension as rows.
 __device__ __forceinline__ void load_transposed(uint32_t (&fragment)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])

@@ -1,4 +1,4 @@
-// What every source file needs of LibTorch's stable ABI: one built library loads in every torch >= 2.11.
+// The parts of LibTorch's stable ABI that every source file needs: a built library loads in every torch >= 2.11.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <tuple>
 
-// The build that runs the CUDA kernels on CPU threads registers the same functions in a namespace of its own.
+// The build that runs the CUDA kernels on a CPU registers the same functions in another namespace.
 #ifndef PATCHLIGHT_NAMESPACE
 #define PATCHLIGHT_NAMESPACE patchlight_native
 #endif
@@ -46,7 +46,7 @@ void with_float_type(const Tensor& tensor, const char* op, F f) {
     case ScalarType::Float: return f(Type<float>{});
     case ScalarType::Half: return f(Type<Half>{});
     case ScalarType::BFloat16: return f(Type<BFloat16>{});
-    default: STD_TORCH_CHECK(false, op, ": expected float32, float16 or bfloat16, got another dtype; cast the tensor");
+    default: STD_TORCH_CHECK(false, op, ": the dtype must be float32, float16 or bfloat16, got another; cast the tensor.");
   }
 }
 

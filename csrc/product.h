@@ -1,13 +1,32 @@
 // Small fp32 matrix products of the CPU kernels: c[i, j] = sum_k a[i, k] b[k, j] over a panel of 32 columns.
-// The sums of a tile stay in registers while k runs, so a core comes near its peak if b (32 columns of up to a few hundred
-// k) sits in its first cache. `a` is read in place, whichever way it lies; b and c hold a panel's columns side by side.
+// The sums of a tile stay in registers over all k, so a core comes near its peak if b (32 columns of up to a few hundred k)
+// fits its L1 cache. `a` is read in place, row-major or column-major; rows of 32 values of b and c are adjacent.
 #pragma once
+
+#include <cfloat>
 
 #include "simd.h"
 
 namespace patchlight {
 
 constexpr int kPanel = 32;
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Of each column of a panel [count][32]: highest, the panel to 2^(panel - highest) in place, and the sum of that.
+CLONES static void exponentiate_panel(float* __restrict panel, int64_t count, float* __restrict highest, float* __restrict sum) {
+  float top[kPanel], total[kPanel];
+  for (int i = 0; i < kPanel; ++i) top[i] = -FLT_MAX, total[i] = 0;  // finite: there may be nothing above -inf
+  for (int64_t k = 0; k < count; ++k)
+    for (int i = 0; i < kPanel; ++i) top[i] = panel[k * kPanel + i] > top[i] ? panel[k * kPanel + i] : top[i];
+  for (int64_t k = 0; k < count; ++k)
+    for (int i = 0; i < kPanel; ++i) {
+      const float power = exp2_inline(panel[k * kPanel + i] - top[i]);
+      panel[k * kPanel + i] = power;
+      total[i] += power;
+    }
+  for (int i = 0; i < kPanel; ++i) highest[i] = top[i], sum[i] = total[i];
+}
 
 // k counts `outer` times `inner`. Either the rows of `a` or the values of a row must be adjacent: a_row == 1 or a_step == 1.
 struct PanelProduct {
@@ -64,7 +83,7 @@ __attribute__((always_inline)) inline void product_either_way(const PanelProduct
   p.a_row == 1 ? product_rows<LANES, ROWS, true>(p) : product_rows<LANES, ROWS, false>(p);
 }
 
-// Each instruction set has its own tile (as many sums as it has registers for, twice its width), so no target_clones here.
+// Each instruction set has its own tile size (two vectors wide, as many rows as there are registers), so no target_clones here.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 __attribute__((target("arch=x86-64-v4"))) inline void product_avx512(const PanelProduct& p) { product_either_way<16, 8>(p); }
 __attribute__((target("arch=x86-64-v3"))) inline void product_avx2(const PanelProduct& p) { product_either_way<8, 4>(p); }

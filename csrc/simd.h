@@ -1,5 +1,5 @@
-// Portable SIMD: a CLONES function is compiled for AVX-512, AVX2 and plain x86-64, and the loader picks one. Tests build the
-// library for one of these levels alone: PATCHLIGHT_CPU_LEVEL is 4, 3 or 1.
+// Portable SIMD: a CLONES function is compiled for AVX-512, AVX2 and plain x86-64, and one is chosen when the library is loaded.
+// Tests build the library for one of these levels alone: PATCHLIGHT_CPU_LEVEL is 4, 3 or 1.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ inline float bits_to_float(uint32_t bits) {
   return value;
 }
 
-// Half to float in integer arithmetic, which vectorises without F16C: a scaling by 2^112 moves the exponent.
+// Half to float in integer arithmetic, which vectorizes without F16C: a scaling by 2^112 moves the exponent.
 inline float half_to_float(uint16_t half) {
   const uint32_t magnitude = (half & 0x7fffu) << 13;
   const uint32_t finite_max = 0x7bffu << 13;
@@ -43,7 +43,7 @@ inline float half_to_float(uint16_t half) {
   return bits_to_float(bits | (uint32_t(half & 0x8000u) << 16));
 }
 
-// e^x without a branch or a call, so that loops over it vectorise. What would be below the normal numbers is 0, more than
+// e^x without a branch or a call, so that loops over it vectorize. Results below the normal numbers are 0, x above
 // 88.72 gives inf, NaN stays NaN. Within 2 ulp.
 inline float exp_inline(float x) {
   const float within = x > -87.33f && x < 88.73f ? x : 0.0f;
@@ -64,8 +64,8 @@ inline float exp_inline(float x) {
   return x > -87.33f && x < 88.722839f ? scaled : limit;
 }
 
-// 2^x for x <= 0 (up to 127 in fact) without a branch or a call, so that loops over it vectorise. Below the normal numbers 0,
-// NaN stays NaN. x - n is exact, so nothing is left that reassociation could spoil. Within 2 ulp.
+// 2^x for x <= 0 (up to 127 in fact) without a branch or a call, so that loops over it vectorize. Results below the normal
+// numbers are 0, NaN stays NaN. x - n is exact, so reassociation cannot change it. Within 2 ulp.
 inline float exp2_inline(float x) {
   const float within = x > -126.0f ? x : x == x ? -126.0f : x;
   const int n = int(within < 0 ? within - 0.5f : within + 0.5f);

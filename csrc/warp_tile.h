@@ -1,5 +1,5 @@
 // A warp's product of 32 rows (16 times M) with 64 columns, both staged as chunks (chunk.h): sum[row, column] over the channels.
-// A lane holds kRows x kColumns of the sums; the kSharers lanes that differ in their low bits hold the rest of its rows.
+// A lane has kRows x kColumns of the sums; the kSharers lanes that differ in their low bits have the rest of its rows.
 #pragma once
 
 #include "chunk.h"

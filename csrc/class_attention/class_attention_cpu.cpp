@@ -1,8 +1,8 @@
-// class_attention on the CPU. A task is one head of one image: what it writes nobody else writes. So the backward may add to
-// a patch's gradient state after state: the order is fixed whatever the threads. A thread takes the heads of an image that
-// fall to it together, state by state, because that is how they lie in memory.
-// Three loops do all the work, forward and backward: products with the rows a state reads, mixtures of those rows, and
-// their transpose, which spreads a state's row over the patches it read.
+// class_attention on the CPU. A task is one head of one image, and no other task writes its results. So the backward can add to
+// a patch's gradient state after state: the order is fixed, whatever the number of threads. A thread computes its heads of an
+// image together, state by state, in the order of memory.
+// Three loops do all the work, forward and backward: products with the rows that a state reads, weighted sums of those rows, and
+// their transpose, which adds a state's row to the patches that it read.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -17,9 +17,9 @@
 namespace patchlight {
 namespace {
 
-constexpr int kTogether = 4;  // rows read at once, so that the state's own row is loaded once for them
+constexpr int kRowsAtOnce = 4;  // the state's own row is loaded once for so many others
 
-struct Heads {  // adjacent heads of one image, as many as one thread works on together
+struct Heads {  // adjacent heads of one image that one thread computes together
   int64_t image, first, count;
 };
 
@@ -29,7 +29,7 @@ struct Rows {  // their fp32 rows
   float* row(int64_t i, int64_t head) const { return data + i * stride + head * head_stride; }
 };
 
-// Which patches each state of one image reads, with how many heads; without an index, all of them.
+// Which patches each state of one image reads; without an index, all of them.
 struct Reads {
   const int32_t* index;  // [states, slots] or null
   int64_t states, slots, patches, heads;
@@ -40,18 +40,18 @@ struct Reads {
     const int64_t patch = index[state * slots + slot];
     return patch < patches ? std::max<int64_t>(patch, -1) : -1;
   }
-  // Of a table of weights: a row per state and head; in it the state itself, then the slots.
+  // The size of a table of weights: a row per state and head, with the state itself first, then the slots.
   int64_t columns() const { return 1 + slots; }
   int64_t rows() const { return states * heads; }
   int64_t size() const { return rows() * columns(); }
 };
 
-// The next rows that a state reads, from `slot` on. Where there is none, its own row takes the place.
-struct Together {
-  const float* row[kTogether];
-  int64_t patch[kTogether];
-  __attribute__((always_inline)) Together(const Reads& reads, int64_t state, int64_t head, int64_t slot, const Rows& others, const float* own) {
-    for (int t = 0; t < kTogether; ++t) {
+// The next rows that a state reads, from `slot` on; its own row where there is none.
+struct RowsAtOnce {
+  const float* row[kRowsAtOnce];
+  int64_t patch[kRowsAtOnce];
+  __attribute__((always_inline)) RowsAtOnce(const Reads& reads, int64_t state, int64_t head, int64_t slot, const Rows& others, const float* own) {
+    for (int t = 0; t < kRowsAtOnce; ++t) {
       patch[t] = reads.at(state, slot + t);
       row[t] = patch[t] < 0 ? own : others.row(patch[t], head);
     }
@@ -68,8 +68,8 @@ CLONES void multiply(const Reads& reads, Rows a, Rows own, Rows others, int64_t 
     float sum = 0;
     for (int64_t d = 0; d < width; ++d) sum += x[d] * self[d];
     out[0] = sum * scale;
-    for (int64_t slot = 0; slot < reads.slots; slot += kTogether) {
-      const Together t(reads, i, head, slot, others, self);
+    for (int64_t slot = 0; slot < reads.slots; slot += kRowsAtOnce) {
+      const RowsAtOnce t(reads, i, head, slot, others, self);
       const float *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3];
       float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
       for (int64_t d = 0; d < width; ++d) {
@@ -78,33 +78,33 @@ CLONES void multiply(const Reads& reads, Rows a, Rows own, Rows others, int64_t 
         s2 += x[d] * r2[d];
         s3 += x[d] * r3[d];
       }
-      const float sums[kTogether] = {s0, s1, s2, s3};
-      for (int j = 0; j < std::min<int64_t>(kTogether, reads.slots - slot); ++j)
+      const float sums[kRowsAtOnce] = {s0, s1, s2, s3};
+      for (int j = 0; j < std::min<int64_t>(kRowsAtOnce, reads.slots - slot); ++j)
         out[1 + slot + j] = t.patch[j] < 0 ? missing : sums[j] * scale;
     }
   }
 }
 
 // out_i = table[i, 0] own_i + sum_s table[i, 1 + s] others[patch in slot s].
-CLONES void mix(const Reads& reads, const float* table, Rows own, Rows others, int64_t width, Rows out) {
+CLONES void weighted_sums(const Reads& reads, const float* table, Rows own, Rows others, int64_t width, Rows out) {
   for (int64_t row = 0; row < reads.rows(); ++row) {
     const int64_t i = row / reads.heads, head = row % reads.heads;
     const float* weight = table + row * reads.columns();
     const float* self = own.row(i, head);
     float* __restrict y = out.row(i, head);
     for (int64_t d = 0; d < width; ++d) y[d] = weight[0] * self[d];
-    for (int64_t slot = 0; slot < reads.slots; slot += kTogether) {
-      const Together t(reads, i, head, slot, others, self);
+    for (int64_t slot = 0; slot < reads.slots; slot += kRowsAtOnce) {
+      const RowsAtOnce t(reads, i, head, slot, others, self);
       const float *r0 = t.row[0], *r1 = t.row[1], *r2 = t.row[2], *r3 = t.row[3];
-      float w[kTogether];
-      for (int j = 0; j < kTogether; ++j) w[j] = t.patch[j] < 0 ? 0.0f : weight[1 + slot + j];
+      float w[kRowsAtOnce];
+      for (int j = 0; j < kRowsAtOnce; ++j) w[j] = t.patch[j] < 0 ? 0.0f : weight[1 + slot + j];
       for (int64_t d = 0; d < width; ++d) y[d] += w[0] * r0[d] + w[1] * r1[d] + w[2] * r2[d] + w[3] * r3[d];
     }
   }
 }
 
 // out[patch in slot s] += table[i, 1 + s] a_i, for every state that reads it, in the order of the states.
-CLONES void spread(const Reads& reads, const float* table, Rows a, int64_t width, Rows out) {
+CLONES void add_to_patches(const Reads& reads, const float* table, Rows a, int64_t width, Rows out) {
   for (int64_t row = 0; row < reads.rows(); ++row) {
     const int64_t i = row / reads.heads, head = row % reads.heads;
     const float* x = a.row(i, head);
@@ -132,15 +132,15 @@ CLONES void exponentials(float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = exp_inline(values[i]);
 }
 
-// Where the log-sum-exps of adjacent heads lie.
-struct LogSums {
+// The log-sum-exps of adjacent heads.
+struct LogSumExps {
   float* data;
   int64_t all_heads;
   float& at(const Reads& reads, int64_t row) const { return data[row / reads.heads * all_heads + row % reads.heads]; }
 };
 
-// Scores become weights.
-void softmax(const Reads& reads, float* table, LogSums lse) {
+// Scores to weights, in place.
+void softmax(const Reads& reads, float* table, LogSumExps lse) {
   const int64_t columns = reads.columns();
   for (int64_t r = 0; r < reads.rows(); ++r) {
     float* row = table + r * columns;
@@ -158,14 +158,14 @@ void softmax(const Reads& reads, float* table, LogSums lse) {
   }
 }
 
-// Scores become the weights that the forward had.
-void softmax_again(const Reads& reads, float* table, LogSums lse) {
+// Scores to the weights of the forward, in place.
+void weights_again(const Reads& reads, float* table, LogSumExps lse) {
   for (int64_t r = 0; r < reads.rows(); ++r)
     for (int64_t c = 0; c < reads.columns(); ++c) table[r * reads.columns() + c] -= lse.at(reads, r);
   exponentials(table, reads.size());
 }
 
-// Gradients by the weights become gradients by the scores: weight (d - sum(weight d)) scale.
+// Gradients of the weights to gradients of the scores, in place: weight (d - sum(weight d)) scale.
 void softmax_backward(const Reads& reads, const float* weights, float scale, float* d_table) {
   const int64_t columns = reads.columns();
   for (int64_t r = 0; r < reads.rows(); ++r) {
@@ -184,7 +184,7 @@ class HeadRows {
   HeadRows(const Tensor& x)
       : data_(static_cast<T*>(x.data_ptr())), images_(x.size(0)), rows_(x.size(1)), width_(x.size(3)),
         stride_{x.stride(0), x.stride(1), x.stride(2)} {}
-  // To read; a size of 1 stands for all.
+  // Rows to read; a size of 1 stands for all.
   Rows read(const Heads& heads) {
     Rows rows = write(heads);
     if constexpr (!std::is_same_v<T, float>)
@@ -193,7 +193,7 @@ class HeadRows {
     if (rows_ == 1) rows.stride = 0;
     return rows;
   }
-  // To write; `finish` brings what was written home.
+  // Rows to write; `finish` copies them to the tensor.
   Rows write(const Heads& heads) {
     if constexpr (std::is_same_v<T, float>) return {at(heads, 0, 0), stride_[1], stride_[2]};
     else {
@@ -237,17 +237,17 @@ struct Sizes {
     index = table ? static_cast<const int32_t*>(table->data_ptr()) : nullptr;
     for (const Tensor* x : {&q, &k_self, &v_self, &k_patches})
       STD_TORCH_CHECK(x->dim() == 4 && x->size(3) == width && (width == 1 || x->stride(3) == 1),
-                      "class_attention: expected [images, rows, heads, width] with dense rows; call the Python function");
+                      "class_attention: arguments must be [images, rows, heads, width] with dense rows, got another layout; call the Python function.");
   }
   float scale() const { return 1.0f / std::sqrt(float(width)); }
   Reads reads(const Heads& at) const {
     return {index ? index + at.image * states * slots : nullptr, states, slots, patches, at.count};
   }
-  // In the state's numbers of a tensor [images, states, heads].
-  LogSums log_sums(const Tensor& lse, const Heads& at) const {
+  // The log-sum-exps of these heads in a tensor [images, states, heads].
+  LogSumExps log_sum_exps(const Tensor& lse, const Heads& at) const {
     return {static_cast<float*>(lse.data_ptr()) + at.image * states * heads + at.first, heads};
   }
-  // Calls prepare() once a thread, and what that returns with the heads of each of the thread's images.
+  // Calls prepare() once a thread, and its result with the heads of each of the thread's images.
   template <class Prepare>
   void parallel(Prepare prepare) const {
     torch::stable::parallel_for(0, images * heads, 1, [&](int64_t begin, int64_t end) {
@@ -278,8 +278,8 @@ std::tuple<Tensor, Tensor> class_attention_fwd(
         weights.resize(reads.size());
         multiply(reads, queries.read(at), own_keys.read(at), keys.read(at), sizes.width, sizes.scale(),
                  -std::numeric_limits<float>::infinity(), weights.data());
-        softmax(reads, weights.data(), sizes.log_sums(lse, at));
-        mix(reads, weights.data(), own_values.read(at), values.read(at), sizes.width, outputs.write(at));
+        softmax(reads, weights.data(), sizes.log_sum_exps(lse, at));
+        weighted_sums(reads, weights.data(), own_values.read(at), values.read(at), sizes.width, outputs.write(at));
         outputs.finish(at);
       };
     });
@@ -287,14 +287,14 @@ std::tuple<Tensor, Tensor> class_attention_fwd(
   return {out, lse};
 }
 
-// The gradient of a tensor that may share rows: one row per state, in fp32 where rows remain to be summed.
-Tensor gradient_for_every_state(const Tensor& x, const Sizes& sizes) {
-  const bool shares = x.size(0) != sizes.images || x.size(1) != sizes.states;
+// The gradient of a tensor whose rows states may share: one row per state, in fp32 if it is still to be summed.
+Tensor gradient_per_state(const Tensor& x, const Sizes& sizes) {
+  const bool shared = x.size(0) != sizes.images || x.size(1) != sizes.states;
   return torch::stable::new_empty(x, {sizes.images, sizes.states, sizes.heads, sizes.width},
-                                  shares ? std::optional(ScalarType::Float) : std::nullopt);
+                                  shared ? std::optional(ScalarType::Float) : std::nullopt);
 }
 
-// Rows to write in whichever type the gradient has.
+// Rows to write in the type of the gradient, fp32 or T.
 template <class T>
 struct GradientRows {
   explicit GradientRows(const Tensor& x) {
@@ -313,8 +313,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> class_attention_bwd(
     const Tensor& grad, const Tensor& q, const Tensor& k_self, const Tensor& v_self, const Tensor& k_patches,
     const Tensor& v_patches, const std::optional<Tensor>& index, const Tensor& lse) {
   const Sizes sizes(q, k_self, v_self, k_patches, index);
-  Tensor dq = gradient_for_every_state(q, sizes), dk_self = gradient_for_every_state(k_self, sizes);
-  Tensor dv_self = gradient_for_every_state(v_self, sizes);
+  Tensor dq = gradient_per_state(q, sizes), dk_self = gradient_per_state(k_self, sizes);
+  Tensor dv_self = gradient_per_state(v_self, sizes);
   const std::vector<int64_t> shape{sizes.images, sizes.patches, sizes.heads, sizes.width};
   Tensor dk_patches = torch::stable::new_empty(q, shape), dv_patches = torch::stable::new_empty(q, shape);
   with_float_type(q, "class_attention", [&](auto type) {
@@ -330,14 +330,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> class_attention_bwd(
         weights.resize(reads.size()), d_scores.resize(reads.size());
         const Rows g = upstream.read(at), own_query = queries.read(at), own_key = own_keys.read(at), key = keys.read(at);
         multiply(reads, own_query, own_key, key, width, sizes.scale(), -std::numeric_limits<float>::infinity(), weights.data());
-        softmax_again(reads, weights.data(), sizes.log_sums(lse, at));
+        weights_again(reads, weights.data(), sizes.log_sum_exps(lse, at));
         multiply(reads, g, own_values.read(at), values.read(at), width, 1.0f, 0.0f, d_scores.data());
         softmax_backward(reads, weights.data(), sizes.scale(), d_scores.data());
-        mix(reads, d_scores.data(), own_key, key, width, d_queries.write(at));
+        weighted_sums(reads, d_scores.data(), own_key, key, width, d_queries.write(at));
         scale_rows(reads, d_scores.data(), own_query, width, d_own_keys.write(at));
         scale_rows(reads, weights.data(), g, width, d_own_values.write(at));
-        spread(reads, d_scores.data(), own_query, width, d_keys.write_sums(at));
-        spread(reads, weights.data(), g, width, d_values.write_sums(at));
+        add_to_patches(reads, d_scores.data(), own_query, width, d_keys.write_sums(at));
+        add_to_patches(reads, weights.data(), g, width, d_values.write_sums(at));
         for (auto* rows : {&d_queries, &d_own_keys, &d_own_values}) rows->finish(at);
         for (auto* rows : {&d_keys, &d_values}) rows->finish(at);
       };

@@ -1,12 +1,12 @@
-// class_attention on the GPU. A group of 8, 16 or 32 lanes takes one state (or one patch) of one head; each lane holds eight
-// values of every row it meets, so a product costs eight multiplications and a few shuffles, and a row of 64 16-bit values is
-// one 16-byte load per lane. Kernels:
+// class_attention on the GPU. A group of 8, 16 or 32 lanes computes one state (or one patch) of one head; each lane has eight
+// values of every row, so a product costs eight multiplications and a few shuffles, and a row of 64 16-bit values is one 16-byte
+// load per lane. Kernels:
 //   index_fwd, index_states_bwd   each state gathers the patches that its index names
-//   all_fwd, all_states_bwd       a block shares one state's way through all patches
-//   inverse                       who reads each patch: a stable counting sort of the index, image by image
-//   patches_bwd                   each patch gathers from the states that read it
-// States hand the patches their weights and the gradients by them (fp32, 8 bytes per state, head and neighbor). Every sum
-// has one order, whichever block comes first. All arithmetic is fp32.
+//   all_fwd, all_states_bwd       a block computes one state, its groups divide the patches
+//   inverse                       which states read each patch: a stable counting sort of the index, image by image
+//   patches_bwd                   each patch sums over the states that read it
+// Weights and their gradients pass from states to patches through memory (fp32, 8 bytes per state, head and neighbor). Every
+// sum has a fixed order, whichever block runs first. All arithmetic is fp32.
 #include <algorithm>
 #include <optional>
 #include <type_traits>
@@ -17,24 +17,22 @@
 namespace patchlight {
 namespace {
 
-constexpr int kWarpLanes = 32;
-constexpr int kThreads = 128;     // at most, of a block whose groups take rows; small blocks leave no registers over
-constexpr int kAllThreads = 224;  // of a block that shares one state: 28 groups of 8 lanes divide a 14 x 14 grid
+constexpr int kThreads = 128;     // at most, of a block whose groups divide rows; small blocks leave no registers unused
+constexpr int kAllThreads = 224;  // of a block that computes one state: 28 groups of 8 lanes divide a 14 x 14 grid
 constexpr int kInverseThreads = 256;
-constexpr int kRounds = 7;        // rows that a group takes one after another: its block's rows find each other's patches in L1
-constexpr int kShare = 8;      // values of a row that one lane holds
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kRounds = 7;        // rows that a group computes one after another: they often read the same patches, which are in L1 then
+constexpr int kLaneValues = 8;    // values of a row that one lane has
 
-// ------------------------------------------------------------------------------------------- rows, shared by a group
+// ------------------------------------------------------------------------------------------- rows, divided over a group
 
 template <class T_, int LANES_, int UNIT_>
-struct Split {  // how a group shares a row: UNIT adjacent values per lane, then the next lane's
+struct RowLayout {  // how a row is divided over a group: UNIT adjacent values per lane, then the next lane's
   using T = T_;
-  static constexpr int LANES = LANES_, UNIT = UNIT_, UNITS = kShare / UNIT_;
-  // Neighbors whose keys and values are in flight together: 128 bytes per lane, so 4 of 16 bits as SelfPatch reads.
-  // Where each value takes a register of its own, one.
-  static constexpr int TOGETHER = UNIT == 1 ? 1 : 128 / (2 * kShare * int(sizeof(T)));
-  // Blocks per multiprocessor that registers are left for: of a light kernel (96 per thread) and of a heavy one (128).
+  static constexpr int LANES = LANES_, UNIT = UNIT_, UNITS = kLaneValues / UNIT_;
+  // Neighbors whose keys and values are requested at once: 128 bytes per lane, so 4 in 16 bits, as many as SelfPatch reads.
+  // One where each value needs a register of its own.
+  static constexpr int AT_ONCE = UNIT == 1 ? 1 : 128 / (2 * kLaneValues * int(sizeof(T)));
+  // Blocks per multiprocessor that registers allow: for a light kernel (96 per thread) and for a heavy one (128).
   static constexpr int LIGHT = UNIT > 1 ? 5 : 4, HEAVY = LIGHT - 1;
   __device__ static int lane() { return int(threadIdx.x) % LANES; }
   __device__ static int group() { return int(threadIdx.x) / LANES; }
@@ -43,17 +41,17 @@ struct Split {  // how a group shares a row: UNIT adjacent values per lane, then
 };
 
 template <class S>
-struct Packet {  // a lane's share of a row as it lies in memory; zeros behind the row's end
+struct Packet {  // a lane's values of a row as they are in memory; zeros behind the row's end
   using T = typename S::T;
-  static constexpr int kWords = S::UNIT == 1 ? kShare : kShare * int(sizeof(T)) / 4;
+  static constexpr int kWords = S::UNIT == 1 ? kLaneValues : kLaneValues * int(sizeof(T)) / 4;
   uint32_t word[kWords];
 
-  // `at` is where the lane's first unit lies; a unit behind the row's end, or of a row that is not there, is zeros.
-  __device__ static Packet load(const char* at, int width, bool there) {
+  // `at` points to the lane's first unit; a unit behind the row's end, or of a missing row, is zeros.
+  __device__ static Packet load(const char* at, int width, bool exists) {
     Packet packet{};
 #pragma unroll
     for (int unit = 0; unit < S::UNITS; ++unit)
-      if (there && S::first(unit) < width) packet.load_unit(unit, at + (S::first(unit) - S::first(0)) * int(sizeof(T)));
+      if (exists && S::first(unit) < width) packet.load_unit(unit, at + (S::first(unit) - S::first(0)) * int(sizeof(T)));
     return packet;
   }
   __device__ void load_unit(int unit, const char* from) {
@@ -65,7 +63,7 @@ struct Packet {  // a lane's share of a row as it lies in memory; zeros behind t
     }
   }
   __device__ float operator[](int i) const {
-    if constexpr (S::UNIT > 1 && std::is_same_v<T, BFloat16>) {  // one instruction; taking the half out first makes two
+    if constexpr (S::UNIT > 1 && std::is_same_v<T, BFloat16>) {  // one instruction; reading the 16 bits first would be two
       const uint32_t bits = i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16;
       float value;
       std::memcpy(&value, &bits, sizeof value);
@@ -79,45 +77,45 @@ struct Packet {  // a lane's share of a row as it lies in memory; zeros behind t
 };
 
 template <class S>
-struct Share {  // the same in fp32
-  float value[kShare];
-  __device__ Share() {
+struct LaneValues {  // a lane's values of a row in fp32
+  float value[kLaneValues];
+  __device__ LaneValues() {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) value[i] = 0;
+    for (int i = 0; i < kLaneValues; ++i) value[i] = 0;
   }
-  __device__ explicit Share(const Packet<S>& packet) {
+  __device__ explicit LaneValues(const Packet<S>& packet) {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) value[i] = packet[i];
+    for (int i = 0; i < kLaneValues; ++i) value[i] = packet[i];
   }
   __device__ void add(float weight, const Packet<S>& packet) {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) value[i] += weight * packet[i];
+    for (int i = 0; i < kLaneValues; ++i) value[i] += weight * packet[i];
   }
-  __device__ void add(const Share& other) {
+  __device__ void add(const LaneValues& other) {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) value[i] += other.value[i];
+    for (int i = 0; i < kLaneValues; ++i) value[i] += other.value[i];
   }
   __device__ void scale(float factor) {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) value[i] *= factor;
+    for (int i = 0; i < kLaneValues; ++i) value[i] *= factor;
   }
-  // The share of the lane whose number differs in bit `apart`: the same values of another group's row.
-  __device__ Share across(int apart) const {
-    Share other;
+  // The values of the lane whose number differs in bit `distance`: the same ones of another group's row.
+  __device__ LaneValues across(int distance) const {
+    LaneValues other;
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) other.value[i] = __shfl_xor_sync(kAllLanes, value[i], apart);
+    for (int i = 0; i < kLaneValues; ++i) other.value[i] = __shfl_xor_sync(kAllLanes, value[i], distance);
     return other;
   }
-  // The whole group's product of two rows.
+  // The product of two rows, for the whole group.
   __device__ float dot(const Packet<S>& other) const {
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) sum += value[i] * other[i];
+    for (int i = 0; i < kLaneValues; ++i) sum += value[i] * other[i];
 #pragma unroll
-    for (int apart = S::LANES / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(kAllLanes, sum, apart);
+    for (int distance = S::LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
     return sum;
   }
-  // To row `row` of a dense tensor of rows.
+  // Writes to row `row` of a dense tensor of rows.
   template <class Out>
   __device__ void store(Out* tensor, int64_t row, int width) const {
     Out* out = tensor + row * width;
@@ -156,11 +154,11 @@ struct Problem {
 };
 
 template <class S>
-struct HeadRows {  // the rows of one head, from where this lane finds its share; one multiplication leads to a row
+struct HeadRows {  // the rows of one head, from this lane's first value on
   const char* x;
   int row_bytes, width;
-  __device__ Packet<S> load(int row, bool there = true) const {
-    return Packet<S>::load(x + int64_t(row) * row_bytes, width, there);
+  __device__ Packet<S> load(int row, bool exists = true) const {
+    return Packet<S>::load(x + int64_t(row) * row_bytes, width, exists);
   }
 };
 
@@ -189,28 +187,28 @@ struct HeadInputs {
         v_patches(in.v_patches.template of<S>(image, head)) {}
 };
 
-struct alignas(8) Coefficient {  // what a state found out about a patch it reads
+struct alignas(8) Coefficient {  // the weight of a patch for a state that reads it, and the gradient of that weight
   float weight, d_weight;
 };
 
-struct Gradient {  // rows in the tensor's type, or in fp32 where they remain to be summed
+struct Gradient {  // rows in the tensor's type, or in fp32 if they are still to be summed
   void* x;
   bool wide;
   template <class S>
-  __device__ void store(const Share<S>& share, int64_t row, int width) const {
-    if (wide) share.store(static_cast<float*>(x), row, width);
-    else share.store(static_cast<typename S::T*>(x), row, width);
+  __device__ void store(const LaneValues<S>& values, int64_t row, int width) const {
+    if (wide) values.store(static_cast<float*>(x), row, width);
+    else values.store(static_cast<typename S::T*>(x), row, width);
   }
 };
 
 struct StateGradients {
   Gradient q, k_self, v_self;
   Coefficient* coefficients;  // [images, states, heads, slots]
-  float* mean;                // [images, states, heads] of d_weight under the weights
+  float* mean;                // [images, states, heads]: d_weight averaged with the weights
 };
 
-// One of the blocks that share a head's rows, kRounds rows per group. In a warp all groups go through all rounds together,
-// as they exchange values; a group whose row lies behind the end works on the last row and stores nothing.
+// The rows of a block: kRounds rows of one head per group. All groups of a warp do all rounds together, as they exchange
+// values; a group whose row is behind the end computes the last row and stores nothing.
 template <class S>
 struct Band {
   int image, head, first, end;
@@ -226,19 +224,19 @@ struct Band {
 // -------------------------------------------------------------------------------------------------- one state's softmax
 
 template <class S>
-struct Neighbors {  // rows of up to TOGETHER patches; zeros where there is none
-  int patch[S::TOGETHER];
-  Packet<S> key[S::TOGETHER], value[S::TOGETHER];
-  // Those that a state names, from `slot` on.
+struct Neighbors {  // rows of up to AT_ONCE patches; zeros where there is none
+  int patch[S::AT_ONCE];
+  Packet<S> key[S::AT_ONCE], value[S::AT_ONCE];
+  // Those in a state's slots, from `slot` on.
   __device__ void load_named(const Problem& p, const HeadInputs<S>& in, const int32_t* named, int slot) {
 #pragma unroll
-    for (int t = 0; t < S::TOGETHER; ++t) patch[t] = p.patch(named, slot + t);
+    for (int t = 0; t < S::AT_ONCE; ++t) patch[t] = p.patch(named, slot + t);
     load(in);
   }
-  // Those whose turn it is: each group its own, then those `groups` further on, and so on.
-  __device__ void load_in_turn(const Problem& p, const HeadInputs<S>& in, int base) {
+  // One patch per group, then those `groups` further on, and so on.
+  __device__ void load_strided(const Problem& p, const HeadInputs<S>& in, int base) {
 #pragma unroll
-    for (int t = 0; t < S::TOGETHER; ++t) {
+    for (int t = 0; t < S::AT_ONCE; ++t) {
       const int next = base + t * S::groups() + S::group();
       patch[t] = next < p.patches ? next : -1;
     }
@@ -246,9 +244,9 @@ struct Neighbors {  // rows of up to TOGETHER patches; zeros where there is none
   }
   __device__ void load(const HeadInputs<S>& in) {
 #pragma unroll
-    for (int t = 0; t < S::TOGETHER; ++t) key[t] = in.k_patches.load(patch[t], patch[t] >= 0);
+    for (int t = 0; t < S::AT_ONCE; ++t) key[t] = in.k_patches.load(patch[t], patch[t] >= 0);
 #pragma unroll
-    for (int t = 0; t < S::TOGETHER; ++t) value[t] = in.v_patches.load(patch[t], patch[t] >= 0);
+    for (int t = 0; t < S::AT_ONCE; ++t) value[t] = in.v_patches.load(patch[t], patch[t] >= 0);
   }
 };
 
@@ -259,30 +257,30 @@ struct Own {  // a state's own rows
       : q(in.q.load(state)), key(in.k_self.load(state)), value(in.v_self.load(state)) {}
 };
 
-__device__ __forceinline__ float exponential(float x) { return exp2f(x * kLog2e); }  // exact enough: x <= 0
+__device__ __forceinline__ float exponential(float x) { return exp2f(x * kLog2e); }  // accurate enough, as x <= 0
 
 template <class S>
-struct Softmax {  // a weighted sum of values so far, under weights e^(score - top) that add up to total
+struct Softmax {  // a running weighted sum of values, with weights e^(score - top) whose sum is total
   float top, total;
-  Share<S> sum;
+  LaneValues<S> sum;
 
-  __device__ void take(const Problem& p, const Share<S>& q, const Neighbors<S>& near) {
-    float score[S::TOGETHER], new_top = top;
+  __device__ void add_patches(const Problem& p, const LaneValues<S>& q, const Neighbors<S>& neighbors) {
+    float score[S::AT_ONCE], new_top = top;
 #pragma unroll
-    for (int t = 0; t < S::TOGETHER; ++t) {
-      const float dot = q.dot(near.key[t]);
-      score[t] = near.patch[t] < 0 ? -INFINITY : dot * p.scale;
+    for (int t = 0; t < S::AT_ONCE; ++t) {
+      const float dot = q.dot(neighbors.key[t]);
+      score[t] = neighbors.patch[t] < 0 ? -INFINITY : dot * p.scale;
       new_top = fmaxf(new_top, score[t]);
     }
-    shrink(new_top);
+    rescale(new_top);
 #pragma unroll
-    for (int t = 0; t < S::TOGETHER; ++t) {
+    for (int t = 0; t < S::AT_ONCE; ++t) {
       const float weight = exponential(score[t] - top);
       total += weight;
-      sum.add(weight, near.value[t]);
+      sum.add(weight, neighbors.value[t]);
     }
   }
-  __device__ void shrink(float new_top) {
+  __device__ void rescale(float new_top) {
     const float factor = exponential(top - new_top);
     total *= factor;
     sum.scale(factor);
@@ -290,8 +288,8 @@ struct Softmax {  // a weighted sum of values so far, under weights e^(score - t
   }
   __device__ void merge(Softmax other) {
     const float new_top = fmaxf(top, other.top);
-    shrink(new_top);
-    other.shrink(new_top);
+    rescale(new_top);
+    other.rescale(new_top);
     total += other.total;
     sum.add(other.sum);
   }
@@ -305,8 +303,8 @@ struct Softmax {  // a weighted sum of values so far, under weights e^(score - t
 template <class S>
 struct SoftmaxBackward {  // dq = sum w (dw - mean) k in two sums, as the mean is known at the end only
   float mean;
-  Share<S> weighted_k, d_weighted_k;
-  Share<S> q, grad;
+  LaneValues<S> weighted_k, d_weighted_k;
+  LaneValues<S> q, grad;
   float lse;
 
   __device__ float weight_of(const Problem& p, const Packet<S>& key) const { return exponential(q.dot(key) * p.scale - lse); }
@@ -315,15 +313,15 @@ struct SoftmaxBackward {  // dq = sum w (dw - mean) k in two sums, as the mean i
     weighted_k.add(found.weight, key);
     d_weighted_k.add(found.weight * found.d_weight, key);
   }
-  __device__ Coefficient take(const Problem& p, const Neighbors<S>& near, int t) {
-    const float weight = weight_of(p, near.key[t]);
-    const Coefficient found{near.patch[t] < 0 ? 0.0f : weight, grad.dot(near.value[t])};
-    add(near.key[t], found);
+  __device__ Coefficient add_patch(const Problem& p, const Neighbors<S>& neighbors, int t) {
+    const float weight = weight_of(p, neighbors.key[t]);
+    const Coefficient found{neighbors.patch[t] < 0 ? 0.0f : weight, grad.dot(neighbors.value[t])};
+    add(neighbors.key[t], found);
     return found;
   }
   __device__ void store(const Problem& p, const StateGradients& out, int64_t row, const Coefficient& self) {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) weighted_k.value[i] = (d_weighted_k.value[i] - mean * weighted_k.value[i]) * p.scale;
+    for (int i = 0; i < kLaneValues; ++i) weighted_k.value[i] = (d_weighted_k.value[i] - mean * weighted_k.value[i]) * p.scale;
     out.q.store(weighted_k, row, p.width);
     q.scale(self.weight * (self.d_weight - mean) * p.scale);
     out.k_self.store(q, row, p.width);
@@ -335,7 +333,7 @@ struct SoftmaxBackward {  // dq = sum w (dw - mean) k in two sums, as the mean i
 
 // -------------------------------------------------------------------------------------- states that read a few patches
 
-// All that a state reads first is asked for before anything is computed from it, so that it waits for memory once.
+// All rows that a state reads first are requested before anything is computed, so that it waits for memory once.
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, S::LIGHT)
@@ -343,22 +341,22 @@ __global__ void __launch_bounds__(kThreads, S::LIGHT)
   const Band<S> band(p.states, p.heads);
   const HeadInputs<S> in(inputs, band.image, band.head);
   for (int base = band.first; base < band.end; base += S::groups()) {
-    const bool mine = base + S::group() < band.end;
-    const int state = mine ? base + S::group() : band.end - 1;
+    const bool in_band = base + S::group() < band.end;
+    const int state = in_band ? base + S::group() : band.end - 1;
     const int32_t* named = p.named(band.image, state);
     const Own<S> own(in, state);
-    Share<S> q;
+    LaneValues<S> q;
     Softmax<S> softmax;
-    for (int slot = 0; slot < p.slots; slot += S::TOGETHER) {
-      Neighbors<S> near;
-      near.load_named(p, in, named, slot);
+    for (int slot = 0; slot < p.slots; slot += S::AT_ONCE) {
+      Neighbors<S> neighbors;
+      neighbors.load_named(p, in, named, slot);
       if (slot == 0) {
-        q = Share<S>(own.q);
-        softmax = {q.dot(own.key) * p.scale, 1.0f, Share<S>(own.value)};
+        q = LaneValues<S>(own.q);
+        softmax = {q.dot(own.key) * p.scale, 1.0f, LaneValues<S>(own.value)};
       }
-      softmax.take(p, q, near);
+      softmax.add_patches(p, q, neighbors);
     }
-    if (mine) softmax.store(p, out, lse, p.row(band.image, state, band.head));
+    if (in_band) softmax.store(p, out, lse, p.row(band.image, state, band.head));
   }
 }
 
@@ -370,35 +368,35 @@ __global__ void __launch_bounds__(kThreads, S::HEAVY)
   const HeadInputs<S> in(inputs, band.image, band.head);
   const HeadRows<S> grad = gradient.template of<S>(band.image, band.head);
   for (int base = band.first; base < band.end; base += S::groups()) {
-    const bool mine = base + S::group() < band.end;
-    const int state = mine ? base + S::group() : band.end - 1;
+    const bool in_band = base + S::group() < band.end;
+    const int state = in_band ? base + S::group() : band.end - 1;
     const int64_t row = p.row(band.image, state, band.head);
     const int32_t* named = p.named(band.image, state);
     const Own<S> own(in, state);
     const Packet<S> upstream = grad.load(state);
-    Neighbors<S> near;
-    near.load_named(p, in, named, 0);
-    SoftmaxBackward<S> softmax{0, {}, {}, Share<S>(own.q), Share<S>(upstream), lse[row]};
+    Neighbors<S> neighbors;
+    neighbors.load_named(p, in, named, 0);
+    SoftmaxBackward<S> softmax{0, {}, {}, LaneValues<S>(own.q), LaneValues<S>(upstream), lse[row]};
     const Coefficient self{softmax.weight_of(p, own.key), softmax.grad.dot(own.value)};
     softmax.add(own.key, self);
-    for (int slot = 0; slot < p.slots; slot += S::TOGETHER) {
-      if (slot > 0) near.load_named(p, in, named, slot);
+    for (int slot = 0; slot < p.slots; slot += S::AT_ONCE) {
+      if (slot > 0) neighbors.load_named(p, in, named, slot);
 #pragma unroll
-      for (int t = 0; t < S::TOGETHER; ++t) {
-        const Coefficient found = softmax.take(p, near, t);
-        if (mine && slot + t < p.slots && S::lane() == t) out.coefficients[row * p.slots + slot + t] = found;
+      for (int t = 0; t < S::AT_ONCE; ++t) {
+        const Coefficient found = softmax.add_patch(p, neighbors, t);
+        if (in_band && slot + t < p.slots && S::lane() == t) out.coefficients[row * p.slots + slot + t] = found;
       }
     }
-    if (mine) softmax.store(p, out, row, self);
+    if (in_band) softmax.store(p, out, row, self);
   }
 }
 
 // ------------------------------------------------------------------------------------- a state that reads all patches
 
-// Block number -> image, state, head.
-struct OneState {
+// The state of a block.
+struct BlockState {
   int image, state, head;
-  __device__ explicit OneState(const Problem& p)
+  __device__ explicit BlockState(const Problem& p)
       : image(int(blockIdx.x) / p.heads / p.states),
         state(int(blockIdx.x) / p.heads % p.states),
         head(int(blockIdx.x) % p.heads) {}
@@ -407,23 +405,23 @@ struct OneState {
 template <class S>
 __global__ void __launch_bounds__(kAllThreads, 2)
     all_fwd_kernel(Problem p, Inputs<typename S::T> inputs, typename S::T* out, float* lse) {
-  const OneState at(p);
+  const BlockState at(p);
   auto* shared = reinterpret_cast<Softmax<S>*>(shared_memory());  // [warps][LANES]
   const HeadInputs<S> in(inputs, at.image, at.head);
   const Own<S> own(in, at.state);
-  const Share<S> q(own.q);
-  // Every group starts at the own score, so that no maximum is ever -inf; it counts in the first group only.
+  const LaneValues<S> q(own.q);
+  // Every group starts with the own score, so that no maximum is -inf; only the first group adds its weight.
   Softmax<S> softmax{q.dot(own.key) * p.scale, 0.0f, {}};
-  if (S::group() == 0) softmax.total = 1, softmax.sum = Share<S>(own.value);
-  for (int base = 0; base < p.patches; base += S::groups() * S::TOGETHER) {
-    Neighbors<S> near;
-    near.load_in_turn(p, in, base);
-    softmax.take(p, q, near);
+  if (S::group() == 0) softmax.total = 1, softmax.sum = LaneValues<S>(own.value);
+  for (int base = 0; base < p.patches; base += S::groups() * S::AT_ONCE) {
+    Neighbors<S> neighbors;
+    neighbors.load_strided(p, in, base);
+    softmax.add_patches(p, q, neighbors);
   }
 #pragma unroll
-  for (int apart = S::LANES; apart < kWarpLanes; apart *= 2)
-    softmax.merge({__shfl_xor_sync(kAllLanes, softmax.top, apart), __shfl_xor_sync(kAllLanes, softmax.total, apart),
-                   softmax.sum.across(apart)});
+  for (int distance = S::LANES; distance < kWarpLanes; distance *= 2)
+    softmax.merge({__shfl_xor_sync(kAllLanes, softmax.top, distance), __shfl_xor_sync(kAllLanes, softmax.total, distance),
+                   softmax.sum.across(distance)});
   const int warp = int(threadIdx.x) / kWarpLanes, warps = int(blockDim.x) / kWarpLanes;
   if (int(threadIdx.x) % kWarpLanes < S::LANES) shared[warp * S::LANES + S::lane()] = softmax;
   __syncthreads();
@@ -433,9 +431,9 @@ __global__ void __launch_bounds__(kAllThreads, 2)
 }
 
 template <class S>
-struct Sums {  // what the groups of a block add up
+struct Sums {  // over the groups of a block
   float mean;
-  Share<S> weighted_k, d_weighted_k;
+  LaneValues<S> weighted_k, d_weighted_k;
   __device__ void add(const Sums& other) {
     mean += other.mean;
     weighted_k.add(other.weighted_k);
@@ -447,28 +445,28 @@ template <class S>
 __global__ void __launch_bounds__(kAllThreads, 2)
     all_states_bwd_kernel(Problem p, Inputs<typename S::T> inputs, Rows<typename S::T> gradient, const float* lse,
                           StateGradients out) {
-  const OneState at(p);
+  const BlockState at(p);
   const int64_t row = p.row(at.image, at.state, at.head);
   auto* shared = reinterpret_cast<Sums<S>*>(shared_memory());  // [warps][LANES]
   const HeadInputs<S> in(inputs, at.image, at.head);
   const Own<S> own(in, at.state);
   const Packet<S> upstream = gradient.template of<S>(at.image, at.head).load(at.state);
-  SoftmaxBackward<S> softmax{0, {}, {}, Share<S>(own.q), Share<S>(upstream), lse[row]};
+  SoftmaxBackward<S> softmax{0, {}, {}, LaneValues<S>(own.q), LaneValues<S>(upstream), lse[row]};
   const Coefficient self{softmax.weight_of(p, own.key), softmax.grad.dot(own.value)};
   if (S::group() == 0) softmax.add(own.key, self);
-  for (int base = 0; base < p.patches; base += S::groups() * S::TOGETHER) {
-    Neighbors<S> near;
-    near.load_in_turn(p, in, base);
+  for (int base = 0; base < p.patches; base += S::groups() * S::AT_ONCE) {
+    Neighbors<S> neighbors;
+    neighbors.load_strided(p, in, base);
 #pragma unroll
-    for (int t = 0; t < S::TOGETHER; ++t) {
-      const Coefficient found = softmax.take(p, near, t);
-      if (near.patch[t] >= 0 && S::lane() == t) out.coefficients[row * p.slots + near.patch[t]] = found;
+    for (int t = 0; t < S::AT_ONCE; ++t) {
+      const Coefficient found = softmax.add_patch(p, neighbors, t);
+      if (neighbors.patch[t] >= 0 && S::lane() == t) out.coefficients[row * p.slots + neighbors.patch[t]] = found;
     }
   }
   Sums<S> sums{softmax.mean, softmax.weighted_k, softmax.d_weighted_k};
 #pragma unroll
-  for (int apart = S::LANES; apart < kWarpLanes; apart *= 2)
-    sums.add({__shfl_xor_sync(kAllLanes, sums.mean, apart), sums.weighted_k.across(apart), sums.d_weighted_k.across(apart)});
+  for (int distance = S::LANES; distance < kWarpLanes; distance *= 2)
+    sums.add({__shfl_xor_sync(kAllLanes, sums.mean, distance), sums.weighted_k.across(distance), sums.d_weighted_k.across(distance)});
   const int warp = int(threadIdx.x) / kWarpLanes, warps = int(blockDim.x) / kWarpLanes;
   if (int(threadIdx.x) % kWarpLanes < S::LANES) shared[warp * S::LANES + S::lane()] = sums;
   __syncthreads();
@@ -478,15 +476,15 @@ __global__ void __launch_bounds__(kAllThreads, 2)
   softmax.store(p, out, row, self);
 }
 
-// ------------------------------------------------------------------------------------ patches gather from their readers
+// ------------------------------------------------------------------------------------ sums over the states that read a patch
 
 struct Inverse {  // which slots of the index hold each patch
-  int32_t* slot;   // [images, states * slots]: state * slots + slot, ordered by patch, then by itself
-  int32_t* begin;  // [images, patches + 1]: where each patch's slots begin
+  int32_t* slot;   // [images, states * slots]: numbers state * slots + slot, sorted by patch, then by number
+  int32_t* begin;  // [images, patches + 1]: the first place of each patch
 };
 
-// A block sorts one image's index. Warps count their share of the slots, 32 at a time; lanes that hold the same patch agree
-// on an order and one of them moves the counter, so nothing is atomic and nothing depends on time.
+// A block sorts one image's index. Warps count their part of the slots, 32 at a time; of lanes with the same patch the first
+// one changes the counter, so nothing is atomic and nothing depends on timing.
 __global__ void __launch_bounds__(kInverseThreads) inverse_kernel(Problem p, Inverse out) {
   const int image = blockIdx.x, slots = p.states * p.slots;
   const int warps = blockDim.x / kWarpLanes, warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
@@ -503,13 +501,13 @@ __global__ void __launch_bounds__(kInverseThreads) inverse_kernel(Problem p, Inv
   int slot;
   for (int step = 0; step < steps; ++step) {
     const int patch = patch_in(step, slot);
-    const Alike alike = lanes_alike(patch);
-    if (patch >= 0 && alike.before == 0) counts[patch] += alike.total;
+    const EqualLanes equal = equal_lanes(patch);
+    if (patch >= 0 && equal.before == 0) counts[patch] += equal.total;
     __syncwarp();
   }
   __syncthreads();
 
-  // Counts become places: a thread adds up some adjacent patches, learns what lies before them, and walks them again.
+  // Counts to places: a thread sums some adjacent patches, gets the sum of those before them, and then assigns places.
   int* all = partial + blockDim.x;
   const int each = (p.patches + int(blockDim.x) - 1) / int(blockDim.x);
   const int from = min_int(int(threadIdx.x) * each, p.patches), to = min_int(from + each, p.patches);
@@ -518,8 +516,8 @@ __global__ void __launch_bounds__(kInverseThreads) inverse_kernel(Problem p, Inv
     for (int w = 0; w < warps; ++w) total += all[w * p.patches + patch];
   partial[threadIdx.x] = total;
   __syncthreads();
-  for (int apart = 1; apart < int(blockDim.x); apart *= 2) {
-    const int before = int(threadIdx.x) >= apart ? partial[threadIdx.x - apart] : 0;
+  for (int distance = 1; distance < int(blockDim.x); distance *= 2) {
+    const int before = int(threadIdx.x) >= distance ? partial[threadIdx.x - distance] : 0;
     __syncthreads();
     partial[threadIdx.x] += before;
     __syncthreads();
@@ -540,11 +538,11 @@ __global__ void __launch_bounds__(kInverseThreads) inverse_kernel(Problem p, Inv
   int32_t* ordered = out.slot + int64_t(image) * slots;
   for (int step = 0; step < steps; ++step) {
     const int patch = patch_in(step, slot);
-    const Alike alike = lanes_alike(patch);
+    const EqualLanes equal = equal_lanes(patch);
     const int first = patch >= 0 ? counts[patch] : 0;
     __syncwarp();
-    if (patch >= 0) ordered[first + alike.before] = slot;
-    if (patch >= 0 && alike.before == 0) counts[patch] = first + alike.total;
+    if (patch >= 0) ordered[first + equal.before] = slot;
+    if (patch >= 0 && equal.before == 0) counts[patch] = first + equal.total;
     __syncwarp();
   }
 }
@@ -561,7 +559,7 @@ __global__ void __launch_bounds__(kThreads, S::LIGHT)
     const int32_t* begin = inverse.begin + int64_t(band.image) * (p.patches + 1) + patch;
     const int32_t* slots = inverse.slot + int64_t(band.image) * p.states * p.slots;
     const int from = p.index ? begin[0] : 0, to = p.index ? begin[1] : p.states;
-    Share<S> k, v;
+    LaneValues<S> k, v;
 #pragma unroll 2
     for (int i = from; i < to; ++i) {
       const int state = p.index ? slots[i] / p.slots : i, slot = p.index ? slots[i] % p.slots : patch;
@@ -582,30 +580,30 @@ int64_t stride_of(const Tensor& x, int dim) { return x.size(dim) == 1 ? 0 : x.st
 template <class T>
 Rows<T> rows_of(const Tensor& x) {
   const int64_t row_bytes = stride_of(x, 1) * int64_t(sizeof(T));
-  STD_TORCH_CHECK(row_bytes < (int64_t(1) << 31), "class_attention: rows lie ", row_bytes,
-                  " bytes apart, 2^31 or more; make the tensor contiguous");
+  STD_TORCH_CHECK(row_bytes < (int64_t(1) << 31), "class_attention: rows must be less than 2^31 bytes apart, got ", row_bytes,
+                  "; make the tensor contiguous.");
   return {static_cast<const T*>(x.data_ptr()), stride_of(x, 0), stride_of(x, 2), int(row_bytes), int(x.size(3))};
 }
 
-// Calls f(Type<Split>{}): 16-byte loads where every row of every tensor starts and ends on 16 bytes.
+// Calls f(Type<RowLayout>{}): 16-byte loads if every row of every tensor starts and ends at multiples of 16 bytes.
 template <class T, class F>
-void with_split(std::initializer_list<const Tensor*> tensors, int width, F f) {
+void with_row_layout(std::initializer_list<const Tensor*> tensors, int width, F f) {
   constexpr int kUnit = kUnitBytes / int(sizeof(T));
   bool aligned = width % kUnit == 0;
   for (const Tensor* x : tensors) {
     const auto* data = static_cast<const T*>(x->data_ptr());
     aligned = aligned && rows_aligned(data, {stride_of(*x, 0), stride_of(*x, 1), stride_of(*x, 2)});
   }
-  if (aligned && width <= 8 * kShare) f(Type<Split<T, 8, kUnit>>{});
-  else if (aligned && width <= 16 * kShare) f(Type<Split<T, 16, kUnit>>{});
-  else f(Type<Split<T, 32, 1>>{});
+  if (aligned && width <= 8 * kLaneValues) f(Type<RowLayout<T, 8, kUnit>>{});
+  else if (aligned && width <= 16 * kLaneValues) f(Type<RowLayout<T, 16, kUnit>>{});
+  else f(Type<RowLayout<T, 32, 1>>{});
 }
 
 Problem problem_of(
     const Tensor& q, const Tensor& k_self, const Tensor& v_self, const Tensor& k_patches, const std::optional<Tensor>& index) {
   for (const Tensor* x : {&q, &k_self, &v_self, &k_patches})
-    STD_TORCH_CHECK(x->dim() == 4 && (x->size(3) == 1 || x->stride(3) == 1) && x->size(3) <= 32 * kShare,
-                    "class_attention: expected [images, rows, heads, width <= 256] with dense rows; call the Python function");
+    STD_TORCH_CHECK(x->dim() == 4 && (x->size(3) == 1 || x->stride(3) == 1) && x->size(3) <= 32 * kLaneValues,
+                    "class_attention: arguments must be [images, rows, heads, width <= 256] with dense rows, got another layout; call the Python function.");
   const int64_t states = index ? index->size(1) : std::max({q.size(1), k_self.size(1), v_self.size(1)});
   const int64_t patches = k_patches.size(1), width = k_patches.size(3);
   return {int(states), int(patches), int(k_patches.size(2)), int(width), int(index ? index->size(2) : patches),
@@ -619,11 +617,11 @@ Inputs<T> inputs_of(
 }
 
 dim3 blocks_of(int64_t count) {
-  STD_TORCH_CHECK(count < (int64_t(1) << 31), "class_attention: ", count, " blocks exceed one launch; split the batch");
+  STD_TORCH_CHECK(count < (int64_t(1) << 31), "class_attention: one launch must have less than 2^31 blocks, got ", count, "; split the batch.");
   return {unsigned(count), 1, 1};
 }
 
-// Warps per block: as many as leave at most an eighth of their groups idle over all rounds.
+// Warps per block: the most for which at most an eighth of the groups is idle over all rounds.
 template <class S>
 int warps_for(int rows) {
   for (int warps = kThreads / kWarpLanes; warps > 1; --warps) {
@@ -633,14 +631,14 @@ int warps_for(int rows) {
   return 1;
 }
 
-// A kernel of bands: `kernel` over the rows of every image and head.
+// Launches a kernel whose blocks are bands of the rows of every image and head.
 template <class S, class... Params, class... Args>
 void launch_bands(const OnDevice& device, void (*kernel)(Params...), int64_t images, int heads, int rows, Args... args) {
   const int threads = warps_for<S>(rows) * kWarpLanes, size = threads / S::LANES * kRounds;
   launch(device, kernel, blocks_of(images * heads * ((rows + size - 1) / size)), threads, 0, args...);
 }
 
-// A kernel whose blocks share one state's way through all patches, and leave a `Partial` per lane of a group and warp.
+// Launches a kernel whose blocks compute one state each; its groups' results are a `Partial` per lane of a group and warp.
 template <class S, class Partial, class... Params, class... Args>
 void launch_states(const OnDevice& device, void (*kernel)(Params...), int64_t images, const Problem& p, Args... args) {
   const int warps = std::min(kAllThreads / kWarpLanes, (p.patches * S::LANES + kWarpLanes - 1) / kWarpLanes);
@@ -654,7 +652,7 @@ void launch_inverse(const OnDevice& device, const Problem& p, int64_t images, co
   int warps = int(std::min<int64_t>(kInverseThreads / kWarpLanes, (slots + kWarpLanes - 1) / kWarpLanes));
   while (warps > 1 && shared(warps) > 48 * 1024) --warps;
   STD_TORCH_CHECK(shared(warps) <= device.shared_memory_limit(), "class_attention: the backward counts readers of ", p.patches,
-                  " patches in shared memory, which this GPU has not; use force(class_attention='triton')");
+                  " patches in shared memory, and this GPU has too little of it; use force(class_attention='triton').");
   launch(device, inverse_kernel, blocks_of(images), warps * kWarpLanes, shared(warps), p, out);
 }
 
@@ -668,8 +666,8 @@ std::tuple<Tensor, Tensor> class_attention_fwd(
   const OnDevice device(q);
   with_float_type(q, "class_attention", [&](auto type) {
     using T = typename decltype(type)::type;
-    with_split<T>({&q, &k_self, &v_self, &k_patches, &v_patches}, p.width, [&](auto split) {
-      using S = typename decltype(split)::type;
+    with_row_layout<T>({&q, &k_self, &v_self, &k_patches, &v_patches}, p.width, [&](auto layout) {
+      using S = typename decltype(layout)::type;
       const Inputs<T> in = inputs_of<T>(q, k_self, v_self, k_patches, v_patches);
       auto* out_ptr = static_cast<T*>(out.data_ptr());
       auto* lse_ptr = static_cast<float*>(lse.data_ptr());
@@ -686,7 +684,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> class_attention_bwd(
   using torch::stable::new_empty;
   const Problem p = problem_of(q, k_self, v_self, k_patches, index);
   const int64_t images = k_patches.size(0), states = p.states, heads = p.heads;
-  const auto own_gradient = [&](const Tensor& x) {  // for every state, in fp32 where states share a row and it is to be summed
+  const auto own_gradient = [&](const Tensor& x) {  // a row per state, in fp32 if states share a row and it is still to be summed
     const bool shared = x.size(0) != images || x.size(1) != states;
     return new_empty(x, {images, states, heads, p.width}, shared ? std::optional(ScalarType::Float) : std::nullopt);
   };
@@ -704,8 +702,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> class_attention_bwd(
   if (index) launch_inverse(device, p, images, inverse);
   with_float_type(q, "class_attention", [&](auto type) {
     using T = typename decltype(type)::type;
-    with_split<T>({&grad, &q, &k_self, &v_self, &k_patches, &v_patches}, p.width, [&](auto split) {
-      using S = typename decltype(split)::type;
+    with_row_layout<T>({&grad, &q, &k_self, &v_self, &k_patches, &v_patches}, p.width, [&](auto layout) {
+      using S = typename decltype(layout)::type;
       const Inputs<T> in = inputs_of<T>(q, k_self, v_self, k_patches, v_patches);
       const Rows<T> upstream = rows_of<T>(grad);
       if (index) launch_bands<S>(device, index_states_bwd_kernel<S>, images, p.heads, p.states, p, in, upstream, lse_ptr, own);

@@ -1,9 +1,9 @@
 // neighbor_topk on the GPU. Two kernels:
 //   window  3x3 and 5x5 windows: a block holds a band of grid rows (the whole grid if it is small), reads each feature once
 //           in 128-byte chunks, and multiplies each pair of neighbors once. 16-bit features use tensor cores on 16 patches of a
-//           grid row against the row itself and the rows below; of each 16x24 tile only the diagonals of the window are kept.
-//   gram    any window and all patches: 32 patches per warp against 64 candidates at a time, running top-k per patch.
-// Norms come out of the same products. All sums are fp32.
+//           grid row against the row itself and the rows below; of each 16x24 tile only the diagonals in the window are kept.
+//   gram    any window and all patches: 32 patches per warp against 64 candidates at a time, with a running top-k per patch.
+// Norms are made by the same products. All sums are fp32.
 #include <climits>
 
 #include "../chunk.h"
@@ -15,7 +15,6 @@ namespace {
 
 constexpr float kEps = 1e-12f;     // norms below this count as this
 constexpr float kNanRank = -2.0f;  // below every cosine; missing candidates get -inf
-constexpr int kWarpLanes = 32;
 
 struct Grid {
   int height, width;
@@ -41,7 +40,7 @@ struct Selection {
 
 __device__ __forceinline__ int modulo(int a, int size) { return (a % size + size) % size; }
 __device__ __forceinline__ float negative_infinity() { return -INFINITY; }
-__device__ __forceinline__ bool goes_before(float rank, int index, float other, int other_index) {
+__device__ __forceinline__ bool is_better(float rank, int index, float other, int other_index) {
   return rank > other || (rank == other && index < other_index);
 }
 __device__ __forceinline__ float rank_of(float cosine) { return cosine != cosine ? kNanRank : cosine; }
@@ -64,7 +63,7 @@ struct Window {
   __device__ static int slot(int dy, int dx) { return dy == 0 ? dx : R + 1 + (dy - 1) * kSide + dx + R; }
 };
 
-// The grid rows a block works on: `rows` of them from `first` on, and R more on either side unless it has the whole grid.
+// The grid rows of a block: `rows` of them from `first` on, and R more on either side unless it has the whole grid.
 struct Band {
   int first, rows, loaded;
   bool whole;
@@ -76,8 +75,8 @@ struct Band {
     return {first, rows, whole ? height : rows + 2 * R, whole};
   }
   __device__ int halo(int radius) const { return whole ? 0 : radius; }
-  // The loaded row that lies `dy` rows off; rows that are not loaded give some row, whose products nobody reads.
-  __device__ int below(int row, int dy) const {
+  // The loaded row `dy` rows below; for rows that are not loaded some other row, whose products are never read.
+  __device__ int row_below(int row, int dy) const {
     return whole ? (row + dy) % loaded : (row + dy < loaded ? row + dy : loaded - 1);
   }
 };
@@ -88,14 +87,14 @@ struct WindowTile {  // 16-bit features: tensor cores
   int own, other[(Window<R>::kTiles + 1) / 2];
 
   // Loaded patches whose rows this lane addresses: 16 of its own tile, and 2 x 8 candidates per load.
-  __device__ void aim(const Grid& grid, const Band& band, int row, int column) {
+  __device__ void set_rows(const Grid& grid, const Band& band, int row, int column) {
     const int lane = threadIdx.x % kWarpLanes;
     own = row * grid.width + min_int(column + lane % 16, grid.width - 1);
 #pragma unroll
     for (int pair = 0; pair < (Window<R>::kTiles + 1) / 2; ++pair) {
       const int tile = min_int(2 * pair + lane / 16, Window<R>::kTiles - 1);
       const int at = column - R + tile % Window<R>::kColumnTiles * 8 + lane % 8;
-      other[pair] = band.below(row, tile / Window<R>::kColumnTiles) * grid.width + modulo(at, grid.width);
+      other[pair] = band.row_below(row, tile / Window<R>::kColumnTiles) * grid.width + modulo(at, grid.width);
     }
   }
 
@@ -123,12 +122,11 @@ struct WindowTile {  // 16-bit features: tensor cores
       for (int i = 0; i < 4; ++i) {
         const int m = lane / 4 + i / 2 * 8, dy = tile / Window<R>::kColumnTiles;
         const int dx = tile % Window<R>::kColumnTiles * 8 + lane % 4 * 2 + i % 2 - R - m;
-        const bool wanted = column + m < grid.width && dx <= R && dx >= (dy == 0 ? 0 : -R);
-        if (wanted) dots[(row * grid.width + column + m) * Window<R>::kDots + Window<R>::slot(dy, dx)] = sum[tile][i];
+        const bool in_window = column + m < grid.width && dx <= R && dx >= (dy == 0 ? 0 : -R);
+        if (in_window) dots[(row * grid.width + column + m) * Window<R>::kDots + Window<R>::slot(dy, dx)] = sum[tile][i];
       }
   }
 
-  __device__ static int min_int(int a, int b) { return a < b ? a : b; }
 };
 
 template <int R>
@@ -136,7 +134,7 @@ struct WindowTile<float, R> {  // fp32 features: two lanes per patch, each with 
   float sum[Window<R>::kDots] = {};
   int own, other[Window<R>::kDots];
 
-  __device__ void aim(const Grid& grid, const Band& band, int row, int column) {
+  __device__ void set_rows(const Grid& grid, const Band& band, int row, int column) {
     const int at = column + int(threadIdx.x) % 16;
     const int x = at < grid.width ? at : grid.width - 1;
     own = row * grid.width + x;
@@ -144,7 +142,7 @@ struct WindowTile<float, R> {  // fp32 features: two lanes per patch, each with 
     for (int dy = 0; dy <= R; ++dy)
 #pragma unroll
       for (int dx = dy == 0 ? 0 : -R; dx <= R; ++dx)
-        other[Window<R>::slot(dy, dx)] = band.below(row, dy) * grid.width + modulo(x + dx, grid.width);
+        other[Window<R>::slot(dy, dx)] = band.row_below(row, dy) * grid.width + modulo(x + dx, grid.width);
   }
 
   __device__ void multiply(const char* chunk) {
@@ -178,14 +176,14 @@ __device__ void stage_band(char* stage, const Rows<T>& rows, const Grid& grid, c
   for (int i = threadIdx.x; i < units; i += blockDim.x) {
     const int patch = i / kUnits, unit = i % kUnits, row = patch / grid.width;
     const int y = band.first - band.halo(radius) + row;
-    if (!grid.wrap && (y < 0 || y >= grid.height)) continue;  // beyond a clipped border; nobody reads it
+    if (!grid.wrap && (y < 0 || y >= grid.height)) continue;  // beyond a clipped border: never read
     const int source = modulo(y, grid.height) * grid.width + patch % grid.width;
     stage_unit(stage + chunk_offset(patch, unit), rows.row(blockIdx.y, source),
                chunk * kChunkChannels<T> + unit * kUnitBytes / int(sizeof(T)), rows.channels, rows.aligned);
   }
 }
 
-// One thread per patch: its window from the table of dots, then ranks by counting who goes before.
+// One thread per patch: its window from the table of dots; a rank is the number of candidates that are better.
 template <int R>
 __device__ void select_window(const float* dots, const Grid& grid, const Band& band, int local, const Selection& out) {
   constexpr int kPlaces = Window<R>::kPlaces, kDots = Window<R>::kDots;
@@ -214,7 +212,7 @@ __device__ void select_window(const float* dots, const Grid& grid, const Band& b
   for (int c = 0; c < kPlaces; ++c) {
     int before = 0;
 #pragma unroll
-    for (int o = 0; o < kPlaces; ++o) before += goes_before(rank[o], candidate[o], rank[c], candidate[c]);
+    for (int o = 0; o < kPlaces; ++o) before += is_better(rank[o], candidate[o], rank[c], candidate[c]);
     if (before >= out.k) continue;
     out.index[base + before] = cosine[c] == negative_infinity() ? -1 : candidate[c];
     if (out.score) out.score[base + before] = cosine[c];
@@ -234,7 +232,7 @@ __global__ void __launch_bounds__(Window<R>::kMaxWarps * kWarpLanes, 1) window_k
 #pragma unroll
   for (int i = 0; i < kTilesPerWarp; ++i) {
     const int number = warp + i * warps;
-    if (number < tiles) tile[i].aim(grid, band, number / row_tiles, number % row_tiles * kTilePatches);
+    if (number < tiles) tile[i].set_rows(grid, band, number / row_tiles, number % row_tiles * kTilePatches);
   }
 
   const int chunks = rows.chunks();
@@ -244,7 +242,7 @@ __global__ void __launch_bounds__(Window<R>::kMaxWarps * kWarpLanes, 1) window_k
   }
   for (int chunk = 0; chunk < chunks; ++chunk) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // chunk has arrived for everyone, and everyone is done with the stage that is filled next
+    __syncthreads();  // the chunk is complete, and all warps are done with the stage that is filled next
     const int next = chunk + kStages - 1;
     if (next < chunks) stage_band(stages + next % kStages * stage_bytes, rows, grid, band, R, next);
     commit_copies();
@@ -266,13 +264,13 @@ __global__ void __launch_bounds__(Window<R>::kMaxWarps * kWarpLanes, 1) window_k
 // The band with the most rows that the warps and the shared memory can take, or 0 if not even one row fits.
 template <int R>
 int window_band(const Grid& grid, size_t shared_limit) {
-  const size_t budget = std::min(shared_limit, size_t(112 * 1024));  // two blocks on the larger machines
+  const size_t budget = std::min(shared_limit, size_t(112 * 1024));  // two blocks on the larger GPUs
   const int row_tiles = (grid.width + kTilePatches - 1) / kTilePatches;
   const auto fits = [&](int loaded) {
     return loaded * row_tiles <= Window<R>::kMaxWarps * kTilesPerWarp &&
            size_t(loaded) * grid.width * (kStages * kChunkBytes + Window<R>::kDots * sizeof(float)) <= budget;
   };
-  if (grid.wrap && (grid.height < Window<R>::kSide || grid.width < Window<R>::kSide)) return 0;  // a patch met twice
+  if (grid.wrap && (grid.height < Window<R>::kSide || grid.width < Window<R>::kSide)) return 0;  // a patch would be found twice
   if (fits(grid.height)) return grid.height;
   int rows = 0;
   while (rows < grid.height && fits(rows + 1 + 2 * R)) ++rows;
@@ -372,21 +370,21 @@ struct GramTile<float> {  // fp32 features: 8 x 8 products per lane, rows and co
   }
 };
 
-// The best KEEP candidates seen so far, in registers.
+// The best KEEP candidates so far, in registers.
 template <int KEEP>
-struct Best {
+struct TopK {
   float rank[KEEP], cosine[KEEP];
   int index[KEEP];
-  __device__ Best() {
+  __device__ TopK() {
 #pragma unroll
     for (int s = 0; s < KEEP; ++s) rank[s] = cosine[s] = negative_infinity(), index[s] = INT_MAX;
   }
   __device__ void offer(float value, int candidate) {
     float r = rank_of(value);
-    if (!goes_before(r, candidate, rank[KEEP - 1], index[KEEP - 1])) return;
+    if (!is_better(r, candidate, rank[KEEP - 1], index[KEEP - 1])) return;
 #pragma unroll
     for (int s = 0; s < KEEP; ++s) {
-      if (!goes_before(r, candidate, rank[s], index[s])) continue;
+      if (!is_better(r, candidate, rank[s], index[s])) continue;
       const float old_rank = rank[s], old_cosine = cosine[s];
       const int old_index = index[s];
       rank[s] = r, cosine[s] = value, index[s] = candidate;
@@ -395,19 +393,19 @@ struct Best {
   }
 };
 
-__device__ __forceinline__ int apart(int a, int b, int size, bool wrap) {
+__device__ __forceinline__ int grid_distance(int a, int b, int size, bool wrap) {
   const int distance = a < b ? b - a : a - b;
   return wrap && size - distance < distance ? size - distance : distance;
 }
 
-// Whether any candidate of [from, to] can lie within `radius` rows of any patch of [first, last].
-__device__ __forceinline__ bool rows_meet(const Grid& grid, int radius, int first, int last, int from, int to) {
+// Whether any candidate of [from, to] can be within `radius` rows of any patch of [first, last].
+__device__ __forceinline__ bool rows_within(const Grid& grid, int radius, int first, int last, int from, int to) {
   if (radius < 0) return true;
   const int top = first / grid.width - radius, bottom = last / grid.width + radius;
   const int high = from / grid.width, low = to / grid.width;
-  const bool straight = high <= bottom && low >= top;
-  if (!grid.wrap) return straight;
-  return straight || low >= top + grid.height || high <= bottom - grid.height;
+  const bool without_wrap = high <= bottom && low >= top;
+  if (!grid.wrap) return without_wrap;
+  return without_wrap || low >= top + grid.height || high <= bottom - grid.height;
 }
 
 template <class T>
@@ -423,21 +421,21 @@ __device__ void stage_rows(char* stage, const Rows<T>& rows, int patches, int fi
 template <class T, int KEEP>
 __global__ void __launch_bounds__(128) gram_kernel(Rows<T> rows, Grid grid, int radius, Selection out) {
   const int threads = blockDim.x, patches = grid.patches(), chunks = rows.chunks();
-  const int first = blockIdx.x * threads, mine = first + threadIdx.x;  // a thread selects for one patch
+  const int first = blockIdx.x * threads, own_patch = first + threadIdx.x;  // a thread selects for one patch
   const int own_bytes = threads * kChunkBytes, stage_bytes = kGramCandidates * kChunkBytes;
   char* own = shared_memory();                                         // [chunks][threads] rows, loaded once
   char* stages = own + chunks * own_bytes;                             // [kStages][64] candidate rows
   float* scores = reinterpret_cast<float*>(stages + kStages * stage_bytes);
   float* scale = scores + threads * kScoreStride;                      // inverse norms of the 64 candidates
   GramTile<T> tile;
-  Best<KEEP> best;
+  TopK<KEEP> best;
   float own_scale = 0;
 
   for (int chunk = 0; chunk < chunks; ++chunk) stage_rows(own + chunk * own_bytes, rows, patches, first, threads, chunk);
   commit_copies();
   for (int from = 0; from < patches; from += kGramCandidates) {
     const int to = from + kGramCandidates < patches ? from + kGramCandidates : patches;
-    if (own_scale != 0 && !rows_meet(grid, radius, first, first + threads - 1, from, to - 1)) continue;
+    if (own_scale != 0 && !rows_within(grid, radius, first, first + threads - 1, from, to - 1)) continue;
     tile.clear();
     float squares[kGramCandidates / kGramRows] = {};
     for (int ahead = 0; ahead < kStages - 1; ++ahead) {
@@ -446,7 +444,7 @@ __global__ void __launch_bounds__(128) gram_kernel(Rows<T> rows, Grid grid, int 
     }
     for (int chunk = 0; chunk < chunks; ++chunk) {
       wait_copies<kStages - 2>();
-      __syncthreads();  // chunk has arrived for everyone, and everyone is done with the stage that is filled next
+      __syncthreads();  // the chunk is complete, and all warps are done with the stage that is filled next
       const int next = chunk + kStages - 1;
       if (next < chunks) stage_rows(stages + next % kStages * stage_bytes, rows, patches, from, kGramCandidates, next);
       commit_copies();
@@ -458,7 +456,7 @@ __global__ void __launch_bounds__(128) gram_kernel(Rows<T> rows, Grid grid, int 
           for (int unit = 0; unit < kUnits; ++unit)
             squares[i] += unit_squares<T>(stage + chunk_offset(threadIdx.x + i * threads, unit));
     }
-    if (own_scale == 0) {  // the first time round: all of the own rows are here now
+    if (own_scale == 0) {  // the first time: all of the own rows are loaded now
       float total = 0;
       for (int chunk = 0; chunk < chunks; ++chunk)
         for (int unit = 0; unit < kUnits; ++unit)
@@ -470,17 +468,17 @@ __global__ void __launch_bounds__(128) gram_kernel(Rows<T> rows, Grid grid, int 
     for (int i = 0; i < kGramCandidates / kGramRows; ++i)
       if (threadIdx.x + i * threads < kGramCandidates) scale[threadIdx.x + i * threads] = inverse_norm(squares[i]);
     __syncthreads();
-    if (mine < patches)
+    if (own_patch < patches)
       for (int candidate = from; candidate < to; ++candidate) {
-        const bool inside = radius < 0 || (apart(candidate / grid.width, mine / grid.width, grid.height, grid.wrap) <= radius &&
-                                           apart(candidate % grid.width, mine % grid.width, grid.width, grid.wrap) <= radius);
-        if (!inside || candidate == mine) continue;
+        const bool inside = radius < 0 || (grid_distance(candidate / grid.width, own_patch / grid.width, grid.height, grid.wrap) <= radius &&
+                                           grid_distance(candidate % grid.width, own_patch % grid.width, grid.width, grid.wrap) <= radius);
+        if (!inside || candidate == own_patch) continue;
         best.offer(scores[threadIdx.x * kScoreStride + candidate - from] * own_scale * scale[candidate - from], candidate);
       }
     __syncthreads();  // scores and stages may be overwritten
   }
-  if (mine >= patches) return;
-  const int64_t base = (int64_t(blockIdx.y) * patches + mine) * out.k;
+  if (own_patch >= patches) return;
+  const int64_t base = (int64_t(blockIdx.y) * patches + own_patch) * out.k;
 #pragma unroll
   for (int s = 0; s < KEEP; ++s) {
     if (s >= out.k) continue;
@@ -501,7 +499,7 @@ void launch_gram(const OnDevice& device, const Rows<T>& rows, const Grid& grid, 
   while (threads > kGramRows && (shared(threads) > device.shared_memory_limit() || patches <= threads / 2)) threads /= 2;
   STD_TORCH_CHECK(shared(threads) <= device.shared_memory_limit(), "neighbor_topk: rows of ", rows.channels,
                   " channels need ", shared(threads), " bytes of shared memory and this GPU has ", device.shared_memory_limit(),
-                  "; use force(neighbor_topk='triton')");
+                  "; use force(neighbor_topk='triton').");
   const dim3 blocks{unsigned((patches + threads - 1) / threads), unsigned(images), 1};
   launch(device, gram_kernel<T, KEEP>, blocks, threads, shared(threads), rows, grid, radius, out);
 }
@@ -511,9 +509,9 @@ void launch_gram(const OnDevice& device, const Rows<T>& rows, const Grid& grid, 
 std::tuple<Tensor, Tensor> neighbor_topk_fwd(
     const Tensor& x, int64_t height, int64_t width, int64_t k, int64_t radius, bool wrap, bool scores) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == height * width && x.stride(2) == 1 && k >= 1 && k <= 32,
-                  "neighbor_topk: expected x [images, height * width, channels] with dense rows, k in 1..32; call the Python function");
+                  "neighbor_topk: x must be [images, height * width, channels] with dense rows, k in 1..32, got another layout; call the Python function.");
   const int64_t images = x.size(0), patches = x.size(1);
-  STD_TORCH_CHECK(images <= 65535, "neighbor_topk: ", images, " images exceed the 65535 of one launch; split the batch");
+  STD_TORCH_CHECK(images <= 65535, "neighbor_topk: one launch must have at most 65535 images, got ", images, "; split the batch.");
   Tensor index = torch::stable::new_empty(x, {images, patches, k}, ScalarType::Int);
   Tensor score = torch::stable::new_empty(
       x, scores ? std::vector<int64_t>{images, patches, k} : std::vector<int64_t>{0}, ScalarType::Float);

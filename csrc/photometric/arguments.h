@@ -1,4 +1,4 @@
-// What both implementations of photometric make of their arguments.
+// Checks and constants that the C++ and the CUDA implementation of photometric share.
 #pragma once
 #include <vector>
 
@@ -9,11 +9,11 @@ namespace patchlight {
 
 inline void check_arguments(const Tensor& pixels, const Tensor& table, const std::vector<double>& mean, const std::vector<double>& std) {
   STD_TORCH_CHECK(pixels.dim() == 4 && pixels.is_contiguous() && table.is_contiguous() && pixels.size(3) == 3 &&
-                      table.size(1) == kLookColumns && mean.size() == 3 && std.size() == 3,
-                  "photometric: expected dense pixels [samples, height, width, 3] and a dense table; call the Python function");
+                      table.size(1) == kTableColumns && mean.size() == 3 && std.size() == 3,
+                  "photometric: pixels must be [samples, height, width, 3], dense like the table, got another layout; call the Python function.");
 }
 
-// 0..255 to normalized values, channel by channel.
+// From 0..255 to normalized values, per channel.
 struct Normalization {
   float scale[3], shift[3];
 

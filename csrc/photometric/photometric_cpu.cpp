@@ -1,6 +1,6 @@
-// photometric on the CPU. A task is one sample. Its pixels go in strips that fit the first cache through the jitter, up to
-// contrast if there is any, which needs the mean of the whole; then through the rest. A blurred row is the sum of its
-// neighbors row by row, then of its own shifts, and goes straight to the output.
+// photometric on the CPU. A task is one sample. Strips of pixels that fit L1 go through the jitter, up to contrast if there is
+// any, as that needs the mean of the whole picture; then through the rest. A blurred row is a weighted sum of rows, then of its
+// own shifts, and is written to the output.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -15,7 +15,7 @@ namespace patchlight {
 namespace {
 
 constexpr int64_t kStrip = 1024;  // pixels
-constexpr int kTogether = 3;      // distances that one sweep of the blur adds
+constexpr int kDistancesAtOnce = 3;  // that one sweep of the blur adds
 
 // Red, green and blue of adjacent pixels.
 struct Strip {
@@ -39,8 +39,8 @@ CLONES void saturate(float* __restrict r, float* __restrict g, float* __restrict
   }
 }
 
-CLONES void turn_hues(float* __restrict r, float* __restrict g, float* __restrict b, int64_t count, float turns) {
-  for (int64_t i = 0; i < count; ++i) turn_hue(r[i], g[i], b[i], turns);
+CLONES void shift_hues(float* __restrict r, float* __restrict g, float* __restrict b, int64_t count, float turns) {
+  for (int64_t i = 0; i < count; ++i) shift_hue(r[i], g[i], b[i], turns);
 }
 
 CLONES float gray_sum(const float* r, const float* g, const float* b, int64_t count) {
@@ -69,17 +69,17 @@ CLONES void add_neighbors(
     for (int64_t i = 0; i < count; ++i) y[i] += w1 * (b1[i] + a1[i]) + w2 * (b2[i] + a2[i]) + w3 * (b3[i] + a3[i]);
 }
 
-// The places [from, to) of the jitter's order. `center` is the mean gray that contrast needs.
-void jitter(const Strip& s, const Look& look, int from, int to, float center) {
+// The steps [from, to) of the jitter's order. `center` is the mean gray that contrast needs.
+void jitter(const Strip& s, const Settings& settings, int from, int to, float center) {
   for (int place = from; place < to; ++place) {
-    const int kind = look.kind(place);
-    if (!look.does(kind)) continue;
+    const int kind = settings.kind(place);
+    if (!settings.changes(kind)) continue;
     if (kind == kSaturation) {
-      saturate(s.r, s.g, s.b, s.count, look.saturation);
+      saturate(s.r, s.g, s.b, s.count, settings.saturation);
     } else if (kind == kHue) {
-      turn_hues(s.r, s.g, s.b, s.count, look.hue);
+      shift_hues(s.r, s.g, s.b, s.count, settings.hue);
     } else {
-      const float factor = kind == kBrightness ? look.brightness : look.contrast;
+      const float factor = kind == kBrightness ? settings.brightness : settings.contrast;
       const float rest = kind == kBrightness ? 0.0f : center * (1 - factor);
       for (float* plane : {s.r, s.g, s.b}) blend_plane(plane, s.count, factor, rest);
     }
@@ -89,30 +89,30 @@ void jitter(const Strip& s, const Look& look, int from, int to, float center) {
 // Half a kernel: weight[d] of distance d, padded with zeros to whole sweeps.
 struct Kernel {
   int reach;
-  float weight[1 + kMaxReach + kTogether] = {};
+  float weight[1 + kMaxReach + kDistancesAtOnce] = {};
 
-  Kernel(const Look& look, int64_t side) : reach(look.reach(side)) {
+  Kernel(const Settings& settings, int64_t side) : reach(settings.reach(side)) {
     float sum = 0;
-    for (int d = 0; d <= reach; ++d) sum += (d ? 2 : 1) * (weight[d] = blur_weight(d, look.sigma));
+    for (int d = 0; d <= reach; ++d) sum += (d ? 2 : 1) * (weight[d] = blur_weight(d, settings.sigma));
     for (int d = 0; d <= reach; ++d) weight[d] /= sum;
   }
 
   // y[i] = sum over distances d of weight[d] (at(-d)[i] + at(d)[i]); at(d) is a row of values.
   template <class At>
   void apply(At at, float* y, int64_t count) const {
-    const float *before[kTogether], *after[kTogether];
-    for (int first = 1; first <= std::max(reach, 1); first += kTogether) {
-      for (int t = 0; t < kTogether; ++t) {
+    const float *before[kDistancesAtOnce], *after[kDistancesAtOnce];
+    for (int first = 1; first <= std::max(reach, 1); first += kDistancesAtOnce) {
+      for (int t = 0; t < kDistancesAtOnce; ++t) {
         const int d = std::min(first + t, reach);  // behind the reach the weight is zero
         before[t] = at(-d), after[t] = at(d);
       }
-      const float weights[1 + kTogether] = {weight[0], weight[first], weight[first + 1], weight[first + 2]};
+      const float weights[1 + kDistancesAtOnce] = {weight[0], weight[first], weight[first + 1], weight[first + 2]};
       add_neighbors(at(0), before, after, weights, first == 1, y, count);
     }
   }
 };
 
-// What one thread works in.
+// The buffers of one thread.
 struct Workspace {
   std::vector<float> planes, padded, line, normalized;
   Workspace(int64_t pixels, int64_t width)
@@ -130,57 +130,57 @@ struct Sample {
   }
 
   template <class T>
-  void change(const uint8_t* bytes, const Look& look, T* out, Workspace& work) const {
-    const int pause = look.contrast_place();
+  void change(const uint8_t* bytes, const Settings& settings, T* out, Workspace& work) const {
+    const int contrast_at = settings.contrast_place();
     double sum = 0;
     for (int64_t at = 0; at < pixels(); at += kStrip) {
       const Strip s = strip(work, at);
       read_bytes(bytes + 3 * at, s.r, s.g, s.b, s.count);
-      jitter(s, look, 0, pause, 0);
-      if (pause < 4) sum += gray_sum(s.r, s.g, s.b, s.count);
-      else finish(s, at, look, out, work);
+      jitter(s, settings, 0, contrast_at, 0);
+      if (contrast_at < 4) sum += gray_sum(s.r, s.g, s.b, s.count);
+      else finish(s, at, settings, out, work);
     }
     const float center = float(sum / double(pixels()));
-    for (int64_t at = 0; at < pixels() && pause < 4; at += kStrip) {
+    for (int64_t at = 0; at < pixels() && contrast_at < 4; at += kStrip) {
       const Strip s = strip(work, at);
-      jitter(s, look, pause, 4, center);
-      finish(s, at, look, out, work);
+      jitter(s, settings, contrast_at, 4, center);
+      finish(s, at, settings, out, work);
     }
-    if (look.sigma > 0) blur(look, out, work);
+    if (settings.sigma > 0) blur(settings, out, work);
   }
 
-  // What follows the jitter, up to the blur if there is one.
+  // The steps after the jitter, up to the blur if there is one.
   template <class T>
-  void finish(const Strip& s, int64_t at, const Look& look, T* out, Workspace& work) const {
-    if (look.gray) make_gray(s.r, s.g, s.b, s.count);
-    if (look.sigma > 0) return;
+  void finish(const Strip& s, int64_t at, const Settings& settings, T* out, Workspace& work) const {
+    if (settings.gray) make_gray(s.r, s.g, s.b, s.count);
+    if (settings.sigma > 0) return;
     const float* planes[3] = {s.r, s.g, s.b};
-    for (int c = 0; c < 3; ++c) write(planes[c], s.count, c, look, out + c * pixels() + at, work);
+    for (int c = 0; c < 3; ++c) write(planes[c], s.count, c, settings, out + c * pixels() + at, work);
   }
 
   template <class T>
-  void blur(const Look& look, T* out, Workspace& work) const {
-    const Kernel kernel(look, std::min(height, width));
+  void blur(const Settings& settings, T* out, Workspace& work) const {
+    const Kernel kernel(settings, std::min(height, width));
     float* middle = work.padded.data() + kMaxReach;
-    const int different = look.gray ? 1 : 3;  // channels
-    for (int first = 0; first < different; ++first) {
+    const int distinct = settings.gray ? 1 : 3;  // channels to blur
+    for (int first = 0; first < distinct; ++first) {
       const float* plane = work.planes.data() + first * pixels();
       for (int64_t y = 0; y < height; ++y) {
         kernel.apply([&](int d) { return plane + mirrored(y + d, height) * width; }, middle, width);
         for (int d = 1; d <= kernel.reach; ++d) middle[-d] = middle[d], middle[width - 1 + d] = middle[width - 1 - d];
         kernel.apply([&](int d) { return middle + d; }, work.line.data(), width);
-        for (int c = first; c < 3; c += different) write(work.line.data(), width, c, look, out + c * pixels() + y * width, work);
+        for (int c = first; c < 3; c += distinct) write(work.line.data(), width, c, settings, out + c * pixels() + y * width, work);
       }
     }
   }
 
   template <class T>
-  void write(const float* x, int64_t count, int channel, const Look& look, T* out, Workspace& work) const {
+  void write(const float* x, int64_t count, int channel, const Settings& settings, T* out, Workspace& work) const {
     const float scale = normalization.scale[channel], shift = normalization.shift[channel];
     if constexpr (std::is_same_v<T, float>) {
-      solarize_and_normalize(x, out, count, look.solarize, scale, shift);
+      solarize_and_normalize(x, out, count, settings.solarize, scale, shift);
     } else {
-      solarize_and_normalize(x, work.normalized.data(), count, look.solarize, scale, shift);
+      solarize_and_normalize(x, work.normalized.data(), count, settings.solarize, scale, shift);
       for (int64_t i = 0; i < count; ++i) out[i] = T(work.normalized[i]);
     }
   }
@@ -201,7 +201,7 @@ Tensor photometric_fwd(
       Workspace work(sample.pixels(), width);
       for (int64_t m = begin; m < end; ++m) {
         const int64_t at = m * sample.pixels() * 3;
-        sample.change(bytes + at, Look(rows + m * kLookColumns), to + at, work);
+        sample.change(bytes + at, Settings(rows + m * kTableColumns), to + at, work);
       }
     });
   });

@@ -1,4 +1,4 @@
-// What a table's row means and what it does to one pixel, once for the CPU and for the GPU. Columns as in table.py.
+// The meaning of a row of the table and its arithmetic for one pixel, for the CPU and the GPU. Columns as in table.py.
 // Values lie between 0 and 255.
 #pragma once
 
@@ -6,16 +6,16 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define PATCHLIGHT_ANYWHERE __host__ __device__ __forceinline__
+#define PATCHLIGHT_HOST_DEVICE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
-#define PATCHLIGHT_ANYWHERE inline __attribute__((always_inline))
+#define PATCHLIGHT_HOST_DEVICE inline __attribute__((always_inline))
 #else
-#define PATCHLIGHT_ANYWHERE inline
+#define PATCHLIGHT_HOST_DEVICE inline
 #endif
 
 namespace patchlight {
 
-constexpr int kLookColumns = 8;
+constexpr int kTableColumns = 8;
 constexpr int kMaxReach = 12;
 constexpr float kMaxFactor = 1024.0f, kMaxHue = 0.5f, kBrightest = 255.0f;
 constexpr int kBrightness = 0, kContrast = 1, kSaturation = 2, kHue = 3;
@@ -36,14 +36,14 @@ constexpr uint64_t packed_orders(int first_row) {
 }
 
 // A row of the table: what is out of range (or NaN) changes nothing.
-struct Look {
+struct Settings {
   float brightness, contrast, saturation, hue, sigma, solarize;
   int kinds;  // two bits for each place in the order
   bool gray;
 
-  PATCHLIGHT_ANYWHERE static float factor(float value) { return value >= 0 && value <= kMaxFactor ? value : 1.0f; }
+  PATCHLIGHT_HOST_DEVICE static float factor(float value) { return value >= 0 && value <= kMaxFactor ? value : 1.0f; }
 
-  PATCHLIGHT_ANYWHERE explicit Look(const float* row)
+  PATCHLIGHT_HOST_DEVICE explicit Settings(const float* row)
       : brightness(factor(row[0])), contrast(factor(row[1])), saturation(factor(row[2])),
         hue(row[3] >= -kMaxHue && row[3] <= kMaxHue ? row[3] : 0.0f), sigma(row[6]), solarize(row[7]), gray(row[5] > 0) {
     constexpr uint64_t kFirst = packed_orders(0), kSecond = packed_orders(8), kThird = packed_orders(16);
@@ -51,35 +51,35 @@ struct Look {
     kinds = int((order < 8 ? kFirst : order < 16 ? kSecond : kThird) >> (order % 8 * 8)) & 255;
   }
 
-  PATCHLIGHT_ANYWHERE int kind(int place) const { return kinds >> (2 * place) & 3; }
-  PATCHLIGHT_ANYWHERE bool does(int kind) const {
+  PATCHLIGHT_HOST_DEVICE int kind(int place) const { return kinds >> (2 * place) & 3; }
+  PATCHLIGHT_HOST_DEVICE bool changes(int kind) const {
     return kind == kBrightness ? brightness != 1 : kind == kContrast ? contrast != 1 : kind == kSaturation ? saturation != 1 : hue != 0;
   }
-  // Where contrast comes in the order; 4 if it does nothing.
-  PATCHLIGHT_ANYWHERE int contrast_place() const {
+  // The place of contrast in the order; 4 if it changes nothing.
+  PATCHLIGHT_HOST_DEVICE int contrast_place() const {
     int place = 0;
     while (kind(place) != kContrast) ++place;
     return contrast != 1 ? place : 4;
   }
-  // How far the blur of a picture whose shorter side is `side` looks.
-  PATCHLIGHT_ANYWHERE int reach(int64_t side) const {
+  // How many pixels to each side the blur of a picture reads; `side` is its shorter side.
+  PATCHLIGHT_HOST_DEVICE int reach(int64_t side) const {
     if (!(sigma > 0)) return 0;
-    const float wanted = ceilf(3.0f * sigma);
-    const float room = side - 1 < kMaxReach ? float(side - 1) : float(kMaxReach);
-    return int(wanted < room ? wanted : room);
+    const float three_sigmas = ceilf(3.0f * sigma);
+    const float limit = side - 1 < kMaxReach ? float(side - 1) : float(kMaxReach);
+    return int(three_sigmas < limit ? three_sigmas : limit);
   }
 };
 
-PATCHLIGHT_ANYWHERE float clamp_to(float x, float most) { return x < 0 ? 0.0f : x > most ? most : x; }
-PATCHLIGHT_ANYWHERE float gray_of(float r, float g, float b) { return 0.2989f * r + 0.587f * g + 0.114f * b; }
-PATCHLIGHT_ANYWHERE float blend(float x, float factor, float rest) { return clamp_to(x * factor + rest, kBrightest); }
+PATCHLIGHT_HOST_DEVICE float clamp_to(float x, float most) { return x < 0 ? 0.0f : x > most ? most : x; }
+PATCHLIGHT_HOST_DEVICE float gray_of(float r, float g, float b) { return 0.2989f * r + 0.587f * g + 0.114f * b; }
+PATCHLIGHT_HOST_DEVICE float blend(float x, float factor, float rest) { return clamp_to(x * factor + rest, kBrightest); }
 
-// Turns the hue of the HSV cone: with the hue in sextants, channels are least + chroma * (|h - 3| - 1, 2 - |h - 2|, 2 - |h - 4|).
-PATCHLIGHT_ANYWHERE void turn_hue(float& r, float& g, float& b, float turns) {
+// Shifts the hue of the HSV cone by `turns` of the color circle: with the hue in sextants, channels are least + chroma * (|h - 3| - 1, 2 - |h - 2|, 2 - |h - 4|).
+PATCHLIGHT_HOST_DEVICE void shift_hue(float& r, float& g, float& b, float turns) {
   const float upper = r > g ? r : g, lower = r < g ? r : g;
   const float most = upper > b ? upper : b, least = lower < b ? lower : b;
   const float chroma = most - least;
-  const float scale = 1.0f / (chroma > 0 ? chroma : 1.0f);  // of a gray pixel: multiplies zero below
+  const float scale = 1.0f / (chroma > 0 ? chroma : 1.0f);  // 1 for a gray pixel, where it multiplies zeros
   float h = most == r ? (g - b) * scale : most == g ? (b - r) * scale + 2 : (r - g) * scale + 4;
   h += 6 * turns;  // -4..8
   h += h < 0 ? 6.0f : 0.0f;
@@ -89,17 +89,17 @@ PATCHLIGHT_ANYWHERE void turn_hue(float& r, float& g, float& b, float turns) {
   b = least + chroma * clamp_to(2 - fabsf(h - 4), 1.0f);
 }
 
-PATCHLIGHT_ANYWHERE float solarized(float x, float from) { return x >= from ? kBrightest - x : x; }
+PATCHLIGHT_HOST_DEVICE float solarized(float x, float from) { return x >= from ? kBrightest - x : x; }
 
-// The weight of a distance before they are divided by their sum.
-PATCHLIGHT_ANYWHERE float blur_weight(int distance, float sigma) {
+// The weight of a distance, not yet divided by the sum of all.
+PATCHLIGHT_HOST_DEVICE float blur_weight(int distance, float sigma) {
   const float z = float(distance) / sigma;
   return expf(-0.5f * (z * z));
 }
 
-// Where a position outside of 0..size-1 is mirrored to, not repeating the edge; it may lie size - 1 outside.
+// The position in 0..size-1 that mirrors this one without repeating the edge; it may be up to size - 1 outside.
 template <class Int>
-PATCHLIGHT_ANYWHERE Int mirrored(Int at, Int size) {
+PATCHLIGHT_HOST_DEVICE Int mirrored(Int at, Int size) {
   at = at < 0 ? -at : at;
   return at < size ? at : 2 * (size - 1) - at;
 }

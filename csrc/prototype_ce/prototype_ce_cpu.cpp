@@ -1,11 +1,11 @@
-// prototype_ce on the CPU: four products, each done once, and nothing of size rows x prototypes kept.
-// A chunk of positions at a time, a lane for every row of every view: student and teacher lanes of one position lie alike.
-//   score     logits of 64 prototypes for all lanes; their exponentials, maxima, sums and the pairs' cross terms
-//   conclude  normalisers from the blocks' maxima and sums, losses from the cross terms
-//   weigh     exponentials to gradients of the logits, and at once the gradient of these 64 prototypes
-//   pull      the gradient of the rows
+// prototype_ce on the CPU: four products, each computed once, and nothing of size rows x prototypes is kept.
+// A chunk of positions at a time, a lane for every row of every view: both branches have their positions in the same order.
+//   compute_statistics  logits of 64 prototypes for all lanes; their exponentials, maxima, sums and the pairs' cross terms
+//   merge_blocks        log-sum-exps from the blocks' maxima and sums, losses from the cross terms
+//   logit_gradients     exponentials to gradients of the logits, and at once the gradient of these 64 prototypes
+//   row_gradients       the gradient of the rows
 // Logits are in units of log2, so that exponentials are powers of two. Lanes are adjacent in memory, prototypes 32 lanes
-// apart: sums over prototypes need no shuffles, and each of the products finds its panel of 32 columns.
+// apart: sums over prototypes need no shuffles, and each product has panels of 32 columns.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -22,14 +22,12 @@ namespace {
 
 constexpr int64_t kGroup = 16;              // lanes of one view come in groups of this many; two make a panel
 constexpr int64_t kBlock = 64;              // prototypes at a time: with 256 channels they and a panel of rows fit 96 KiB
-constexpr int64_t kPositions = 256;         // at most so many at a time; with few, threads would often wait for each other
+constexpr int64_t kPositions = 256;         // at a time, at most; with fewer, threads would wait for each other more often
 constexpr int64_t kChunkBytes = 5 << 20;    // of exponentials, if at least one group of positions fits
-constexpr int64_t kPullWidth = 64;          // channels of a task when rows are pulled
-constexpr int64_t kPullBlock = 256;         // prototypes of one pull: 32 KiB of gradients stay in the first cache
+constexpr int64_t kGradientWidth = 64;      // channels of a task of row_gradients
+constexpr int64_t kGradientBlock = 256;     // prototypes of one product there: 32 KiB of gradients stay in L1
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr double kLn2 = 0.69314718055994531;
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct Weights {  // fp32 rows
   const float* data;
@@ -45,13 +43,13 @@ struct Rows {  // z[view, position, :]
   const T* row(int64_t view, int64_t position) const { return data + view * view_stride + position * stride; }
 };
 
-// The chunk's lanes of the student or of the teacher.
+// The lanes of a chunk, of the student or of the teacher.
 struct Side {
   Side(int64_t view_count, int64_t positions, int64_t width, int64_t prototypes, bool keeps)
       : views(view_count), lanes(round_up(view_count * positions, kPanel)), panels(lanes / kPanel), prototypes_(prototypes),
         blocks((prototypes + kBlock - 1) / kBlock), rows(lanes * width), highest(blocks * lanes), sum(blocks * lanes),
         log2_sum(lanes), values_(keeps ? lanes * prototypes : 0) {}
-  // Of a panel: [prototypes from `first` on][32], exponentials and later gradients.
+  // A panel's exponentials, later gradients: [prototypes from `first` on][32].
   float* values(int64_t panel, int64_t first) const { return values_.at((panel * prototypes_ + first) * kPanel); }
 
   int64_t views, lanes, panels;
@@ -62,15 +60,15 @@ struct Side {
  public:
   int64_t blocks;
   Buffer rows;          // [panels][width][32], times 1 / (temperature ln 2)
-  Buffer highest, sum;  // [blocks][lanes]; after `normalise` highest is what turns a block's exponentials to probabilities
+  Buffer highest, sum;  // [blocks][lanes]; after `normalize` highest is the factor from a block's exponentials to probabilities
   Buffer log2_sum;      // [lanes] of the powers of two
 
  private:
   Buffer values_;
 };
 
-// One panel from the positions from `first` on; lanes without a row are zero. `columns` gets the rows as they are, in
-// panels of channels: [width / 32][lanes][32].
+// Fills one panel with the positions from `first` on; lanes without a row are zero. `columns` gets the same rows unscaled,
+// in panels of channels: [width / 32][lanes][32].
 template <class T>
 void pack(const Rows<T>& z, const Side& side, int64_t panel, int64_t first, int64_t end, int64_t positions, int64_t width,
           float scale, float* columns) {
@@ -93,21 +91,6 @@ void pack(const Rows<T>& z, const Side& side, int64_t panel, int64_t first, int6
   }
 }
 
-// Logits of one block and panel to exponentials: highest and sum per lane, tile = 2^(tile - highest).
-CLONES void exponentiate(float* __restrict tile, int64_t count, float* __restrict highest, float* __restrict sum) {
-  float top[kPanel], total[kPanel];
-  for (int i = 0; i < kPanel; ++i) top[i] = -FLT_MAX, total[i] = 0;  // finite: a block may have nothing above -inf
-  for (int64_t k = 0; k < count; ++k)
-    for (int i = 0; i < kPanel; ++i) top[i] = tile[k * kPanel + i] > top[i] ? tile[k * kPanel + i] : top[i];
-  for (int64_t k = 0; k < count; ++k)
-    for (int i = 0; i < kPanel; ++i) {
-      const float value = exp2_inline(tile[k * kPanel + i] - top[i]);
-      tile[k * kPanel + i] = value;
-      total[i] += value;
-    }
-  for (int i = 0; i < kPanel; ++i) highest[i] = top[i], sum[i] = total[i];
-}
-
 CLONES void add_bias(float* __restrict tile, int64_t count, const float* bias, float scale) {
   for (int64_t k = 0; k < count; ++k)
     for (int i = 0; i < kPanel; ++i) tile[k * kPanel + i] += bias[k] * scale;
@@ -121,7 +104,7 @@ CLONES void cross(const float* teacher, const float* student, int64_t count, flo
   for (int i = 0; i < kGroup; ++i) out[i] = total[i];
 }
 
-CLONES void normalise(float* __restrict highest, const float* __restrict sum, int64_t blocks, int64_t lanes, float* __restrict lse) {
+CLONES void normalize(float* __restrict highest, const float* __restrict sum, int64_t blocks, int64_t lanes, float* __restrict lse) {
   for (int64_t i = 0; i < lanes; ++i) lse[i] = highest[i];
   for (int64_t b = 1; b < blocks; ++b)
     for (int64_t i = 0; i < lanes; ++i) lse[i] = highest[b * lanes + i] > lse[i] ? highest[b * lanes + i] : lse[i];
@@ -143,7 +126,7 @@ CLONES void subtract_group(float* __restrict tile, const float* __restrict other
     for (int i = 0; i < kGroup; ++i) tile[k * kPanel + i] -= factor[i] * other[k * kPanel + i];
 }
 
-// What all chunks share.
+// The same for all chunks.
 struct Problem {
   int64_t students, teachers, rows, width, prototypes;
   Weights weights, teacher_weights;
@@ -155,7 +138,7 @@ struct Problem {
 struct Results {
   double loss = 0;
   float *log2_student, *log2_teacher, *dz, *dprototypes;  // dz null: no gradients
-  float z_unit;                                         // the gradient of a logit in units of log2, times this, is that of z
+  float z_unit;                                           // factor from the gradient of a logit in units of log2 to that of z
 };
 
 class Chunks {
@@ -166,26 +149,26 @@ class Chunks {
         teacher(p.teachers, positions, p.width, p.prototypes, out.dz != nullptr), cross_(student.blocks * p.teachers * student.lanes),
         columns(out.dz ? student.lanes * round_up(p.width, kPanel) : 0) {}
 
-  // Three parallel regions a chunk: rows are packed beside the pulling of the chunk before, as every region costs a wait.
+  // Three parallel regions a chunk: the next rows are packed beside row_gradients, as every region costs a wait.
   template <class T>
   void run(const Rows<T>& z, const Rows<T>& teacher_z) {
-    const int64_t parts = out.dz ? (p.width + kPullWidth - 1) / kPullWidth : 0;
-    const int64_t pulls = student.panels * parts, packs = student.panels + teacher.panels;
+    const int64_t parts = out.dz ? (p.width + kGradientWidth - 1) / kGradientWidth : 0;
+    const int64_t gradient_tasks = student.panels * parts, pack_tasks = student.panels + teacher.panels;
     const auto pack_next = [&](int64_t i, int64_t next) {
       if (i < student.panels)
         pack(z, student, i, next, p.rows, positions, p.width, p.scale, out.dz ? columns.at(0) : nullptr);
       else
         pack(teacher_z, teacher, i - student.panels, next, p.rows, positions, p.width, p.teacher_scale, nullptr);
     };
-    in_parallel(packs, [&](int64_t i) { pack_next(i, 0); });
+    in_parallel(pack_tasks, [&](int64_t i) { pack_next(i, 0); });
     for (first = 0; first < p.rows; first += positions) {
       count = std::min(positions, p.rows - first);
-      in_parallel(student.blocks, [&](int64_t block) { score(block); });
-      conclude();
-      if (out.dz) in_parallel(student.blocks, [&](int64_t block) { weigh(block); });
+      in_parallel(student.blocks, [&](int64_t block) { compute_statistics(block); });
+      merge_blocks();
+      if (out.dz) in_parallel(student.blocks, [&](int64_t block) { logit_gradients(block); });
       const int64_t next = first + positions;
-      in_parallel(pulls + (next < p.rows ? packs : 0), [&](int64_t i) {
-        i < pulls ? pull(i / parts, i % parts * kPullWidth) : pack_next(i - pulls, next);
+      in_parallel(gradient_tasks + (next < p.rows ? pack_tasks : 0), [&](int64_t i) {
+        i < gradient_tasks ? row_gradients(i / parts, i % parts * kGradientWidth) : pack_next(i - gradient_tasks, next);
       });
     }
   }
@@ -211,17 +194,17 @@ class Chunks {
                     p.width, 1, false});
   }
 
-  // The group of teacher lanes that has the positions of this group of student lanes.
+  // The group of teacher lanes with the positions of this group of student lanes.
   int64_t partner(int64_t view, int64_t lane) const { return view * positions + lane % positions; }
 
   float* cross_terms(int64_t block, int64_t view, int64_t lane) const {
     return cross_.at((block * p.teachers + view) * student.lanes + lane);
   }
 
-  void score(int64_t block) {
+  void compute_statistics(int64_t block) {
     const int64_t k = block * kBlock, size = block_size(block);
     const bool keeps = out.dz;
-    thread_local std::vector<float> scratch;  // the teacher's tiles and one of the student's, where they are not kept
+    thread_local std::vector<float> scratch;  // the teacher's tiles and one of the student's, if they are not kept
     scratch.resize((teacher.panels + 1) * kBlock * kPanel);
     const auto teacher_tile = [&](int64_t panel) {
       return keeps ? teacher.values(panel, k) : scratch.data() + panel * kBlock * kPanel;
@@ -231,7 +214,7 @@ class Chunks {
       const int64_t at = block * teacher.lanes + panel * kPanel;
       logits(teacher, p.teacher_weights, panel, k, size, tile);
       if (p.bias) add_bias(tile, size, p.bias + k, p.teacher_scale);
-      exponentiate(tile, size, teacher.highest.at(at), teacher.sum.at(at));
+      exponentiate_panel(tile, size, teacher.highest.at(at), teacher.sum.at(at));
     }
     for (int64_t panel = 0; panel < student.panels; ++panel) {
       float* tile = keeps ? student.values(panel, k) : scratch.data() + teacher.panels * kBlock * kPanel;
@@ -242,13 +225,13 @@ class Chunks {
           const int64_t other = partner(view, lane);
           cross(teacher_tile(other / kPanel) + other % kPanel, tile + lane % kPanel, size, cross_terms(block, view, lane));
         }
-      exponentiate(tile, size, student.highest.at(at), student.sum.at(at));
+      exponentiate_panel(tile, size, student.highest.at(at), student.sum.at(at));
     }
   }
 
-  void conclude() {
-    normalise(student.highest.at(0), student.sum.at(0), student.blocks, student.lanes, student.log2_sum.at(0));
-    normalise(teacher.highest.at(0), teacher.sum.at(0), teacher.blocks, teacher.lanes, teacher.log2_sum.at(0));
+  void merge_blocks() {
+    normalize(student.highest.at(0), student.sum.at(0), student.blocks, student.lanes, student.log2_sum.at(0));
+    normalize(teacher.highest.at(0), teacher.sum.at(0), teacher.blocks, teacher.lanes, teacher.log2_sum.at(0));
     for (int64_t t = 0; t < p.teachers; ++t)
       for (int64_t r = 0; r < count; ++r) out.log2_teacher[t * p.rows + first + r] = *teacher.log2_sum.at(t * positions + r);
     std::vector<double> expected(positions);
@@ -268,7 +251,7 @@ class Chunks {
   }
 
   // The gradient of a logit (of the plain product, so with 1 / temperature): weight (A p_student - sum_t a_t p_teacher).
-  void weigh(int64_t block) {
+  void logit_gradients(int64_t block) {
     const int64_t k = block * kBlock, size = block_size(block);
     for (int64_t lane = 0; lane < student.lanes; lane += kGroup) {
       const int64_t s = lane / positions, position = lane % positions;
@@ -290,28 +273,28 @@ class Chunks {
     for (int64_t d = 0; d < p.width; d += kPanel) {
       const int64_t fitting = std::min<int64_t>(kPanel, p.width - d);
       float* sum = out.dprototypes + k * p.width + d;
-      float beside[kBlock * kPanel];  // for a last panel that is not full
+      float last_panel[kBlock * kPanel];  // for a last panel that is not full
       PanelProduct product{student.values(0, k), kPanel, 1, p.prototypes * kPanel, columns.at(d * student.lanes), kPanel,
                            kPanel * kPanel, sum, p.width, size, kPanel, student.panels, first > 0};
-      if (fitting < kPanel) product.c = beside, product.c_row = kPanel, product.accumulate = false;
+      if (fitting < kPanel) product.c = last_panel, product.c_row = kPanel, product.accumulate = false;
       multiply_panel(product);
       for (int64_t i = 0; i < size && fitting < kPanel; ++i)
-        for (int64_t j = 0; j < fitting; ++j) sum[i * p.width + j] = (first > 0 ? sum[i * p.width + j] : 0) + beside[i * kPanel + j];
+        for (int64_t j = 0; j < fitting; ++j) sum[i * p.width + j] = (first > 0 ? sum[i * p.width + j] : 0) + last_panel[i * kPanel + j];
     }
   }
 
   // Channels [from, from + kPullWidth) of dz for the rows of one panel.
-  void pull(int64_t panel, int64_t from) {
-    const int64_t wide = std::min(kPullWidth, p.width - from);
-    alignas(64) float pulled[kPullWidth * kPanel];  // transposed
-    for (int64_t k = 0; k < p.prototypes; k += kPullBlock)
-      multiply_panel({p.weights.row(k) + from, 1, p.weights.stride, 0, student.values(panel, k), kPanel, 0, pulled, kPanel, wide,
-                      std::min(kPullBlock, p.prototypes - k), 1, k > 0});
+  void row_gradients(int64_t panel, int64_t from) {
+    const int64_t wide = std::min(kGradientWidth, p.width - from);
+    alignas(64) float transposed[kGradientWidth * kPanel];
+    for (int64_t k = 0; k < p.prototypes; k += kGradientBlock)
+      multiply_panel({p.weights.row(k) + from, 1, p.weights.stride, 0, student.values(panel, k), kPanel, 0, transposed, kPanel, wide,
+                      std::min(kGradientBlock, p.prototypes - k), 1, k > 0});
     for (int64_t i = 0; i < kPanel; ++i) {
       const int64_t lane = panel * kPanel + i, s = lane / positions, r = lane % positions;
       if (s >= p.students || r >= count) continue;
       float* row = out.dz + (s * p.rows + first + r) * p.width + from;
-      for (int64_t d = 0; d < wide; ++d) row[d] = pulled[d * kPanel + i];
+      for (int64_t d = 0; d < wide; ++d) row[d] = transposed[d * kPanel + i];
     }
   }
 
@@ -324,8 +307,8 @@ class Chunks {
   Buffer columns;  // the student's rows as the right factor of dprototypes
 };
 
-// The rows of a weight in fp32: themselves, or a copy that `kept` owns.
-Weights in_float(const Tensor& weight, std::optional<Buffer>& kept) {
+// The rows of a weight in fp32: in place, or in `copy`.
+Weights in_float(const Tensor& weight, std::optional<Buffer>& copy) {
   Weights result{nullptr, weight.size(1)};
   with_float_type(weight, "prototype_ce", [&](auto type) {
     using T = typename decltype(type)::type;
@@ -333,11 +316,11 @@ Weights in_float(const Tensor& weight, std::optional<Buffer>& kept) {
     if constexpr (std::is_same_v<T, float>) {
       result = {from, weight.stride(0)};
     } else {
-      kept.emplace(weight.size(0) * weight.size(1));
+      copy.emplace(weight.size(0) * weight.size(1));
       torch::stable::parallel_for(0, weight.size(0), 64, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) widen(from + k * weight.stride(0), kept->at(k * weight.size(1)), weight.size(1));
+        for (int64_t k = begin; k < end; ++k) widen(from + k * weight.stride(0), copy->at(k * weight.size(1)), weight.size(1));
       });
-      result.data = kept->at(0);
+      result.data = copy->at(0);
     }
   });
   return result;
@@ -350,10 +333,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd(
   const int64_t students = z.size(0), teachers = teacher_z.size(0), rows = z.size(1), width = z.size(2), count = prototypes.size(0);
   STD_TORCH_CHECK(width <= 1 || (z.stride(2) == 1 && teacher_z.stride(2) == 1 && prototypes.stride(1) == 1 &&
                                  teacher_prototypes.stride(1) == 1),
-                  "prototype_ce: expected rows with dense channels; call the Python function");
-  std::optional<Buffer> kept, teacher_kept;
+                  "prototype_ce: rows must have dense channels, got strided ones; call the Python function.");
+  std::optional<Buffer> copy, teacher_copy;
   const Problem problem{
-      students, teachers, rows, width, count, in_float(prototypes, kept), in_float(teacher_prototypes, teacher_kept),
+      students, teachers, rows, width, count, in_float(prototypes, copy), in_float(teacher_prototypes, teacher_copy),
       float(kLog2e / temperature), float(kLog2e / teacher_temperature), static_cast<const float*>(pair_weight.data_ptr()),
       static_cast<const float*>(row_weight.data_ptr()), bias ? static_cast<const float*>(bias->data_ptr()) : nullptr};
   const auto allocate = [&](std::vector<int64_t> sizes) { return torch::stable::new_empty(z, sizes, ScalarType::Float); };

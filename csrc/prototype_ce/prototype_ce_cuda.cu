@@ -1,11 +1,11 @@
 // prototype_ce on the GPU.
 //   stream    a block keeps the rows of some positions, of all views, in shared memory; tiles of 64 prototypes of both branches
-//             pass by in 128-byte chunks through asynchronous stages. A warp owns 32 rows. Teacher warps turn their logits to
-//             probabilities and lay them out; student warps then read those of their own positions. What follows is a job:
-//     Score   a tile's sums and the student's mean logit under each teacher, final for that tile
-//     Weigh   the gradient of the student's logits, from the sums of all tiles
-//   conclude  merges what Score says of the tiles, to the loss of 32 positions of one view
-//   total     adds those up
+//             are loaded in 128-byte chunks through asynchronous stages. A warp owns 32 rows. Teacher warps write their
+//             probabilities to shared memory; student warps then read those of their own positions. The rest is a task:
+//     Statistics      a tile's sums and the student's mean logit under each teacher, final for that tile
+//     LogitGradients  the gradient of the student's logits, from the sums of all tiles
+//   merge     combines the Statistics of all tiles to the loss of 32 positions of one view
+//   total     sums those losses
 // Logits are in units of log2 and never leave the registers; all sums are fp32 and in a fixed order.
 #include <cfloat>
 #include <optional>
@@ -16,14 +16,11 @@
 namespace patchlight {
 namespace {
 
-constexpr int kWarpLanes = 32;
 constexpr int kStages = 3;
 constexpr int kMaxWarps = 8;                                     // leaves 255 registers a thread; 64 of them are sums
 constexpr int kStageBytes = 2 * kTileColumns * kChunkBytes;      // a chunk of 64 prototypes of either branch
-constexpr int kProbabilityStride = kTileColumns + 8;             // of a row: lanes of four rows then hit different banks
-constexpr int kScratchRows = 16;                                 // of gradients that a warp hands out at a time
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
+constexpr int kProbabilityStride = kTileColumns + 8;             // of a row: lanes of four rows then use different banks
+constexpr int kScratchRows = 16;                                 // of gradients that a warp stores at a time
 
 template <class T>
 struct Branch {
@@ -44,11 +41,11 @@ struct Problem {
   __host__ __device__ int tiles() const { return (prototypes + kTileColumns - 1) / kTileColumns; }
 };
 
-// How a block is made up. A row's slot in it is view * positions + position, for the teacher and then for the student.
+// The rows of a block. A row's slot is view * positions + position, for the teacher and then for the student.
 struct Plan {
-  int log2_positions, views;  // of a block; views of the student, teachers are all there
+  int log2_positions, views;  // of a block; views of the student, as all views of the teacher are in it
   int teacher_warps, student_warps;
-  int tiles;  // that a block goes through
+  int tiles;  // of prototypes for a block
   __host__ __device__ int positions() const { return 1 << log2_positions; }
   __device__ int first_position() const { return int(blockIdx.x) << log2_positions; }
   __device__ int view(int slot) const { return slot >> log2_positions; }
@@ -57,20 +54,20 @@ struct Plan {
 };
 
 // A row of a warp's tile.
-struct Place {
+struct RowPosition {
   int view, position;  // of the problem
   bool exists;
 };
 
-struct Where {  // a warp's tile
+struct TilePosition {  // of a warp's tile
   Plan plan;
-  int first_slot;    // of the warp among its branch's
+  int first_slot;    // of the warp, within its branch
   int first_view, views_here, views;  // the block's first view, how many it has at most, and how many the branch has
   int positions;     // of the problem
   int tile, prototypes;
-  // The row of probabilities of teacher view t that belongs to a student's row.
+  // The row of probabilities of teacher view t for the position of a student's row.
   __device__ int partner(int t, int row) const { return (t << plan.log2_positions) + plan.position(first_slot + row); }
-  __device__ Place place(int row) const {
+  __device__ RowPosition place(int row) const {
     const int in_group = plan.view(first_slot + row), view = first_view + in_group;
     const int position = plan.first_position() + plan.position(first_slot + row);
     return {view, position, in_group < views_here && view < views && position < positions};
@@ -85,7 +82,7 @@ __device__ void stage_rows(char* out, const Branch<T>& branch, const Problem<T>&
   for (int i = threadIdx.x; i < units; i += blockDim.x) {
     const int unit = i % kUnits, slot = i / kUnits % slots, chunk = i / kUnits / slots;
     int view = first_view + plan.view(slot), position = plan.first_position() + plan.position(slot);
-    view = view < branch.views ? view : branch.views - 1;  // rows that do not exist repeat one that does
+    view = view < branch.views ? view : branch.views - 1;  // missing rows repeat the last one
     position = position < p.positions ? position : p.positions - 1;
     stage_unit(out + chunk * all_slots * kChunkBytes + chunk_offset(slot, unit),
                branch.rows + view * branch.view_stride + position * branch.row_stride,
@@ -106,26 +103,26 @@ __device__ void stage_weights(char* stage, const Problem<T>& p, int tile, int ch
   }
 }
 
-// The teacher's logit of a lane's sum; there may be no prototype any more.
+// The teacher's logit from a lane's sum; -inf behind the last prototype.
 template <class T>
-__device__ __forceinline__ float teacher_logit(const Problem<T>& p, const Where& where, float dot, int column) {
+__device__ __forceinline__ float teacher_logit(const Problem<T>& p, const TilePosition& where, float dot, int column) {
   const int k = where.tile * kTileColumns + column;
   const float bias = p.bias && where.has(column) ? p.bias[k] : 0.0f;
   return where.has(column) ? (dot + bias) * p.teacher.scale : -INFINITY;
 }
 
-// ------------------------------------------------------------------------------------------------- score
+// ------------------------------------------------------------------------------------------------- statistics
 
-// The maximum of a row of the tile and the sum of powers above it. Finite if all logits are -inf.
+// The maximum of a row of the tile; finite even if all logits are -inf.
 template <class Tile>
-__device__ __forceinline__ float highest_of(Tile& tile, const Where& where, int i) {
+__device__ __forceinline__ float highest_of(Tile& tile, const TilePosition& where, int i) {
   float highest = -FLT_MAX;
 #pragma unroll
   for (int j = 0; j < Tile::kColumns; ++j) highest = fmaxf(highest, where.has(Tile::column(j)) ? tile.at(i, j) : -FLT_MAX);
   return row_max<Tile>(highest);
 }
 
-struct Score {
+struct Statistics {
   float* student;   // [tiles, S, R] log2 of the sum of powers
   float* teacher;   // [tiles, T, R]
   float* expected;  // [tiles, T, S, R] the student's mean logit under the teacher's probabilities within the tile
@@ -133,7 +130,7 @@ struct Score {
   static size_t scratch_bytes(int, size_t) { return 0; }
 
   template <class T>
-  __device__ void teach(WarpTile<T>& tile, const Problem<T>& p, const Where& where, float* probabilities) const {
+  __device__ void teacher_tile(WarpTile<T>& tile, const Problem<T>& p, const TilePosition& where, float* probabilities) const {
     using Tile = WarpTile<T>;
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
@@ -148,19 +145,19 @@ struct Score {
       float* row = probabilities + (where.first_slot + Tile::row(i)) * kProbabilityStride;
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j) row[Tile::column(j)] = tile.at(i, j) * inverse;
-      const Place place = where.place(Tile::row(i));
+      const RowPosition place = where.place(Tile::row(i));
       if (place.exists && blockIdx.z == 0 && threadIdx.x % Tile::kSharers == 0)
         teacher[(int64_t(where.tile) * p.teacher.views + place.view) * p.positions + place.position] = highest + log2f(sum);
     }
   }
 
   template <class T>
-  __device__ void learn(WarpTile<T>& tile, const Problem<T>& p, const Where& where, const float* probabilities, char*) const {
+  __device__ void student_tile(WarpTile<T>& tile, const Problem<T>& p, const TilePosition& where, const float* probabilities, char*) const {
     using Tile = WarpTile<T>;
     const bool writes = threadIdx.x % Tile::kSharers == 0;
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
-      const Place place = where.place(Tile::row(i));
+      const RowPosition place = where.place(Tile::row(i));
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j) tile.at(i, j) *= p.student.scale;
       for (int t = 0; t < p.teacher.views; ++t) {
@@ -183,9 +180,9 @@ struct Score {
   }
 };
 
-// ------------------------------------------------------------------------------------------------- weigh
+// ------------------------------------------------------------------------------------------------- gradients of logits
 
-// 16 bytes to global memory, or what is left of them.
+// Writes 16 bytes to global memory, or as many values as are left.
 template <class T>
 __device__ __forceinline__ void store_unit(T* out, const T* shared, int left, bool aligned) {
   constexpr int kValues = kUnitBytes / int(sizeof(T));
@@ -197,22 +194,22 @@ __device__ __forceinline__ void store_unit(T* out, const T* shared, int left, bo
 }
 
 template <class T>
-struct Weigh {
+struct LogitGradients {
   const float* student;  // [S, R] log2 of the sum of powers
   const float* teacher;  // [T, R]
   const float* pairs;    // [T, S]
   const float* weights;  // [R]
-  const float* unit;     // what a gradient of 1 is stored as
+  const float* unit;     // a gradient of 1 is stored as this
   T* gradient;           // [S, R, K]
 
   static constexpr int kStride = kTileColumns + kUnitBytes / int(sizeof(T));  // of the scratch
   static size_t scratch_bytes(int warps, size_t) { return size_t(warps) * kScratchRows * kStride * sizeof(T); }
 
-  __device__ void teach(WarpTile<T>& tile, const Problem<T>& p, const Where& where, float* probabilities) const {
+  __device__ void teacher_tile(WarpTile<T>& tile, const Problem<T>& p, const TilePosition& where, float* probabilities) const {
     using Tile = WarpTile<T>;
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
-      const Place place = where.place(Tile::row(i));
+      const RowPosition place = where.place(Tile::row(i));
       const float log2_sum = place.exists ? teacher[int64_t(place.view) * p.positions + place.position] : 0.0f;
       float* row = probabilities + (where.first_slot + Tile::row(i)) * kProbabilityStride;
 #pragma unroll
@@ -221,7 +218,7 @@ struct Weigh {
     }
   }
 
-  __device__ void learn(WarpTile<T>& tile, const Problem<T>& p, const Where& where, const float* probabilities,
+  __device__ void student_tile(WarpTile<T>& tile, const Problem<T>& p, const TilePosition& where, const float* probabilities,
                         char* scratch) const {
     using Tile = WarpTile<T>;
     T* out = reinterpret_cast<T*>(scratch) + where.first_slot / kTileRows * kScratchRows * kStride;
@@ -229,7 +226,7 @@ struct Weigh {
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = half * Tile::kRows / 2; i < (half + 1) * Tile::kRows / 2; ++i) {
-        const Place place = where.place(Tile::row(i));
+        const RowPosition place = where.place(Tile::row(i));
         const float log2_sum = place.exists ? student[int64_t(place.view) * p.positions + place.position] : 0.0f;
         const float weight = place.exists ? weights[place.position] * *unit : 0.0f;
         float sum[Tile::kColumns] = {};
@@ -245,18 +242,18 @@ struct Weigh {
         for (int j = 0; j < Tile::kColumns; ++j) out[(Tile::row(i) - half * kScratchRows) * kStride + Tile::column(j)] = T(sum[j]);
       }
       __syncwarp();
-      hand_out(out, p, where, half * kScratchRows);
+      store_rows(out, p, where, half * kScratchRows);
       __syncwarp();
     }
   }
 
-  // Whole rows of the tile, 16 bytes a lane.
-  __device__ void hand_out(const T* shared, const Problem<T>& p, const Where& where, int first_row) const {
+  // Writes whole rows of the tile, 16 bytes a lane.
+  __device__ void store_rows(const T* shared, const Problem<T>& p, const TilePosition& where, int first_row) const {
     constexpr int kValues = kUnitBytes / int(sizeof(T)), kRowUnits = kTileColumns / kValues;
     const bool aligned = p.prototypes % kValues == 0;
     for (int i = threadIdx.x % kWarpLanes; i < kScratchRows * kRowUnits; i += kWarpLanes) {
       const int row = i / kRowUnits, column = i % kRowUnits * kValues, k = where.tile * kTileColumns + column;
-      const Place place = where.place(first_row + row);
+      const RowPosition place = where.place(first_row + row);
       if (!place.exists) continue;
       store_unit(gradient + (int64_t(place.view) * p.positions + place.position) * p.prototypes + k,
                  shared + row * kStride + column, p.prototypes - k, aligned);
@@ -266,8 +263,8 @@ struct Weigh {
 
 // ------------------------------------------------------------------------------------------------ stream
 
-template <class T, class Job>
-__global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) stream_kernel(Problem<T> p, Plan plan, Job job) {
+template <class T, class Task>
+__global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) stream_kernel(Problem<T> p, Plan plan, Task task) {
   const int chunks = p.chunks(), slots = plan.warps() * kTileRows, teacher_slots = plan.teacher_warps * kTileRows;
   char* rows = shared_memory();                                                   // [chunks][slots]
   char* stages = rows + chunks * slots * kChunkBytes;                             // [kStages]
@@ -275,11 +272,11 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) stream_kernel(Probl
   char* scratch = reinterpret_cast<char*>(probabilities + teacher_slots * kProbabilityStride);
 
   const int warp = int(threadIdx.x) / kWarpLanes, first_tile = int(blockIdx.y) * plan.tiles;
-  const bool teaches = warp < plan.teacher_warps;
+  const bool is_teacher = warp < plan.teacher_warps;
   const int first_view = int(blockIdx.z) * plan.views;
   const int left = p.tiles() - first_tile, steps = (left < plan.tiles ? left : plan.tiles) * chunks;
-  Where where{plan, warp * kTileRows, 0, p.teacher.views, p.teacher.views, p.positions, first_tile, p.prototypes};
-  if (!teaches) {
+  TilePosition where{plan, warp * kTileRows, 0, p.teacher.views, p.teacher.views, p.positions, first_tile, p.prototypes};
+  if (!is_teacher) {
     where.first_slot -= teacher_slots, where.first_view = first_view;
     where.views_here = plan.views, where.views = p.student.views;
   }
@@ -295,61 +292,61 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) stream_kernel(Probl
   tile.clear();
   for (int step = 0; step < steps; ++step) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // the chunk has arrived for everyone, and everyone is done with the stage that is filled next
+    __syncthreads();  // the chunk is complete, and all warps are done with the stage that is filled next
     const int next = step + kStages - 1;
     if (next < steps) stage_weights(stages + next % kStages * kStageBytes, p, first_tile + next / chunks, next % chunks);
     commit_copies();
-    const char* stage = stages + step % kStages * kStageBytes + (teaches ? 0 : kTileColumns * kChunkBytes);
+    const char* stage = stages + step % kStages * kStageBytes + (is_teacher ? 0 : kTileColumns * kChunkBytes);
     tile.multiply(rows + step % chunks * slots * kChunkBytes, warp * kTileRows, stage);
     if (step % chunks != chunks - 1) continue;
     where.tile = first_tile + step / chunks;
-    if (teaches) job.teach(tile, p, where, probabilities);
-    __syncthreads();  // the probabilities are laid out; they stay until everyone has met again for the next chunk
-    if (!teaches) job.learn(tile, p, where, probabilities, scratch);
+    if (is_teacher) task.teacher_tile(tile, p, where, probabilities);
+    __syncthreads();  // the probabilities are complete; they stay until the barrier before the next chunk
+    if (!is_teacher) task.student_tile(tile, p, where, probabilities, scratch);
     tile.clear();
   }
 }
 
-template <class T, class Job>
+template <class T, class Task>
 size_t shared_bytes(const Problem<T>& p, const Plan& plan) {
   return size_t(p.chunks()) * plan.warps() * kTileRows * kChunkBytes + kStages * kStageBytes +
-         size_t(plan.teacher_warps) * kTileRows * kProbabilityStride * sizeof(float) + Job::scratch_bytes(plan.student_warps, 0);
+         size_t(plan.teacher_warps) * kTileRows * kProbabilityStride * sizeof(float) + Task::scratch_bytes(plan.student_warps, 0);
 }
 
-// As many positions as fit, with all views of the student so that the teacher's products are done once; if not even 16
-// positions of all views fit, as many views as do.
-template <class T, class Job>
+// As many positions as fit, with all views of the student so that the teacher's products are done once; if 16
+// positions of all views do not fit, as many views as fit.
+template <class T, class Task>
 Plan plan_for(const Problem<T>& p, size_t limit) {
   const auto warps = [](int rows) { return (rows + kTileRows - 1) / kTileRows; };
   const auto of = [&](int log2_positions, int views) {
     return Plan{log2_positions, views, warps(p.teacher.views << log2_positions), warps(views << log2_positions), 0};
   };
-  const auto fits = [&](const Plan& plan) { return plan.warps() <= kMaxWarps && shared_bytes<T, Job>(p, plan) <= limit; };
+  const auto fits = [&](const Plan& plan) { return plan.warps() <= kMaxWarps && shared_bytes<T, Task>(p, plan) <= limit; };
   for (int log2 = 7; log2 >= 4; --log2)
     if ((log2 == 4 || p.positions > 1 << (log2 - 1)) && fits(of(log2, p.student.views))) return of(log2, p.student.views);
   for (int views = p.student.views - 1; views >= 1; --views)
     if (fits(of(4, views))) return of(4, views);
   STD_TORCH_CHECK(false, "prototype_ce: ", p.teacher.views, " teacher views of ", p.channels, " channels need ",
-                  shared_bytes<T, Job>(p, of(4, 1)), " bytes of shared memory and this GPU has ", limit,
-                  "; use force(prototype_ce='triton')");
+                  shared_bytes<T, Task>(p, of(4, 1)), " bytes of shared memory and this GPU has ", limit,
+                  "; use force(prototype_ce='triton').");
 }
 
-template <class T, class Job>
-void launch_stream(const OnDevice& device, const Tensor& z, const Problem<T>& p, const Job& job) {
-  Plan plan = plan_for<T, Job>(p, device.shared_memory_limit());
+template <class T, class Task>
+void launch_stream(const OnDevice& device, const Tensor& z, const Problem<T>& p, const Task& task) {
+  Plan plan = plan_for<T, Task>(p, device.shared_memory_limit());
   const int blocks = (p.positions + plan.positions() - 1) / plan.positions(), groups = (p.student.views + plan.views - 1) / plan.views;
-  // Work for every multiprocessor four times over, so that the last round costs little; tiles are independent.
-  const int wanted = (4 * multiprocessors(z) + blocks * groups - 1) / (blocks * groups);
-  plan.tiles = (p.tiles() + wanted - 1) / wanted;
+  // Four blocks for every multiprocessor, so that the last ones cost little; tiles are independent.
+  const int parts = (4 * multiprocessors(z) + blocks * groups - 1) / (blocks * groups);
+  plan.tiles = (p.tiles() + parts - 1) / parts;
   const dim3 grid{unsigned(blocks), unsigned((p.tiles() + plan.tiles - 1) / plan.tiles), unsigned(groups)};
-  launch(device, stream_kernel<T, Job>, grid, plan.warps() * kWarpLanes, shared_bytes<T, Job>(p, plan), p, plan, job);
+  launch(device, stream_kernel<T, Task>, grid, plan.warps() * kWarpLanes, shared_bytes<T, Task>(p, plan), p, plan, task);
 }
 
-// ---------------------------------------------------------------------------------------------- conclude
+// ---------------------------------------------------------------------------------------------- merge
 
-constexpr int kConcludeWarps = 32;
+constexpr int kMergeWarps = 32;
 
-// A sum of powers of two, that others can be added to.
+// A running sum of powers of two.
 struct Powers {
   float highest = -FLT_MAX, sum = 0;
   __device__ void add(float log2_sum) {
@@ -360,10 +357,10 @@ struct Powers {
   __device__ float log2_sum() const { return highest + log2f(sum); }
 };
 
-// Warps have taken turns over the tiles; every thread gets all of its position's.
-__device__ float merge_powers(const Powers& mine, float* shared) {
+// The sum over all warps, each of which has some of the tiles, for every thread's position.
+__device__ float merge_powers(const Powers& own, float* shared) {
   const int warps = blockDim.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-  shared[threadIdx.x] = mine.log2_sum();
+  shared[threadIdx.x] = own.log2_sum();
   __syncthreads();
   Powers all;
   for (int warp = 0; warp < warps; ++warp) all.add(shared[warp * kWarpLanes + lane]);
@@ -371,9 +368,9 @@ __device__ float merge_powers(const Powers& mine, float* shared) {
   return all.log2_sum();
 }
 
-__device__ float merge_sums(float mine, float* shared) {
+__device__ float merge_sums(float own, float* shared) {
   const int warps = blockDim.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-  shared[threadIdx.x] = mine;
+  shared[threadIdx.x] = own;
   __syncthreads();
   float all = 0;
   for (int warp = 0; warp < warps; ++warp) all += shared[warp * kWarpLanes + lane];
@@ -381,7 +378,7 @@ __device__ float merge_sums(float mine, float* shared) {
   return all;
 }
 
-struct Conclusion {
+struct MergeArguments {
   int students, teachers, positions, tiles;
   const float *pairs, *weights;
   float *log2_student, *log2_teacher;  // [S, R], [T, R]
@@ -389,7 +386,7 @@ struct Conclusion {
 };
 
 // One view of the student, 32 positions: a lane each, and the tiles spread over the warps.
-__global__ void __launch_bounds__(kConcludeWarps * kWarpLanes) conclude_kernel(Score parts, Conclusion c) {
+__global__ void __launch_bounds__(kMergeWarps * kWarpLanes) merge_kernel(Statistics parts, MergeArguments c) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int warp = threadIdx.x / kWarpLanes, warps = blockDim.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
   const int s = blockIdx.y, r = int(blockIdx.x) * kWarpLanes + lane, at = r < c.positions ? r : c.positions - 1;
@@ -417,7 +414,7 @@ __global__ void __launch_bounds__(kConcludeWarps * kWarpLanes) conclude_kernel(S
   if (lane == 0) c.losses[s * gridDim.x + blockIdx.x] = loss;
 }
 
-__global__ void __launch_bounds__(kConcludeWarps * kWarpLanes) total_kernel(const float* values, int count, float* total) {
+__global__ void __launch_bounds__(kMergeWarps * kWarpLanes) total_kernel(const float* values, int count, float* total) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   float sum = 0;
   for (int i = threadIdx.x; i < count; i += blockDim.x) sum += values[i];
@@ -432,7 +429,7 @@ template <class T>
 Branch<T> branch_of(const Tensor& z, const Tensor& weights, double temperature) {
   const T *z_ptr = static_cast<const T*>(z.data_ptr()), *weights_ptr = static_cast<const T*>(weights.data_ptr());
   STD_TORCH_CHECK(z.size(2) <= 1 || (z.stride(2) == 1 && weights.stride(1) == 1),
-                  "prototype_ce: expected rows with dense channels; call the Python function");
+                  "prototype_ce: rows must have dense channels, got strided ones; call the Python function.");
   return {z_ptr,
           weights_ptr,
           z.stride(0),
@@ -458,7 +455,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd(
     const Tensor& z, const Tensor& prototypes, const Tensor& teacher_z, const Tensor& teacher_prototypes, double temperature,
     double teacher_temperature, const Tensor& pair_weight, const Tensor& row_weight, const std::optional<Tensor>& bias,
     bool gradients) {
-  STD_TORCH_CHECK(!gradients, "prototype_ce: the CUDA forward makes no gradients; call the Python function");
+  STD_TORCH_CHECK(!gradients, "prototype_ce: gradients must be false in CUDA, got true; call the Python function.");
   const OnDevice device(z);
   const auto allocate = [&](std::vector<int64_t> sizes) { return torch::stable::new_empty(z, sizes, ScalarType::Float); };
   const int64_t students = z.size(0), teachers = teacher_z.size(0), positions = z.size(1);
@@ -466,17 +463,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prototype_ce_fwd(
   Tensor loss = allocate({}), log2_student = allocate({students, positions}), log2_teacher = allocate({teachers, positions});
   Tensor student = allocate({tiles, students, positions}), teacher = allocate({tiles, teachers, positions});
   Tensor expected = allocate({tiles, teachers, students, positions}), losses = allocate({students, blocks});
-  const Score score{pointer(student), pointer(teacher), pointer(expected)};
+  const Statistics statistics{pointer(student), pointer(teacher), pointer(expected)};
   with_float_type(z, "prototype_ce", [&](auto type) {
     using T = typename decltype(type)::type;
     launch_stream<T>(device, z,
-                     problem_of<T>(z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, bias), score);
+                     problem_of<T>(z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, bias), statistics);
   });
-  const Conclusion conclusion{int(students), int(teachers), int(positions), int(tiles), pointer(pair_weight), pointer(row_weight),
+  const MergeArguments merge_arguments{int(students), int(teachers), int(positions), int(tiles), pointer(pair_weight), pointer(row_weight),
                               pointer(log2_student), pointer(log2_teacher), pointer(losses)};
-  const int threads = int(tiles < kConcludeWarps ? tiles : kConcludeWarps) * kWarpLanes;
-  launch(device, conclude_kernel, dim3{unsigned(blocks), unsigned(students), 1}, threads, threads * sizeof(float), score, conclusion);
-  const int count = int(students * blocks), adders = count < kConcludeWarps * kWarpLanes ? kWarpLanes : kConcludeWarps * kWarpLanes;
+  const int threads = int(tiles < kMergeWarps ? tiles : kMergeWarps) * kWarpLanes;
+  launch(device, merge_kernel, dim3{unsigned(blocks), unsigned(students), 1}, threads, threads * sizeof(float), statistics, merge_arguments);
+  const int count = int(students * blocks), adders = count < kMergeWarps * kWarpLanes ? kWarpLanes : kMergeWarps * kWarpLanes;
   launch(device, total_kernel, dim3{1, 1, 1}, adders, adders * sizeof(float), static_cast<const float*>(pointer(losses)), count,
          pointer(loss));
   return {loss, log2_student, log2_teacher, allocate({0}), allocate({0})};
@@ -491,10 +488,10 @@ Tensor prototype_ce_bwd(const Tensor& z, const Tensor& prototypes, const Tensor&
   Tensor gradient = torch::stable::new_empty(z, {z.size(0), z.size(1), prototypes.size(0)});
   with_float_type(z, "prototype_ce", [&](auto type) {
     using T = typename decltype(type)::type;
-    const Weigh<T> weigh{pointer(log2_student), pointer(log2_teacher), pointer(pair_weight), pointer(row_weight), pointer(unit),
+    const LogitGradients<T> logit_gradients{pointer(log2_student), pointer(log2_teacher), pointer(pair_weight), pointer(row_weight), pointer(unit),
                          static_cast<T*>(gradient.data_ptr())};
     launch_stream<T>(device, z,
-                     problem_of<T>(z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, bias), weigh);
+                     problem_of<T>(z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, bias), logit_gradients);
   });
   return gradient;
 }

@@ -1,7 +1,7 @@
-// query_attention on the CPU. A task is one head of one image: its keys and values are packed once, its scores live for a block
-// of rows at a time and stay in the core's cache, and nobody else adds to its gradients.
-// Rows of features lie in panels of 32 channels, [width / 32][rows][32], and keys also transposed, [keys / 32][width][32]: each
-// of the products (two forward, five backward) then reads one side in place and finds the other in panels.
+// query_attention on the CPU. A task is one head of one image: its keys and values are packed once, scores exist for a block of
+// rows at a time and stay in the core's cache, and no other task adds to its gradients.
+// Rows of features are stored in panels of 32 channels, [width / 32][rows][32], and keys also transposed, [keys / 32][width][32]: each
+// of the products (two forward, five backward) then reads one side in place and the other in panels.
 // Scores are in units of log2, so that exponentials are powers of two.
 #include <algorithm>
 #include <cmath>
@@ -16,14 +16,12 @@
 namespace patchlight {
 namespace {
 
-constexpr int64_t kTileRows = 8;  // products are fast at multiples of this; blocks end in rows of zeros
+constexpr int64_t kTileRows = 8;  // products are fast at multiples of this; rows of zeros fill a block up
 constexpr int64_t kForwardRows = 32;
-constexpr int64_t kBackwardRows = 64;  // gradients of keys pass through memory once per block
+constexpr int64_t kBackwardRows = 64;  // gradients of keys are read and written once per block
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Adjacent tokens that read the same keys: the raw ones, or a crop of queries. Their rows lie from `slot` on, a whole panel.
+// Adjacent tokens that read the same keys: the raw ones, or a crop of queries. Their rows are from `slot` on, filled up to whole panels.
 struct Segment {
   int64_t token, count, slot;
   int64_t slots() const { return round_up(count, kPanel); }
@@ -37,7 +35,7 @@ struct Problem {
   Problem(const Tensor& qkv, int64_t raw, int64_t crop)
       : images(qkv.size(0)), tokens(qkv.size(1)), heads(qkv.size(3)), width(qkv.size(4)), own(crop > 0) {
     STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3 && (width == 1 || qkv.stride(4) == 1),
-                    "query_attention: expected [images, tokens, 3, heads, width] with dense rows; call the Python function");
+                    "query_attention: qkv must be [images, tokens, 3, heads, width] with dense rows, got another layout; call the Python function.");
     for (int64_t first = 0; first < tokens;) {
       const int64_t count = first == 0 ? raw : crop ? crop : tokens - raw;
       segments.push_back({first, count, slots});
@@ -47,7 +45,7 @@ struct Problem {
   }
   int64_t panels() const { return (width + kPanel - 1) / kPanel; }
   float scale() const { return 1.0f / std::sqrt(float(width)); }
-  // What the rows of a segment read: the raw tokens, and their own if they are queries that do.
+  // The segments that the rows of a segment read: the raw tokens, and for queries their own if `own`.
   std::vector<Segment> read_by(const Segment& rows) const {
     if (rows.token == 0 || !own) return {segments[0]};
     return {segments[0], rows};
@@ -70,12 +68,12 @@ CLONES void scale(const float* from, float* to, int64_t count, float factor) {
 }
 
 template <class T>
-struct Source {  // rows of one head in memory
+struct HeadRows {  // rows of one head in memory
   T* data;
   int64_t stride, width;
   T* row(int64_t i) const { return data + i * stride; }
 
-  // `count` rows from `token` on, times `factor`, to the panels' rows from `slot` on; then rows of zeros to the next tile's end.
+  // `count` rows from `token` on, times `factor`, to the panels' rows from `slot` on; then rows of zeros up to a whole tile.
   void load(int64_t token, int64_t count, Panels& to, int64_t slot, float factor = 1.0f) const {
     for (int64_t panel = 0; panel < to.panels; ++panel) {
       for (int64_t i = 0; i < count; ++i) {
@@ -92,7 +90,7 @@ struct Source {  // rows of one head in memory
       std::fill_n(to.at(panel, slot + count), (round_up(count, kTileRows) - count) * kPanel, 0.0f);
     }
   }
-  // A row back to memory.
+  // Writes a row to memory.
   void store(int64_t token, Panels& from, int64_t slot, float factor) const {
     for (int64_t panel = 0; panel < from.panels; ++panel) {
       T* out = row(token) + panel * kPanel;
@@ -107,19 +105,19 @@ struct Source {  // rows of one head in memory
 
 // Part 0, 1 or 2 (query, key, value) of one head of qkv or of its gradient.
 template <class T>
-Source<T> part(const Tensor& qkv, int64_t which, int64_t image, int64_t head) {
+HeadRows<T> part(const Tensor& qkv, int64_t which, int64_t image, int64_t head) {
   T* data = static_cast<T*>(qkv.data_ptr());
   return {data + image * qkv.stride(0) + which * qkv.stride(2) + head * qkv.stride(3), qkv.stride(1), qkv.size(4)};
 }
 
 // One head of a tensor [images, tokens, heads, width].
 template <class T>
-Source<T> rows_of(const Tensor& x, int64_t image, int64_t head) {
+HeadRows<T> rows_of(const Tensor& x, int64_t image, int64_t head) {
   return {static_cast<T*>(x.data_ptr()) + image * x.stride(0) + head * x.stride(2), x.stride(1), x.size(3)};
 }
 
-// 32 rows of 32 values turned. A panel's rows lie close enough that both sides stay in the first cache.
-CLONES void turn(const float* __restrict from, float* __restrict to) {
+// The transpose of 32 rows of 32 values. A panel's rows are adjacent, so both sides stay in L1.
+CLONES void transpose_block(const float* __restrict from, float* __restrict to) {
   for (int d = 0; d < kPanel; ++d)
     for (int row = 0; row < kPanel; ++row) to[d * kPanel + row] = from[row * kPanel + d];
 }
@@ -133,11 +131,11 @@ struct Columns {
 
   void transpose(Panels& rows) {
     for (int64_t slot = 0; slot < rows.rows; slot += kPanel)
-      for (int64_t panel = 0; panel < rows.panels; ++panel) turn(rows.at(panel, slot), at(slot) + panel * kPanel * kPanel);
+      for (int64_t panel = 0; panel < rows.panels; ++panel) transpose_block(rows.at(panel, slot), at(slot) + panel * kPanel * kPanel);
   }
 };
 
-// A block of rows times what they read: [rows][columns], the columns of one segment after the other.
+// The products of a block of rows with the rows that they read: [rows][columns], one segment after the other.
 struct Scores {
   int64_t columns;
   std::vector<float> values;
@@ -147,7 +145,7 @@ struct Scores {
   }
   float* row(int64_t i) { return values.data() + i * columns; }
 
-  // = rows times the columns of each segment read; `outside` where there is no token.
+  // Sets these to rows times the columns of each segment read, and to `outside` where there is no token.
   void multiply(Panels& rows, int64_t count, const std::vector<Segment>& read, Columns& keys, float outside) {
     float* out = values.data();
     for (const Segment& s : read) {
@@ -159,7 +157,7 @@ struct Scores {
     }
   }
   // out = these times the rows of each segment read.
-  void mix(int64_t count, const std::vector<Segment>& read, Panels& rows, Panels& out) {
+  void weighted_sums(int64_t count, const std::vector<Segment>& read, Panels& rows, Panels& out) {
     const float* from = values.data();
     for (const Segment& s : read) {
       for (int64_t panel = 0; panel < out.panels; ++panel)
@@ -169,7 +167,7 @@ struct Scores {
     }
   }
   // out of each segment read += the transpose of these times `rows`.
-  void spread(int64_t count, const std::vector<Segment>& read, Panels& rows, Panels& out) {
+  void add_transposed(int64_t count, const std::vector<Segment>& read, Panels& rows, Panels& out) {
     const float* from = values.data();
     for (const Segment& s : read) {
       for (int64_t panel = 0; panel < out.panels; ++panel)
@@ -180,7 +178,7 @@ struct Scores {
   }
 };
 
-// Scores to powers of two above each row's maximum, in place; sums[i] what they add up to, highest[i] the maximum.
+// Scores to 2^(score - maximum) of each row, in place; sums[i] is their sum, highest[i] the maximum.
 CLONES void exponentiate(float* scores, int64_t rows, int64_t read, int64_t columns, float* sums, float* highest) {
   for (int64_t i = 0; i < rows; ++i) {
     float* __restrict row = scores + i * columns;
@@ -198,13 +196,12 @@ CLONES void exponentiate(float* scores, int64_t rows, int64_t read, int64_t colu
   }
 }
 
-// Scores to the probabilities P that the forward had, and dP to the gradients of the scores before they were scaled:
-// P (dP - sum(P dP)).
+// Scores to the probabilities P of the forward, and dP to the gradients P (dP - sum(P dP)) of the scores before scaling.
 CLONES void differentiate(float* scores, float* gradients, const float* lse, int64_t rows, int64_t read, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
     float *__restrict p = scores + i * columns, *__restrict d = gradients + i * columns;
     const float log2_sum = lse[i] * kLog2e;
-    float total = 0, sum = 0;  // the total is 1 but for the rounding of lse, which dP - sum(P dP) would magnify
+    float total = 0, sum = 0;  // total is 1 up to the rounding of lse, which dP - sum(P dP) would magnify
     for (int64_t c = 0; c < read; ++c) p[c] = exp2_inline(p[c] - log2_sum);
     for (int64_t c = 0; c < read; ++c) total += p[c];
     for (int64_t c = 0; c < read; ++c) p[c] *= 1 / total;
@@ -241,11 +238,11 @@ std::tuple<Tensor, Tensor> query_attention_fwd(const Tensor& qkv, int64_t raw, i
         for (const Segment& s : p.segments) {
           const auto read = p.read_by(s);
           for (int64_t first = s.token; first < s.token + s.count; first += kForwardRows) {
-            const int64_t count = std::min(kForwardRows, s.token + s.count - first), whole = round_up(count, kTileRows);
+            const int64_t count = std::min(kForwardRows, s.token + s.count - first), padded = round_up(count, kTileRows);
             q.load(first, count, queries, 0, p.scale() * kLog2e);
-            scores.multiply(queries, whole, read, keys, -std::numeric_limits<float>::infinity());
+            scores.multiply(queries, padded, read, keys, -std::numeric_limits<float>::infinity());
             exponentiate(scores.row(0), count, slots_of(read), scores.columns, sums, highest);
-            scores.mix(whole, read, rows, outputs);
+            scores.weighted_sums(padded, read, rows, outputs);
             for (int64_t i = 0; i < count; ++i) {
               lse_ptr[first + i] = (highest[i] + std::log2(sums[i])) * kLn2;
               target.store(first + i, outputs, i, 1.0f / sums[i]);
@@ -282,16 +279,16 @@ Tensor query_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor&,
         for (const Segment& s : p.segments) {
           const auto read = p.read_by(s);
           for (int64_t first = s.token; first < s.token + s.count; first += kBackwardRows) {
-            const int64_t count = std::min(kBackwardRows, s.token + s.count - first), whole = round_up(count, kTileRows);
+            const int64_t count = std::min(kBackwardRows, s.token + s.count - first), padded = round_up(count, kTileRows);
             q.load(first, count, queries, 0, p.scale() * kLog2e);
             g.load(first, count, upstream, 0);
-            scores.multiply(queries, whole, read, keys, -std::numeric_limits<float>::infinity());
-            d_scores.multiply(upstream, whole, read, values, 0.0f);
+            scores.multiply(queries, padded, read, keys, -std::numeric_limits<float>::infinity());
+            d_scores.multiply(upstream, padded, read, values, 0.0f);
             differentiate(scores.row(0), d_scores.row(0), lse_ptr + first, count, slots_of(read), scores.columns);
-            d_scores.mix(whole, read, rows, d_queries);
+            d_scores.weighted_sums(padded, read, rows, d_queries);
             for (int64_t i = 0; i < count; ++i) dq.store(first + i, d_queries, i, p.scale());
-            d_scores.spread(count, read, queries, d_keys);
-            scores.spread(count, read, upstream, d_values);
+            d_scores.add_transposed(count, read, queries, d_keys);
+            scores.add_transposed(count, read, upstream, d_values);
           }
         }
         const auto dk = part<T>(dqkv, 1, image, head), dv = part<T>(dqkv, 2, image, head);

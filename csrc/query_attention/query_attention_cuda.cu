@@ -1,13 +1,13 @@
 // query_attention on the GPU.
-// Tokens lie in tiles of 16: those of the raw tokens, then those of each crop of queries, rounded up for each. So a tile of rows
-// reads whole tiles of keys, and what it does not read it never touches. Absent tokens are rows of zeros.
+// Tokens are in tiles of 16: first the raw tokens, then each crop of queries, each filled up to whole tiles. So a tile of rows
+// reads whole tiles of keys and no others. Missing tokens are rows of zeros.
 //   attend       one block per head and image while all keys and values fit in shared memory: a warp takes 16 rows at a time,
-//                all scores of which stay in its registers, so that the softmax needs no second look
-//   attend_long  more keys: a block per 64 rows, keys pass by in chunks with a running maximum
+//                all scores of which stay in its registers, so that the softmax needs one pass
+//   attend_long  more keys: a block per 64 rows, keys are loaded in chunks, with a running maximum
 //   backward     a block owns up to 256 keys of a head and a warp 32 of them, with dK and dV in registers while chunks of rows
-//                pass by; dS goes through shared memory to the warps that make dQ. Nothing is atomic: with more keys, each block
-//                leaves its share of dQ in memory
-//   total        adds those shares up
+//                are loaded; dS goes through shared memory to the warps that make dQ. Nothing is atomic: with more keys, each
+//                block writes its part of dQ to memory
+//   total        sums those parts
 // Scores are in units of log2. 32-bit values are multiplied as sums of three bfloat16, which keeps 24 bits of them.
 #include <algorithm>
 #include <type_traits>
@@ -19,68 +19,66 @@
 namespace patchlight {
 namespace {
 
-constexpr int kWarpLanes = 32;
 constexpr int kTile = 16;
-constexpr int kWidth = 64;            // channels of a staged row
+constexpr int kWidth = 64;            // channels of a row in shared memory
 constexpr int kSteps = kWidth / kTile;
 constexpr int kAttendWarps = 4;
 template <class T>
-constexpr int kAttendBlocks = sizeof(T) == 2 ? 2 : 1;  // that registers have room for at least
-constexpr int kFewTiles = 4, kManyTiles = 16;  // of keys whose scores registers hold
+constexpr int kAttendBlocks = sizeof(T) == 2 ? 2 : 1;  // per multiprocessor, as registers allow
+constexpr int kFewTiles = 4, kManyTiles = 16;  // of keys whose scores fit the registers
 template <class T>
-constexpr int kLongTiles = sizeof(T) == 2 ? 8 : 2;  // that pass by at once
+constexpr int kLongTiles = sizeof(T) == 2 ? 8 : 2;  // of keys in a chunk
 constexpr int kBackwardWarps = 8;
 template <class T>
 constexpr int kWarpTiles = sizeof(T) == 2 ? 2 : 1;  // of keys that a warp owns
-constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
 __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarpLanes; }
 __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarpLanes; }
 
-// ------------------------------------------------------------------------------------------------ who reads whom
+// ------------------------------------------------------------------------------------------------ which rows read which keys
 
-// Which of the staged tiles a tile of rows reads, in few registers.
-struct Visible {
+// Which of the tiles in shared memory a tile of rows reads, in few registers.
+struct ReadTiles {
   unsigned mask;  // a bit for each tile that is read
-  int staged;     // tiles at all
+  int staged;     // all tiles in shared memory
   int raw_last, raw_rest, own_last, own_rest;  // the tiles that may not be full, and how many tokens they have
-  __device__ __forceinline__ bool read(int t) const { return mask >> t & 1; }
+  __device__ __forceinline__ bool is_read(int t) const { return mask >> t & 1; }
   __device__ __forceinline__ int tokens(int t) const { return t == raw_last ? raw_rest : t == own_last ? own_rest : kTile; }
 };
 
-// What a tile of rows reads: the raw tiles, and those of its own crop.
+// The tiles that a tile of rows reads: the raw ones, and those of its own crop.
 struct Reads {
-  int raw, raw_tiles, each, own_first, own_tiles;
+  int raw, raw_tiles, crop_tokens, own_first, own_tiles;
   __device__ __forceinline__ int count() const { return raw_tiles + own_tiles; }
   __device__ __forceinline__ int tile(int i) const { return i < raw_tiles ? i : own_first + i - raw_tiles; }
-  __device__ __forceinline__ Visible visible(int first, int own_first, int staged, unsigned mask) const {
+  __device__ __forceinline__ ReadTiles read_tiles(int first, int own_first, int staged, unsigned mask) const {
     const int own_last = own_first + own_tiles - 1 - first;
-    return {mask, staged, raw_tiles - 1 - first, raw - (raw_tiles - 1) * kTile, own_last, own_tiles ? each - (own_tiles - 1) * kTile : kTile};
+    return {mask, staged, raw_tiles - 1 - first, raw - (raw_tiles - 1) * kTile, own_last, own_tiles ? crop_tokens - (own_tiles - 1) * kTile : kTile};
   }
-  // All tiles where they are.
-  __device__ __forceinline__ Visible in_place(int tiles) const {
-    return visible(0, own_first, tiles, ((1u << raw_tiles) - 1) | ((1u << own_tiles) - 1) << own_first);
+  // If all tiles are in shared memory.
+  __device__ __forceinline__ ReadTiles in_place(int tiles) const {
+    return read_tiles(0, own_first, tiles, ((1u << raw_tiles) - 1) | ((1u << own_tiles) - 1) << own_first);
   }
-  // From the `first`-th on, one behind the other.
-  __device__ __forceinline__ Visible in_turn(int first) const {
+  // If shared memory has only the tiles that are read, from the `first`-th on.
+  __device__ __forceinline__ ReadTiles adjacent(int first) const {
     const int left = count() - first;
-    return visible(first, raw_tiles, left, left < 32 ? (1u << left) - 1 : ~0u);
+    return read_tiles(first, raw_tiles, left, left < 32 ? (1u << left) - 1 : ~0u);
   }
-  // How many tokens to read there are in a tile and behind it in its segment; 0 or less: none.
+  // How many tokens of a segment that is read are in a tile and behind it; 0 or less: none.
   __device__ __forceinline__ int tokens(int tile) const {
     if (tile < raw_tiles) return raw - tile * kTile;
     const int in_crop = tile - own_first;
-    return in_crop >= 0 && in_crop < own_tiles ? each - in_crop * kTile : 0;
+    return in_crop >= 0 && in_crop < own_tiles ? crop_tokens - in_crop * kTile : 0;
   }
 };
 
 struct Layout {
-  int raw, each, crops;
+  int raw, crop_tokens, crops;
   bool own;  // whether queries read their crop
   __host__ __device__ __forceinline__ int raw_tiles() const { return (raw + kTile - 1) / kTile; }
-  __host__ __device__ __forceinline__ int crop_tiles() const { return (each + kTile - 1) / kTile; }
+  __host__ __device__ __forceinline__ int crop_tiles() const { return (crop_tokens + kTile - 1) / kTile; }
   __host__ __device__ __forceinline__ int tiles() const { return raw_tiles() + crops * crop_tiles(); }
-  __host__ __device__ __forceinline__ int tokens() const { return raw + crops * each; }
+  __host__ __device__ __forceinline__ int tokens() const { return raw + crops * crop_tokens; }
   // The crop of a tile of queries, -1 for raw tokens.
   __device__ __forceinline__ int crop(int tile) const { return tile < raw_tiles() ? -1 : (tile - raw_tiles()) / crop_tiles(); }
   // The token in a row of a tile, or -1.
@@ -88,11 +86,11 @@ struct Layout {
     const int crop = this->crop(tile);
     if (crop < 0) return tile * kTile + row < raw ? tile * kTile + row : -1;
     const int in_crop = (tile - raw_tiles() - crop * crop_tiles()) * kTile + row;
-    return in_crop < each ? raw + crop * each + in_crop : -1;
+    return in_crop < crop_tokens ? raw + crop * crop_tokens + in_crop : -1;
   }
   __device__ __forceinline__ Reads reads(int crop) const {
     const bool more = own && crop >= 0;
-    return {raw, raw_tiles(), each, more ? raw_tiles() + crop * crop_tiles() : 0, more ? crop_tiles() : 0};
+    return {raw, raw_tiles(), crop_tokens, more ? raw_tiles() + crop * crop_tiles() : 0, more ? crop_tiles() : 0};
   }
 };
 
@@ -146,21 +144,21 @@ struct Fragment {
     }
   }
   // From 16 rows and 16 channels on. Of the four 8 x 8 matrices the second is the next in rows if ROWS_FIRST, else in channels.
-  // The left operand has its rows first, the right one, whose rows are the product's columns, its channels; TURNED where the
-  // staged rows are what the product sums over, and then the other way round.
-  template <bool ROWS_FIRST, bool TURNED>
+  // A left operand has ROWS_FIRST; a right one, whose rows are the product's columns, has not. TRANSPOSED if the product sums
+  // over the rows in shared memory; then it is the other way round.
+  template <bool ROWS_FIRST, bool TRANSPOSED>
   __device__ __forceinline__ void load(const Staged<T>& from, int row, int channel) {
     if constexpr (sizeof(T) == 2) {
       const int second = lane() / 8 % 2 * 8, third = lane() / 16 * 8;
       const char* address = from.at(row + lane() % 8 + (ROWS_FIRST ? second : third), channel + (ROWS_FIRST ? third : second));
-      if constexpr (TURNED) load_transposed(part[0], address);
+      if constexpr (TRANSPOSED) load_transposed(part[0], address);
       else load_matrices(part[0], address);
     } else {
       const int g = lane() / 4, t = lane() % 4 * 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = row + 8 * (ROWS_FIRST ? i % 2 : i / 2), c = channel + 8 * (ROWS_FIRST ? i / 2 : i % 2);
-        if constexpr (TURNED) set(i, value(from, r + t, c + g), value(from, r + t + 1, c + g));
+        if constexpr (TRANSPOSED) set(i, value(from, r + t, c + g), value(from, r + t + 1, c + g));
         else set(i, value(from, r + g, c + t), value(from, r + g, c + t + 1));
       }
     }
@@ -183,7 +181,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Fragment<T>& a, co
       multiply_add<typename Fragment<T>::Part>(d, a.part[i], b.part[j][2 * n], b.part[j][2 * n + 1]);
 }
 
-// 16 x 16 sums as a left operand.
+// 16 x 16 sums as the left operand of another product.
 template <class T>
 __device__ __forceinline__ Fragment<T> as_left(const float (&left)[4], const float (&right)[4]) {
   Fragment<T> fragment;
@@ -194,7 +192,7 @@ __device__ __forceinline__ Fragment<T> as_left(const float (&left)[4], const flo
   return fragment;
 }
 
-// Two neighboring values of a row that has `width`.
+// Writes two adjacent values of a row of `width` values.
 template <class T>
 __device__ __forceinline__ void store_pair(T* row, int channel, int width, float x, float y) {
   struct alignas(2 * sizeof(T)) Pair {
@@ -208,7 +206,7 @@ __device__ __forceinline__ void store_pair(T* row, int channel, int width, float
   }
 }
 
-// A tile's rows of one head into shared memory, from row `to` on; `lanes` threads share them, of which this is number `mine`.
+// Copies one 16-byte unit of a token's row of one head to row `to` in shared memory; zeros if the token is missing.
 template <class T>
 __device__ __forceinline__ void stage_row(const Staged<T>& out, int to, const T* head, int64_t stride, int token, int width,
                                           int steps, bool aligned, int unit) {
@@ -217,7 +215,7 @@ __device__ __forceinline__ void stage_row(const Staged<T>& out, int to, const T*
     stage_unit(out.at(to, unit * kUnit), token < 0 ? head : head + token * stride, unit * kUnit, token < 0 ? 0 : width, aligned);
 }
 
-// Calls f(row, unit) for all 16-byte units of some rows, spread over the block.
+// Calls f(row, unit) for all 16-byte units of some rows, divided over the block.
 template <class T, class F>
 __device__ __forceinline__ void for_units(int rows, F f) {
   constexpr int kRowUnits = kWidth * int(sizeof(T)) / kUnitBytes;
@@ -238,7 +236,7 @@ struct Rows {
     for (int half = 0; half < 2; ++half) {
       const int token = p.layout.token(tile, lane() / 4 + half * 8);
       row[half] = token < 0 ? nullptr : q + token * p.q.token;
-      top[half] = -3.0e38f;  // finite: there may be nothing above -inf
+      top[half] = -3.0e38f;  // finite, as all scores may be -inf
       total[half] = 0;
     }
     clear();
@@ -261,10 +259,10 @@ struct Rows {
     return fragment;
   }
 
-  // Adds what is read of TILES staged tiles of keys. ONLY: there are no others, before or after.
+  // Adds the keys that are read of TILES tiles in shared memory. ONLY: these are all, none before or after.
   template <int TILES, bool ONLY>
   __device__ __forceinline__ void attend(const Problem<T>& p, const Staged<T>& keys, const Staged<T>& values,
-                                         const Visible& visible) {
+                                         const ReadTiles& read_tiles) {
     float score[2 * TILES][4];
 #pragma unroll
     for (int n = 0; n < 2 * TILES; ++n)
@@ -275,7 +273,7 @@ struct Rows {
       const Fragment<T> queries = query(p, step);
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
-        if (t >= visible.staged) continue;
+        if (t >= read_tiles.staged) continue;
         Fragment<T> key;
         key.template load<false, false>(keys, t * kTile, step * kTile);
         multiply(score[2 * t], queries, key, 0);
@@ -289,7 +287,7 @@ struct Rows {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         float& value = score[2 * t + j / 4][j % 4];
-        value = visible.read(t) && j / 4 * 8 + lane() % 4 * 2 + j % 2 < visible.tokens(t) ? value * scale : -INFINITY;
+        value = read_tiles.is_read(t) && j / 4 * 8 + lane() % 4 * 2 + j % 2 < read_tiles.tokens(t) ? value * scale : -INFINITY;
         highest[j % 4 / 2] = fmaxf(highest[j % 4 / 2], value);
       }
     }
@@ -297,15 +295,15 @@ struct Rows {
     for (int half = 0; half < 2; ++half) {
       highest[half] = fmaxf(highest[half], __shfl_xor_sync(kAllLanes, highest[half], 1));
       highest[half] = fmaxf(highest[half], __shfl_xor_sync(kAllLanes, highest[half], 2));
-      const float shrink = ONLY ? 0.0f : exp2f(top[half] - highest[half]);
-      total[half] *= shrink;
+      const float rescale = ONLY ? 0.0f : exp2f(top[half] - highest[half]);
+      total[half] *= rescale;
       top[half] = highest[half];
       if constexpr (!ONLY) {
 #pragma unroll
-        for (int n = 0; n < kWidth / 8; ++n) out[n][2 * half] *= shrink, out[n][2 * half + 1] *= shrink;
+        for (int n = 0; n < kWidth / 8; ++n) out[n][2 * half] *= rescale, out[n][2 * half + 1] *= rescale;
       }
     }
-    Fragment<T> weights[TILES];  // all of them now, as they need half the registers of scores
+    Fragment<T> weights[TILES];  // all at once, as they need half the registers of scores
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
 #pragma unroll
@@ -319,7 +317,7 @@ struct Rows {
     if constexpr (ONLY) clear();
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-      if (!visible.read(t)) continue;
+      if (!read_tiles.is_read(t)) continue;
 #pragma unroll
       for (int pair = 0; pair < kSteps; ++pair) {
         if (pair >= p.steps()) continue;
@@ -365,16 +363,16 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, kAttendBlocks<T>)
   __syncthreads();
   for (int tile = warp(); tile < tiles; tile += kAttendWarps) {
     const Reads reads = p.layout.reads(p.layout.crop(tile));
-    // A 0 that the compiler cannot see through: it would keep 80 addresses from one tile to the next, and no registers.
-    const int hidden = __shfl_sync(kAllLanes, 0, 0);
-    Rows<T> mine;
-    mine.begin(p, p.q.of(image, head), tile);
-    mine.template attend<TILES, true>(p, {keys.data + hidden, rows}, {values.data + hidden, rows}, reads.in_place(tiles));
-    mine.end(p, tile, image, head, out, lse);
+    // A 0 that the compiler does not know: else it would keep 80 addresses from one tile to the next, and registers would spill.
+    const int opaque_zero = __shfl_sync(kAllLanes, 0, 0);
+    Rows<T> own_rows;
+    own_rows.begin(p, p.q.of(image, head), tile);
+    own_rows.template attend<TILES, true>(p, {keys.data + opaque_zero, rows}, {values.data + opaque_zero, rows}, reads.in_place(tiles));
+    own_rows.end(p, tile, image, head, out, lse);
   }
 }
 
-// Four tiles of rows that read the same.
+// A block has four tiles of rows that read the same keys.
 template <class T>
 __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, kAttendBlocks<T>)
     attend_long_kernel(Problem<T> p, T* out, float* lse) {
@@ -391,8 +389,8 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, kAttendBlocks<T>)
   const Reads reads = p.layout.reads(crop);
   const Staged<T> keys{shared_memory(), kRows}, values{shared_memory() + kRows * Staged<T>::kBytes, kRows};
   const T *k = p.k.of(image, head), *v = p.v.of(image, head);
-  Rows<T> mine;
-  mine.begin(p, p.q.of(image, head), exists ? tile : 0);
+  Rows<T> own_rows;
+  own_rows.begin(p, p.q.of(image, head), exists ? tile : 0);
   for (int first = 0; first < reads.count(); first += kLongTiles<T>) {
     __syncthreads();
     for_units<T>(min_int(kLongTiles<T>, reads.count() - first) * kTile, [&](int row, int unit) {
@@ -403,9 +401,9 @@ __global__ void __launch_bounds__(kAttendWarps* kWarpLanes, kAttendBlocks<T>)
     commit_copies();
     wait_copies<0>();
     __syncthreads();
-    if (exists) mine.template attend<kLongTiles<T>, false>(p, keys, values, reads.in_turn(first));
+    if (exists) own_rows.template attend<kLongTiles<T>, false>(p, keys, values, reads.adjacent(first));
   }
-  if (exists) mine.end(p, tile, image, head, out, lse);
+  if (exists) own_rows.end(p, tile, image, head, out, lse);
 }
 
 // --------------------------------------------------------------------------------------------------- backward
@@ -416,25 +414,25 @@ struct Backward {
   Heads<T> grad, out;
   const float* lse;  // [images, heads, tokens]
   T* dqkv;           // [images, tokens, 3, heads, width]
-  float* shares;     // of dQ, [groups, images, tokens, heads, width], or null where one block owns all keys
+  float* dq_parts;     // [groups, images, tokens, heads, width], or null if one block owns all keys
   int group_tiles;   // of keys that a block owns
 };
 
-// Rows that pass by at once: as many as values fit a chunk, so that a row of dS^T is one.
+// Rows of a chunk: as many as values fit 128 bytes, so that a row of dS^T is one unit of chunk.h.
 template <class T>
-constexpr int kPassing = kChunkChannels<T>;
+constexpr int kChunkRows = kChunkChannels<T>;
 template <class T>
-constexpr int kStageBytes = 2 * kPassing<T> * Staged<T>::kBytes + 2 * kPassing<T> * int(sizeof(float));
+constexpr int kStageBytes = 2 * kChunkRows<T> * Staged<T>::kBytes + 2 * kChunkRows<T> * int(sizeof(float));
 constexpr int kStages = 2;
 
-// Some rows of one segment, as they pass by.
-struct Passing {
+// Adjacent rows of one segment, loaded together.
+struct RowChunk {
   int crop, first_tile, tiles;
 };
 
 template <class T>
-__device__ __forceinline__ Passing passing(const Layout& layout, int index) {
-  constexpr int kTiles = kPassing<T> / kTile;
+__device__ __forceinline__ RowChunk row_chunk(const Layout& layout, int index) {
+  constexpr int kTiles = kChunkRows<T> / kTile;
   const int raw_chunks = (layout.raw_tiles() + kTiles - 1) / kTiles, crop_chunks = (layout.crop_tiles() + kTiles - 1) / kTiles;
   const bool raw = index < raw_chunks;
   const int crop = raw ? -1 : (index - raw_chunks) / crop_chunks;
@@ -444,34 +442,34 @@ __device__ __forceinline__ Passing passing(const Layout& layout, int index) {
 }
 
 template <class T>
-__host__ __device__ int passing_count(const Layout& layout) {
-  constexpr int kTiles = kPassing<T> / kTile;
+__host__ __device__ int row_chunk_count(const Layout& layout) {
+  constexpr int kTiles = kChunkRows<T> / kTile;
   return (layout.raw_tiles() + kTiles - 1) / kTiles + layout.crops * ((layout.crop_tiles() + kTiles - 1) / kTiles);
 }
 
 template <class T>
-struct Stage {  // of rows that pass by
+struct Stage {  // a chunk of rows in shared memory
   Staged<T> queries, upstream;
   float *log2_sum, *delta;  // delta: sum(g out) = sum(P dP)
   __device__ __forceinline__ explicit Stage(char* memory)
-      : queries{memory, kPassing<T>}, upstream{memory + kPassing<T> * Staged<T>::kBytes, kPassing<T>},
-        log2_sum(reinterpret_cast<float*>(memory + 2 * kPassing<T> * Staged<T>::kBytes)), delta(log2_sum + kPassing<T>) {}
+      : queries{memory, kChunkRows<T>}, upstream{memory + kChunkRows<T> * Staged<T>::kBytes, kChunkRows<T>},
+        log2_sum(reinterpret_cast<float*>(memory + 2 * kChunkRows<T> * Staged<T>::kBytes)), delta(log2_sum + kChunkRows<T>) {}
 
-  __device__ void fill(const Backward<T>& b, const Passing& rows, int image, int head) const {
+  __device__ void fill(const Backward<T>& b, const RowChunk& rows, int image, int head) const {
     const Problem<T>& p = b.p;
     const T *q = p.q.of(image, head), *g = b.grad.of(image, head), *out = b.out.of(image, head);
-    for_units<T>(kPassing<T>, [&](int row, int unit) {
+    for_units<T>(kChunkRows<T>, [&](int row, int unit) {
       const int token = row < rows.tiles * kTile ? p.layout.token(rows.first_tile + row / kTile, row % kTile) : -1;
       stage_row(queries, row, q, p.q.token, token, p.width, p.steps(), p.q.aligned, unit);
       stage_row(upstream, row, g, b.grad.token, token, p.width, p.steps(), b.grad.aligned, unit);
     });
-    for (int row = warp(); row < kPassing<T>; row += kBackwardWarps) {
+    for (int row = warp(); row < kChunkRows<T>; row += kBackwardWarps) {
       const int token = row < rows.tiles * kTile ? p.layout.token(rows.first_tile + row / kTile, row % kTile) : -1;
       float sum = 0;
       for (int channel = lane(); token >= 0 && channel < p.width; channel += kWarpLanes)
         sum += float(g[token * b.grad.token + channel]) * float(out[token * b.out.token + channel]);
 #pragma unroll
-      for (int apart = 1; apart < kWarpLanes; apart *= 2) sum += __shfl_xor_sync(kAllLanes, sum, apart);
+      for (int distance = 1; distance < kWarpLanes; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
       if (lane() == 0) {
         delta[row] = sum;
         log2_sum[row] = token < 0 ? INFINITY : b.lse[(int64_t(image) * p.heads + head) * p.layout.tokens() + token] * kLog2e;
@@ -493,9 +491,9 @@ struct Keys {
       for (int i = 0; i < 4; ++i) dk[n][i] = dv[n][i] = 0;
   }
 
-  // What 16 rows of a stage add, and their dS^T to shared memory. `first` is the keys' first row there, of which `there` exist.
-  __device__ __forceinline__ void collect(const Problem<T>& p, const Stage<T>& stage, int row, const Staged<T>& keys,
-                                          const Staged<T>& values, const Staged<T>& d_scores, int first, int there) {
+  // Adds 16 rows of a stage, and writes their dS^T to shared memory. The keys are there from row `first` on; `present` exist.
+  __device__ __forceinline__ void add_rows(const Problem<T>& p, const Stage<T>& stage, int row, const Staged<T>& keys,
+                                          const Staged<T>& values, const Staged<T>& d_scores, int first, int present) {
     float weight[2][4] = {}, change[2][4] = {};
 #pragma unroll 1
     for (int step = 0; step < p.steps(); ++step) {
@@ -515,7 +513,7 @@ struct Keys {
       const int column = row + n * 8 + lane() % 4 * 2;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool exists = lane() / 4 + i / 2 * 8 < there;
+        const bool exists = lane() / 4 + i / 2 * 8 < present;
         const float value = exists ? exp2f(weight[n][i] * scale - stage.log2_sum[column + i % 2]) : 0.0f;
         weight[n][i] = value;
         change[n][i] = exists ? value * (change[n][i] - stage.delta[column + i % 2]) : 0.0f;
@@ -540,11 +538,11 @@ struct Keys {
   }
 };
 
-// A warp's part of dQ of the rows passing by: 16 rows, some channels, summed over the keys of the block that they read.
+// A warp's part of dQ of a chunk: 16 rows, some channels, summed over the keys of the block that they read.
 template <class T>
-__device__ __forceinline__ void pull(const Backward<T>& b, const Passing& rows, const Reads& reads, int image, int head, int first_tile, int tiles,
+__device__ __forceinline__ void query_gradients(const Backward<T>& b, const RowChunk& rows, const Reads& reads, int image, int head, int first_tile, int tiles,
                                      const Staged<T>& keys, const Staged<T>& d_scores) {
-  constexpr int kRowTiles = kPassing<T> / kTile, kShare = kWidth * kRowTiles / kBackwardWarps;  // channels
+  constexpr int kRowTiles = kChunkRows<T> / kTile, kShare = kWidth * kRowTiles / kBackwardWarps;  // channels
   const Problem<T>& p = b.p;
   const int row = warp() % kRowTiles, first_channel = warp() / kRowTiles * kShare;
   float sum[kShare / 8][4] = {};
@@ -570,9 +568,9 @@ __device__ __forceinline__ void pull(const Backward<T>& b, const Passing& rows, 
 #pragma unroll
       for (int n = 0; n < kShare / 8; ++n) {
         const int channel = first_channel + n * 8 + lane() % 4 * 2;
-        if (b.shares) {
-          const int64_t share = int64_t(blockIdx.y) * (gridDim.x / p.heads) * p.layout.tokens();
-          store_pair(b.shares + ((share + at) * p.heads + head) * p.width, channel, p.width, sum[n][2 * half], sum[n][2 * half + 1]);
+        if (b.dq_parts) {
+          const int64_t first_of_group = int64_t(blockIdx.y) * (gridDim.x / p.heads) * p.layout.tokens();
+          store_pair(b.dq_parts + ((first_of_group + at) * p.heads + head) * p.width, channel, p.width, sum[n][2 * half], sum[n][2 * half + 1]);
         } else {
           store_pair(b.dqkv + (at * 3 * p.heads + head) * p.width, channel, p.width, sum[n][2 * half] * p.scale,
                      sum[n][2 * half + 1] * p.scale);
@@ -590,7 +588,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarpLanes, 1) backward_kernel
   const int slots = b.group_tiles * kTile;
   char* memory = shared_memory();
   const Staged<T> keys{memory, slots}, values{memory + slots * Staged<T>::kBytes, slots};
-  const Staged<T> d_scores{memory + 2 * slots * Staged<T>::kBytes, slots};  // [keys][rows that pass by], one chunk wide
+  const Staged<T> d_scores{memory + 2 * slots * Staged<T>::kBytes, slots};  // [keys][rows of a chunk]
   char* stages = memory + 2 * slots * Staged<T>::kBytes + slots * kChunkBytes;
 
   const T *k = p.k.of(image, head), *v = p.v.of(image, head);
@@ -599,30 +597,30 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarpLanes, 1) backward_kernel
     stage_row(keys, row, k, p.k.token, token, p.width, p.steps(), p.k.aligned, unit);
     stage_row(values, row, v, p.v.token, token, p.width, p.steps(), p.v.aligned, unit);
   });
-  const int count = passing_count<T>(p.layout);
-  Stage<T>(stages).fill(b, passing<T>(p.layout, 0), image, head);
-  Keys<T> mine[kWarpTiles<T>];
+  const int count = row_chunk_count<T>(p.layout);
+  Stage<T>(stages).fill(b, row_chunk<T>(p.layout, 0), image, head);
+  Keys<T> own_keys[kWarpTiles<T>];
 #pragma unroll
-  for (int j = 0; j < kWarpTiles<T>; ++j) mine[j].clear();
+  for (int j = 0; j < kWarpTiles<T>; ++j) own_keys[j].clear();
 
   for (int index = 0; index < count; ++index) {
     wait_copies<0>();
-    __syncthreads();  // the rows have arrived for everyone, and everyone is done with the other stage and with dS
+    __syncthreads();  // the rows are complete, and all warps are done with the other stage and with dS
     if (index + 1 < count)
-      Stage<T>(stages + (index + 1) % kStages * kStageBytes<T>).fill(b, passing<T>(p.layout, index + 1), image, head);
-    const Passing rows = passing<T>(p.layout, index);
+      Stage<T>(stages + (index + 1) % kStages * kStageBytes<T>).fill(b, row_chunk<T>(p.layout, index + 1), image, head);
+    const RowChunk rows = row_chunk<T>(p.layout, index);
     const Reads reads = p.layout.reads(rows.crop);
     const Stage<T> stage(stages + index % kStages * kStageBytes<T>);
 #pragma unroll
     for (int j = 0; j < kWarpTiles<T>; ++j) {
       const int t = j * kBackwardWarps + warp();
-      const int there = t < tiles ? reads.tokens(first_tile + t) : 0;
-      if (there <= 0) continue;
+      const int present = t < tiles ? reads.tokens(first_tile + t) : 0;
+      if (present <= 0) continue;
       for (int row = 0; row < rows.tiles; ++row)
-        mine[j].collect(p, stage, row * kTile, keys, values, d_scores, t * kTile, there);
+        own_keys[j].add_rows(p, stage, row * kTile, keys, values, d_scores, t * kTile, present);
     }
     __syncthreads();
-    pull(b, rows, reads, image, head, first_tile, tiles, keys, d_scores);
+    query_gradients(b, rows, reads, image, head, first_tile, tiles, keys, d_scores);
   }
 
 #pragma unroll
@@ -637,19 +635,19 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarpLanes, 1) backward_kernel
 #pragma unroll
       for (int n = 0; n < kWidth / 8; ++n) {
         const int channel = n * 8 + lane() % 4 * 2;
-        store_pair(to + p.heads * p.width, channel, p.width, mine[j].dk[n][2 * half] * p.scale, mine[j].dk[n][2 * half + 1] * p.scale);
-        store_pair(to + 2 * p.heads * p.width, channel, p.width, mine[j].dv[n][2 * half], mine[j].dv[n][2 * half + 1]);
+        store_pair(to + p.heads * p.width, channel, p.width, own_keys[j].dk[n][2 * half] * p.scale, own_keys[j].dk[n][2 * half + 1] * p.scale);
+        store_pair(to + 2 * p.heads * p.width, channel, p.width, own_keys[j].dv[n][2 * half], own_keys[j].dv[n][2 * half + 1]);
       }
     }
   }
 }
 
-// dQ of one token and all its heads: what the blocks that own keys say of it.
+// dQ of one token and all its heads: the sum of the parts of all blocks.
 template <class T>
-__global__ void total_kernel(const float* shares, int groups, int64_t tokens, int values, float scale, T* dqkv) {
+__global__ void total_kernel(const float* dq_parts, int groups, int64_t tokens, int values, float scale, T* dqkv) {
   for (int i = threadIdx.x; i < values; i += blockDim.x) {
     float sum = 0;
-    for (int group = 0; group < groups; ++group) sum += shares[(group * tokens + blockIdx.x) * values + i];
+    for (int group = 0; group < groups; ++group) sum += dq_parts[(group * tokens + blockIdx.x) * values + i];
     dqkv[int64_t(blockIdx.x) * 3 * values + i] = T(sum * scale);
   }
 }
@@ -665,15 +663,15 @@ Heads<T> heads_of(const Tensor& x, int head_dim, int64_t offset = 0) {
 
 template <class T>
 Problem<T> problem_of(const Tensor& qkv, int64_t raw, int64_t crop) {
-  const int64_t width = qkv.size(4), queries = qkv.size(1) - raw, each = crop ? crop : queries, part = qkv.stride(2);
+  const int64_t width = qkv.size(4), queries = qkv.size(1) - raw, crop_tokens = crop ? crop : queries, part = qkv.stride(2);
   STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3 && width <= kWidth && (width == 1 || qkv.stride(4) == 1),
-                  "query_attention: expected [images, tokens, 3, heads, width <= 64] with dense rows; call the Python function");
-  return {{int(raw), int(each), int(each ? queries / each : 0), crop > 0}, int(qkv.size(3)), int(width),
+                  "query_attention: qkv must be [images, tokens, 3, heads, width <= 64] with dense rows, got another layout; call the Python function.");
+  return {{int(raw), int(crop_tokens), int(crop_tokens ? queries / crop_tokens : 0), crop > 0}, int(qkv.size(3)), int(width),
           1.0f / std::sqrt(float(width)), heads_of<T>(qkv, 3), heads_of<T>(qkv, 3, part), heads_of<T>(qkv, 3, 2 * part)};
 }
 
 unsigned blocks_of(int64_t count) {
-  STD_TORCH_CHECK(count < (int64_t(1) << 31), "query_attention: ", count, " blocks exceed one launch; split the batch");
+  STD_TORCH_CHECK(count < (int64_t(1) << 31), "query_attention: one launch must have less than 2^31 blocks, got ", count, "; split the batch.");
   return unsigned(count);
 }
 
@@ -690,7 +688,7 @@ std::tuple<Tensor, Tensor> query_attention_fwd(const Tensor& qkv, int64_t raw, i
     auto* lse_ptr = static_cast<float*>(lse.data_ptr());
     const int threads = kAttendWarps * kWarpLanes, tiles = p.layout.tiles();
     const size_t all = size_t(2) * tiles * kTile * Staged<T>::kBytes;
-    if constexpr (sizeof(T) == 2) {  // fp32 needs the registers for the parts of its values
+    if constexpr (sizeof(T) == 2) {  // fp32 needs the registers for the three parts of its values
       const auto kernel = tiles <= kFewTiles ? attend_kernel<T, kFewTiles> : attend_kernel<T, kManyTiles>;
       if (tiles <= kManyTiles) return launch(device, kernel, dim3{blocks, 1, 1}, threads, all, p, out_ptr, lse_ptr);
     }
@@ -713,15 +711,15 @@ Tensor query_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor& 
     const int fitting = int((device.shared_memory_limit() - stages) / per_tile);
     const int group_tiles = std::min({kBackwardWarps * kWarpTiles<T>, fitting, p.layout.tiles()});
     const int64_t groups = (p.layout.tiles() + group_tiles - 1) / group_tiles;
-    Tensor shares = torch::stable::new_empty(qkv, {groups > 1 ? groups : 0, images, tokens, heads, width}, ScalarType::Float);
-    auto* shares_ptr = groups > 1 ? static_cast<float*>(shares.data_ptr()) : nullptr;
+    Tensor dq_parts = torch::stable::new_empty(qkv, {groups > 1 ? groups : 0, images, tokens, heads, width}, ScalarType::Float);
+    auto* dq_parts_ptr = groups > 1 ? static_cast<float*>(dq_parts.data_ptr()) : nullptr;
     auto* dqkv_ptr = static_cast<T*>(dqkv.data_ptr());
     const Backward<T> b{p, heads_of<T>(grad, 2), heads_of<T>(out, 2), static_cast<const float*>(lse.data_ptr()), dqkv_ptr,
-                        shares_ptr, group_tiles};
+                        dq_parts_ptr, group_tiles};
     launch(device, backward_kernel<T>, dim3{blocks_of(images * heads), unsigned(groups), 1}, kBackwardWarps * kWarpLanes,
            group_tiles * per_tile + stages, b);
     if (groups > 1)
-      launch(device, total_kernel<T>, dim3{blocks_of(images * tokens), 1, 1}, 128, 0, static_cast<const float*>(shares_ptr),
+      launch(device, total_kernel<T>, dim3{blocks_of(images * tokens), 1, 1}, 128, 0, static_cast<const float*>(dq_parts_ptr),
              int(groups), images * tokens, int(heads * width), p.scale, dqkv_ptr);
   });
   return dqkv;

@@ -1,12 +1,12 @@
-// self_relation on the CPU. One image and head at a time, of which a strip of relations (all of them up to 1024 rows) lies in
-// a thread's cache; the teacher's are made once for all views of the student.
-//   relate     the strip's products; what is its own mirror image is multiplied once
-//   teach      the teacher's relations to powers of two, and their sums
-//   learn      cross-entropy, and the student's relations to D = Q - P
-//   symmetrise D + D^T where the strip has both
-//   pull       (D + D^T) f; where the mirror image of D lies outside the strip, its part of the rows there
-// Relations lie in blocks of 32 x 32, block (p, q) holding [m of panel q][n of panel p] for the softmax of row n over m: the
-// rows of a panel are adjacent in memory, so sums over m need no shuffles and a block is the right factor of a product as it is.
+// self_relation on the CPU. One image and head at a time, a strip of whose relations (all of them up to 1024 rows) is in a
+// thread's cache; the teacher's are made once for all views of the student.
+//   compute_relations   the strip's products; blocks that mirror each other are multiplied once
+//   teacher_statistics  the teacher's relations to powers of two, and their sums
+//   student_statistics  cross-entropy, and the student's relations to D = Q - P
+//   symmetrize          D + D^T where the strip has both
+//   gradient            (D + D^T) f; for rows outside of the strip, the part of D^T that the strip has
+// Relations are in blocks of 32 x 32; block (p, q) has [m of panel q][n of panel p] for the softmax of row n over m: the rows
+// of a panel are adjacent in memory, so sums over m need no shuffles, and a block is the right factor of a product in place.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -22,26 +22,26 @@ namespace {
 
 constexpr int64_t kBlock = kPanel * kPanel;
 constexpr int64_t kStrip = 1 << 20;    // relations of a strip: 4 MiB, and as many of the teacher's
-constexpr int64_t kPullPanels = 6;     // of a product: 24 KiB of relations stay in the first cache
+constexpr int64_t kGradientPanels = 6;     // of a product: 24 KiB of relations stay in L1
 constexpr double kLog2e = 1.44269504088896341;
 constexpr double kLn2 = 0.69314718055994531;
 
 // ------------------------------------------------------------------------------------------------- blocks
 
-typedef float Four __attribute__((vector_size(16)));
-typedef float FourAnywhere __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Vector4 __attribute__((vector_size(16)));
+typedef float UnalignedVector4 __attribute__((vector_size(16), aligned(4), may_alias));
 
 struct Square {  // 4 x 4 values
-  Four row[4];
+  Vector4 row[4];
   explicit Square(const float* from) {
-    for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const FourAnywhere*>(from + i * kPanel);
+    for (int i = 0; i < 4; ++i) row[i] = *reinterpret_cast<const UnalignedVector4*>(from + i * kPanel);
   }
   void store(float* to) const {
-    for (int i = 0; i < 4; ++i) *reinterpret_cast<FourAnywhere*>(to + i * kPanel) = row[i];
+    for (int i = 0; i < 4; ++i) *reinterpret_cast<UnalignedVector4*>(to + i * kPanel) = row[i];
   }
   void transpose() {
-    const Four a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5), b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-    const Four c = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7), d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+    const Vector4 a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5), b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+    const Vector4 c = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7), d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
     row[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5), row[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
     row[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5), row[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
   }
@@ -56,7 +56,7 @@ void mirror(const float* from, float* to) {
     }
 }
 
-// x = x + y^T and y = x^T, also for one block that is both.
+// x = x + y^T and then y = x^T; x and y may be the same block.
 void add_mirrored(float* x, float* y) {
   for (int i = 0; i < kPanel; i += 4)
     for (int j = x == y ? i : 0; j < kPanel; j += 4) {
@@ -71,23 +71,8 @@ void add_mirrored(float* x, float* y) {
 
 // ------------------------------------------------------------------------------------------------ softmax
 
-// The teacher's relations of one panel to powers of two: highest and sum of every lane.
-CLONES void teach_panel(float* __restrict panel, int64_t rows, float* __restrict highest, float* __restrict sum) {
-  float top[kPanel], total[kPanel];
-  for (int i = 0; i < kPanel; ++i) top[i] = -FLT_MAX, total[i] = 0;
-  for (int64_t m = 0; m < rows; ++m)
-    for (int i = 0; i < kPanel; ++i) top[i] = panel[m * kPanel + i] > top[i] ? panel[m * kPanel + i] : top[i];
-  for (int64_t m = 0; m < rows; ++m)
-    for (int i = 0; i < kPanel; ++i) {
-      const float power = exp2_inline(panel[m * kPanel + i] - top[i]);
-      panel[m * kPanel + i] = power;
-      total[i] += power;
-    }
-  for (int i = 0; i < kPanel; ++i) highest[i] = top[i], sum[i] = total[i];
-}
-
-// The student's; `expected` adds up relation - highest times the teacher's powers.
-CLONES void learn_panel(float* __restrict panel, const float* __restrict wanted, int64_t rows, float* __restrict highest,
+// The student's relations as exponentiate_panel has the teacher's; `expected` sums (relation - highest) times the teacher's powers.
+CLONES void exponentiate_student(float* __restrict panel, const float* __restrict target, int64_t rows, float* __restrict highest,
                         float* __restrict sum, float* __restrict expected) {
   float top[kPanel], total[kPanel], mean[kPanel];
   for (int i = 0; i < kPanel; ++i) top[i] = -FLT_MAX, total[i] = mean[i] = 0;
@@ -96,7 +81,7 @@ CLONES void learn_panel(float* __restrict panel, const float* __restrict wanted,
   for (int64_t m = 0; m < rows; ++m)
     for (int i = 0; i < kPanel; ++i) {
       const float below = panel[m * kPanel + i] - top[i], power = exp2_inline(below);
-      mean[i] += wanted[m * kPanel + i] * below;
+      mean[i] += target[m * kPanel + i] * below;
       panel[m * kPanel + i] = power;
       total[i] += power;
     }
@@ -104,13 +89,13 @@ CLONES void learn_panel(float* __restrict panel, const float* __restrict wanted,
 }
 
 // D = Q - P from both sides' powers and their sums.
-CLONES void subtract_panel(float* __restrict panel, const float* __restrict wanted, int64_t rows, const float* __restrict sum,
-                           const float* __restrict wanted_sum) {
-  float inverse[kPanel], wanted_inverse[kPanel];
-  for (int i = 0; i < kPanel; ++i) inverse[i] = 1 / sum[i], wanted_inverse[i] = 1 / wanted_sum[i];
+CLONES void subtract_panel(float* __restrict panel, const float* __restrict target, int64_t rows, const float* __restrict sum,
+                           const float* __restrict target_sum) {
+  float inverse[kPanel], target_inverse[kPanel];
+  for (int i = 0; i < kPanel; ++i) inverse[i] = 1 / sum[i], target_inverse[i] = 1 / target_sum[i];
   for (int64_t m = 0; m < rows; ++m)
     for (int i = 0; i < kPanel; ++i)
-      panel[m * kPanel + i] = panel[m * kPanel + i] * inverse[i] - wanted[m * kPanel + i] * wanted_inverse[i];
+      panel[m * kPanel + i] = panel[m * kPanel + i] * inverse[i] - target[m * kPanel + i] * target_inverse[i];
 }
 
 // ------------------------------------------------------------------------------------------------ a sample
@@ -127,7 +112,7 @@ struct Rows {  // of one image and head
 
 struct Problem {
   int64_t views, images, heads, rows, width, teacher_width;
-  float root, teacher_root;  // of the scale in units of log2: features times it have relations in those units
+  float root, teacher_root;  // of the scale in units of log2: features times the root have relations in those units
   double student_scale;
   const float* weight;  // [views, images]
   float* log2_student;  // [views, images, heads, rows]
@@ -139,7 +124,7 @@ struct Problem {
 };
 
 template <class F>
-void in_parallel(int64_t tasks, F f) {  // one after another if this is within such a loop already
+void in_parallel(int64_t tasks, F f) {  // one after another inside of another parallel loop
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) f(i);
   });
@@ -152,7 +137,7 @@ class Sample {
         student(panels * p.width * kPanel), teacher(panels * p.teacher_width * kPanel), relations(strip * panels * kBlock),
         powers(strip * panels * kBlock), powers_sum(strip * kPanel) {}
 
-  // `losses` is [views, panels] and gets the sum of a panel's rows.
+  // `losses` [views, panels] gets the sum over a panel's rows.
   template <class T, class Views>
   void run(int64_t image, int64_t head, const Rows<T>& teacher_rows, const Views& student_rows, double* losses) {
     const int64_t at = image * p.heads + head;
@@ -163,33 +148,33 @@ class Sample {
     for (first = 0; counts && first < panels; first += strip) {
       last = std::min(first + strip, panels);
       if (first == 0) pack(teacher_rows, teacher, p.teacher_width, p.teacher_root);
-      relate(teacher, p.teacher_width, powers);
-      in_parallel(last - first, [&](int64_t i) { teach(first + i, log2_teacher); });
+      compute_relations(teacher, p.teacher_width, powers);
+      in_parallel(last - first, [&](int64_t i) { teacher_statistics(first + i, log2_teacher); });
       for (int64_t s = 0; s < p.views; ++s) {
         if (p.of(s, image) == 0) continue;
         const int64_t of_view = s * p.images * p.heads + at;
         pack(student_rows(s), student, p.width, p.root);
-        relate(student, p.width, relations);
+        compute_relations(student, p.width, relations);
         in_parallel(last - first, [&](int64_t i) {
-          losses[s * panels + first + i] = learn(first + i, p.log2_student + of_view * p.rows);
+          losses[s * panels + first + i] = student_statistics(first + i, p.log2_student + of_view * p.rows);
         });
         if (!p.dstudent) continue;
-        in_parallel(last - first, [&](int64_t i) { symmetrise(spread(i)); });
+        in_parallel(last - first, [&](int64_t i) { symmetrize(interleaved(i)); });
         const float factor = float(p.student_scale * p.of(s, image) / (double(p.heads * p.rows) * p.root));
-        in_parallel(panels, [&](int64_t q) { pull(q, factor, p.dstudent + of_view * p.rows * p.width); });
+        in_parallel(panels, [&](int64_t q) { gradient(q, factor, p.dstudent + of_view * p.rows * p.width); });
       }
     }
   }
 
  private:
-  // Of the student's relations or the teacher's.
+  // A block of the student's or the teacher's relations.
   float* block(const Buffer& strip_of, int64_t panel, int64_t other) const {
     return strip_of.at(((panel - first) * panels + other) * kBlock);
   }
   bool within(int64_t panel) const { return panel >= first && panel < last; }
 
-  // A panel of the strip: short and long ones take turns, so that threads with consecutive tasks have as much to do.
-  int64_t spread(int64_t i) const { return i % 2 ? last - 1 - i / 2 : first + i / 2; }
+  // The panel of a task: short and long ones alternate, so that threads with consecutive tasks have equal work.
+  int64_t interleaved(int64_t i) const { return i % 2 ? last - 1 - i / 2 : first + i / 2; }
 
   void skip(int64_t view, int64_t at) const {
     const int64_t of_view = view * p.images * p.heads + at;
@@ -197,7 +182,7 @@ class Sample {
     if (p.dstudent) std::fill_n(p.dstudent + of_view * p.rows * p.width, p.rows * p.width, 0.0f);
   }
 
-  // To panels of 32 rows, [width][32] each, times `root`; lanes without a row are zero.
+  // Packs rows to panels of 32, [width][32] each, times `root`; lanes without a row are zero.
   template <class T>
   void pack(const Rows<T>& from, const Buffer& to, int64_t width, float root) const {
     in_parallel(panels, [&](int64_t q) {
@@ -211,9 +196,9 @@ class Sample {
     });
   }
 
-  void relate(const Buffer& features, int64_t width, const Buffer& out) const {
+  void compute_relations(const Buffer& features, int64_t width, const Buffer& out) const {
     in_parallel(last - first, [&](int64_t i) {
-      const int64_t panel = spread(i);
+      const int64_t panel = interleaved(i);
       for (int64_t q = 0; q < panels; ++q) {
         if (within(q) && q > panel) continue;
         multiply_panel({features.at(q * width * kPanel), 1, kPanel, 0, features.at(panel * width * kPanel), kPanel, 0,
@@ -223,34 +208,34 @@ class Sample {
     });
   }
 
-  void teach(int64_t panel, float* log2_teacher) const {
+  void teacher_statistics(int64_t panel, float* log2_teacher) const {
     float highest[kPanel], *sum = powers_sum.at((panel - first) * kPanel), *tile = block(powers, panel, 0);
-    teach_panel(tile, p.rows, highest, sum);
+    exponentiate_panel(tile, p.rows, highest, sum);
     for (int64_t i = 0; i < p.in_panel(panel); ++i) log2_teacher[panel * kPanel + i] = highest[i] + std::log2(sum[i]);
   }
 
-  double learn(int64_t panel, float* log2_student) const {
+  double student_statistics(int64_t panel, float* log2_student) const {
     float highest[kPanel], sum[kPanel], expected[kPanel];
-    float *tile = block(relations, panel, 0), *wanted = block(powers, panel, 0), *wanted_sum = powers_sum.at((panel - first) * kPanel);
-    learn_panel(tile, wanted, p.rows, highest, sum, expected);
-    if (p.dstudent) subtract_panel(tile, wanted, p.rows, sum, wanted_sum);
+    float *tile = block(relations, panel, 0), *target = block(powers, panel, 0), *target_sum = powers_sum.at((panel - first) * kPanel);
+    exponentiate_student(tile, target, p.rows, highest, sum, expected);
+    if (p.dstudent) subtract_panel(tile, target, p.rows, sum, target_sum);
     double loss = 0;
     for (int64_t i = 0; i < p.in_panel(panel); ++i) {
       const double log2_sum = std::log2(sum[i]);
       log2_student[panel * kPanel + i] = float(highest[i] + log2_sum);
-      loss += log2_sum - double(expected[i]) / wanted_sum[i];
+      loss += log2_sum - double(expected[i]) / target_sum[i];
     }
     return loss * kLn2;
   }
 
-  void symmetrise(int64_t panel) const {
+  void symmetrize(int64_t panel) const {
     for (int64_t q = first; q <= panel; ++q) add_mirrored(block(relations, panel, q), block(relations, q, panel));
   }
 
-  void pull(int64_t panel, float factor, float* dstudent) const {
-    thread_local std::vector<float> pulled;  // [width][32]
-    pulled.resize(p.width * kPanel);
-    PanelProduct product{nullptr, kPanel, 1, p.width * kPanel, nullptr, kPanel, kBlock, pulled.data(), kPanel, p.width, kPanel, 1, false};
+  void gradient(int64_t panel, float factor, float* dstudent) const {
+    thread_local std::vector<float> sums;  // [width][32]
+    sums.resize(p.width * kPanel);
+    PanelProduct product{nullptr, kPanel, 1, p.width * kPanel, nullptr, kPanel, kBlock, sums.data(), kPanel, p.width, kPanel, 1, false};
     const auto add = [&](int64_t other, const float* right, int64_t others) {
       product.a = student.at(other * p.width * kPanel), product.b = right, product.outer = others;
       product.inner = p.in_panel(other + others - 1);
@@ -259,23 +244,23 @@ class Sample {
     };
     if (within(panel)) {
       const int64_t full = p.rows / kPanel;
-      for (int64_t q = 0; q < full; q += kPullPanels) add(q, block(relations, panel, q), std::min(kPullPanels, full - q));
+      for (int64_t q = 0; q < full; q += kGradientPanels) add(q, block(relations, panel, q), std::min(kGradientPanels, full - q));
       if (full < panels) add(full, block(relations, panel, full), 1);
     } else {
-      float turned[kBlock];
+      float mirrored[kBlock];
       for (int64_t q = first; q < last; ++q) {
-        mirror(block(relations, q, panel), turned);
-        add(q, turned, 1);
+        mirror(block(relations, q, panel), mirrored);
+        add(q, mirrored, 1);
       }
     }
     for (int64_t i = 0; i < p.in_panel(panel); ++i) {
       float* row = dstudent + (panel * kPanel + i) * p.width;
-      for (int64_t e = 0; e < p.width; ++e) row[e] = (first ? row[e] : 0) + factor * pulled[e * kPanel + i];
+      for (int64_t e = 0; e < p.width; ++e) row[e] = (first ? row[e] : 0) + factor * sums[e * kPanel + i];
     }
   }
 
   const Problem& p;
-  int64_t panels, strip;        // of all rows; of those whose relations are there at a time
+  int64_t panels, strip;        // of all rows; of a strip
   int64_t first = 0, last = 0;  // panels of the strip
   Buffer student, teacher;      // features in panels
   Buffer relations;             // of the student
@@ -312,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> self_relation_fwd(const Tensor& stude
         Sample sample(p);
         for (int64_t i = from; i < to; ++i) run(sample, i);
       });
-    } else {  // few: the threads share each
+    } else {  // few: the threads divide each
       Sample sample(p);
       for (int64_t i = 0; i < samples; ++i) run(sample, i);
     }

@@ -1,7 +1,7 @@
 // self_relation on the GPU. A block keeps some rows of one view, image and head in shared memory, the student's and the
-// teacher's; all rows pass by in 128-byte chunks, 64 rows at a time, through asynchronous stages. Relations stay in registers.
-//   score  both softmax sums of the block's rows, carried along, and their cross-entropy
-//   pull   relations again, D + D^T from the sums of both rows, and at once its product with the features that pass by
+// teacher's; all rows are loaded in 128-byte chunks, 64 rows at a time, through asynchronous stages. Relations stay in registers.
+//   statistics  running softmax sums of the block's rows, of both sides, and their cross-entropy
+//   gradient    relations again, D + D^T from the sums of both rows, and at once its product with the loaded features
 // Relations are in units of log2; all sums are fp32 and in a fixed order.
 #include <algorithm>
 #include <cfloat>
@@ -12,15 +12,12 @@
 namespace patchlight {
 namespace {
 
-constexpr int kWarpLanes = 32;
 constexpr int kStages = 3;
-constexpr int kWarpRows = 16;  // half of what a warp could hold, so that more warps hide what one waits for
+constexpr int kWarpRows = 16;  // half of what fits a warp, so that more warps hide the waiting of one
 constexpr int kMaxWarps = 12;  // leaves 168 registers a thread
-constexpr int kWideWarps = 8;  // 255
+constexpr int kWideWarps = 8;  // leaves 255
 constexpr int kStageBytes = kTileColumns * kChunkBytes;
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
-constexpr float kUnit = 16384;  // D + D^T lies in [-2, 2]; in these units it uses the whole range of fp16
+constexpr float kUnit = 16384;  // times D + D^T, which is in [-2, 2]: makes use of the whole range of fp16
 
 template <class T>
 using Tile = WarpTile<T, 1>;  // a warp's 16 rows against 64
@@ -44,10 +41,10 @@ struct Problem {
   __host__ __device__ int64_t samples() const { return int64_t(views) * images * heads; }
 };
 
-struct Where {  // a block's sample
+struct BlockSample {
   int view, image, head;
   template <class T>
-  __device__ explicit Where(const Problem<T>& p)
+  __device__ explicit BlockSample(const Problem<T>& p)
       : view(int(blockIdx.x / (unsigned(p.images) * unsigned(p.heads)))), image(int(blockIdx.x / unsigned(p.heads) % unsigned(p.images))),
         head(int(blockIdx.x % unsigned(p.heads))) {}
   template <class T>
@@ -58,7 +55,7 @@ struct Where {  // a block's sample
   __device__ int64_t teacher_row(const Problem<T>& p) const { return (int64_t(image) * p.heads + head) * p.rows; }
 };
 
-// One chunk of 64 rows from row `first` on, or of any number of a block's own rows. Rows that do not exist repeat the last.
+// Copies one chunk of `count` rows from row `first` on. Missing rows repeat the last one.
 template <class T>
 __device__ void stage_chunk(char* out, const T* data, const Side<T>& side, int first, int count, int rows, int chunk) {
   for (int i = threadIdx.x; i < count * kUnits; i += blockDim.x) {
@@ -68,21 +65,21 @@ __device__ void stage_chunk(char* out, const T* data, const Side<T>& side, int f
   }
 }
 
-// What passes by: of each 64 rows the teacher's chunks, the student's, and `again` of those from chunk `first_again` on.
+// The chunks that are loaded: of each 64 rows the teacher's, the student's, and `again` of those from chunk `first_again` on.
 template <class T>
 class Stream {
  public:
-  __device__ Stream(const Problem<T>& problem, const Where& where, char* shared, int again_from, int again_count)
+  __device__ Stream(const Problem<T>& problem, const BlockSample& where, char* shared, int again_from, int again_count)
       : p(problem), student(where.in(problem.student)), teacher(where.in(problem.teacher)), stages(shared), first_again(again_from),
         again(again_count) {
     steps = p.tiles() * in_tile();
     for (int ahead = 0; ahead < kStages - 1; ++ahead) stage(ahead);
   }
 
-  // The next chunk. Everyone must be done with the one before the last when it is called.
+  // The next chunk. When it is called, all warps must be done with the chunk before the last.
   __device__ const char* next() {
     wait_copies<kStages - 2>();
-    __syncthreads();  // the chunk has arrived for everyone, and everyone is done with the stage that is filled next
+    __syncthreads();  // the chunk is complete, and all warps are done with the stage that is filled next
     stage(step + kStages - 1);
     return stages + step++ % kStages * kStageBytes;
   }
@@ -111,10 +108,10 @@ class Stream {
 
 // The block's own rows: the teacher's chunks and the student's, [chunks][slots] each.
 template <class T>
-struct Own {
+struct OwnRows {
   char* shared;
   int slots, first_row;
-  __device__ Own(char* out, const Problem<T>& p, const Where& where, int rows_of_block)
+  __device__ OwnRows(char* out, const Problem<T>& p, const BlockSample& where, int rows_of_block)
       : shared(out), slots(rows_of_block), first_row(int(blockIdx.y) * rows_of_block) {
     for (int c = 0; c < p.teacher.chunks(); ++c) stage_chunk(chunk(c), where.in(p.teacher), p.teacher, first_row, slots, p.rows, c);
     for (int c = 0; c < p.student.chunks(); ++c)
@@ -129,9 +126,9 @@ size_t own_bytes(const Problem<T>& p, int slots) {
   return size_t(p.teacher.chunks() + p.student.chunks()) * slots * kChunkBytes;
 }
 
-// A tile's relations: chunks from `first` on of the block's own rows with those that come next.
+// A tile's relations: chunks from `first` on of the block's own rows times the next chunks that are loaded.
 template <class T>
-__device__ __forceinline__ void relate(Tile<T>& tile, const Own<T>& own, Stream<T>& stream, int first, int chunks, float scale) {
+__device__ __forceinline__ void compute_relations(Tile<T>& tile, const OwnRows<T>& own, Stream<T>& stream, int first, int chunks, float scale) {
   tile.clear();
   for (int c = 0; c < chunks; ++c) tile.multiply(own.chunk(first + c), int(threadIdx.x) / kWarpLanes * kWarpRows, stream.next());
 #pragma unroll
@@ -140,17 +137,17 @@ __device__ __forceinline__ void relate(Tile<T>& tile, const Own<T>& own, Stream<
     for (int j = 0; j < Tile<T>::kColumns; ++j) tile.at(i, j) *= scale;
 }
 
-// ------------------------------------------------------------------------------------------------- score
+// ------------------------------------------------------------------------------------------------- statistics
 
-struct Scores {
+struct StatisticsOutputs {
   float* log2_student;  // [views, images, heads, rows]
   float* log2_teacher;  // [images, heads, rows]
   float* losses;        // [samples, blocks]
 };
 
-// The running maximum of a row of the tile, and the factor that brings older sums of powers to it.
+// Updates the running maximum of a row of the tile; returns the factor from older sums of powers to the new maximum.
 template <class Tile>
-__device__ __forceinline__ float raise(Tile& tile, int i, float& highest, int left) {
+__device__ __forceinline__ float update_maximum(Tile& tile, int i, float& highest, int left) {
   float top = highest;
 #pragma unroll
   for (int j = 0; j < Tile::kColumns; ++j) top = fmaxf(top, Tile::column(j) < left ? tile.at(i, j) : -FLT_MAX);
@@ -161,10 +158,10 @@ __device__ __forceinline__ float raise(Tile& tile, int i, float& highest, int le
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) score_kernel(Problem<T> p, int rows_of_block, Scores out) {
+__global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) statistics_kernel(Problem<T> p, int rows_of_block, StatisticsOutputs out) {
   using Tile = Tile<T>;
-  const Where where(p);
-  const Own<T> own(shared_memory(), p, where, rows_of_block);
+  const BlockSample where(p);
+  const OwnRows<T> own(shared_memory(), p, where, rows_of_block);
   char* stages = shared_memory() + (p.teacher.chunks() + p.student.chunks()) * rows_of_block * kChunkBytes;
   Stream<T> stream(p, where, stages, 0, 0);
   const int warp = int(threadIdx.x) / kWarpLanes, first_row = own.first_row + warp * kWarpRows;
@@ -177,10 +174,10 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) score_kernel(Proble
   for (int t = 0; t < p.tiles(); ++t) {
     const int left = p.rows - t * kTileColumns;
     Tile powers, tile;
-    relate(powers, own, stream, 0, p.teacher.chunks(), p.teacher.scale);
+    compute_relations(powers, own, stream, 0, p.teacher.chunks(), p.teacher.scale);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
-      const float rescale = raise(powers, i, teacher_highest[i], left);
+      const float rescale = update_maximum(powers, i, teacher_highest[i], left);
       teacher_sum[i] *= rescale, expected[i] *= rescale;
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j) {
@@ -188,10 +185,10 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) score_kernel(Proble
         teacher_sum[i] += powers.at(i, j);
       }
     }
-    relate(tile, own, stream, p.teacher.chunks(), p.student.chunks(), p.student.scale);
+    compute_relations(tile, own, stream, p.teacher.chunks(), p.student.chunks(), p.student.scale);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) {
-      sum[i] *= raise(tile, i, highest[i], left);
+      sum[i] *= update_maximum(tile, i, highest[i], left);
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j) {
         expected[i] += powers.at(i, j) * tile.at(i, j);
@@ -212,7 +209,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) score_kernel(Proble
   }
   for (int step = 1; step < kWarpLanes; step *= 2) loss += __shfl_xor_sync(kAllLanes, loss, step);
   float* of_warp = reinterpret_cast<float*>(stages);
-  __syncthreads();  // everyone is done with the stages
+  __syncthreads();  // all warps are done with the stages
   if (threadIdx.x % kWarpLanes == 0) of_warp[warp] = loss;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -224,11 +221,11 @@ __global__ void __launch_bounds__(kMaxWarps * kWarpLanes, 1) score_kernel(Proble
   }
 }
 
-// -------------------------------------------------------------------------------------------------- pull
+// -------------------------------------------------------------------------------------------------- gradient
 
-// A warp's rows of one chunk of channels of the gradient, and the factor D + D^T that they are the product of.
+// A warp's rows of one chunk of channels of the gradient, and D + D^T as the left factor of their product.
 template <class T>
-struct Pulled {  // 16-bit values: the factor stays in the registers of the tile, as fragments of 16 columns each
+struct GradientTile {  // 16-bit values: the factor stays in the registers of the tile, as fragments of 16 columns each
   static constexpr int kColumns = 16;
   static constexpr size_t kScratchBytes = 0;
   float sum[8][4] = {};
@@ -263,7 +260,7 @@ struct Pulled {  // 16-bit values: the factor stays in the registers of the tile
 };
 
 template <>
-struct Pulled<float> {  // fp32 values: lanes need each other's columns, so the factor goes through shared memory
+struct GradientTile<float> {  // fp32 values: lanes need each other's columns, so the factor is in shared memory
   static constexpr int kColumns = 4, kStride = kTileColumns + 8;
   static constexpr size_t kScratchBytes = kWarpRows * kStride * sizeof(float);
   float sum[Tile<float>::kRows][kColumns] = {};
@@ -272,7 +269,7 @@ struct Pulled<float> {  // fp32 values: lanes need each other's columns, so the 
   struct Factor {
     const float* shared;
     __device__ __forceinline__ Factor(Tile<float>& tile, char* scratch) : shared(reinterpret_cast<float*>(scratch)) {
-      __syncwarp();  // everyone is done with the tile before
+      __syncwarp();  // all lanes are done with the tile before
 #pragma unroll
       for (int i = 0; i < Tile<float>::kRows; ++i)
 #pragma unroll
@@ -301,7 +298,7 @@ struct Pulled<float> {  // fp32 values: lanes need each other's columns, so the 
   }
 };
 
-struct Pull {
+struct GradientArguments {
   const float* log2_student;
   const float* log2_teacher;
   const float* grad_loss;  // scalar
@@ -309,7 +306,7 @@ struct Pull {
   bool exact;              // fp32
 };
 
-// p_nm + p_mn of a tile's relations. The sums are read anew for every tile, as registers are short.
+// p_nm + p_mn of a tile's relations. The sums are read again for every tile, to save registers.
 template <class T>
 __device__ __forceinline__ void both_probabilities(Tile<T>& tile, const float* log2_sums, int first_row, int first_column, int rows) {
 #pragma unroll
@@ -323,36 +320,36 @@ __device__ __forceinline__ void both_probabilities(Tile<T>& tile, const float* l
   }
 }
 
-// CHUNKS of the channels.
+// A block makes CHUNKS chunks of channels.
 template <class T, int CHUNKS, int WARPS>
-__global__ void __launch_bounds__(WARPS * kWarpLanes, 1) pull_kernel(Problem<T> p, int rows_of_block, Pull out) {
+__global__ void __launch_bounds__(WARPS * kWarpLanes, 1) gradient_kernel(Problem<T> p, int rows_of_block, GradientArguments out) {
   using Tile = Tile<T>;
-  const Where where(p);
-  const Own<T> own(shared_memory(), p, where, rows_of_block);
+  const BlockSample where(p);
+  const OwnRows<T> own(shared_memory(), p, where, rows_of_block);
   char* stages = shared_memory() + (p.teacher.chunks() + p.student.chunks()) * rows_of_block * kChunkBytes;
   const int warp = int(threadIdx.x) / kWarpLanes, first_row = own.first_row + warp * kWarpRows;
-  char* scratch = stages + kStages * kStageBytes + warp * Pulled<T>::kScratchBytes;
+  char* scratch = stages + kStages * kStageBytes + warp * GradientTile<T>::kScratchBytes;
   const int first_chunk = int(blockIdx.z) * CHUNKS, chunks = min_int(CHUNKS, p.student.chunks() - first_chunk);
   Stream<T> stream(p, where, stages, first_chunk, chunks);
   const float* log2_student = out.log2_student + int64_t(blockIdx.x) * p.rows;
   const float* log2_teacher = out.log2_teacher + where.teacher_row(p);
-  Pulled<T> pulled[CHUNKS];
+  GradientTile<T> gradient[CHUNKS];
   for (int t = 0; t < p.tiles(); ++t) {
     const int first = t * kTileColumns;
-    Tile wanted, tile;
-    relate(wanted, own, stream, 0, p.teacher.chunks(), p.teacher.scale);
-    both_probabilities(wanted, log2_teacher, first_row, first, p.rows);
-    relate(tile, own, stream, p.teacher.chunks(), p.student.chunks(), p.student.scale);
+    Tile target, tile;
+    compute_relations(target, own, stream, 0, p.teacher.chunks(), p.teacher.scale);
+    both_probabilities(target, log2_teacher, first_row, first, p.rows);
+    compute_relations(tile, own, stream, p.teacher.chunks(), p.student.chunks(), p.student.scale);
     both_probabilities(tile, log2_student, first_row, first, p.rows);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i)
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j)
-        tile.at(i, j) = first + Tile::column(j) < p.rows ? (tile.at(i, j) - wanted.at(i, j)) * kUnit : 0.0f;
-    const typename Pulled<T>::Factor factor(tile, scratch);
+        tile.at(i, j) = first + Tile::column(j) < p.rows ? (tile.at(i, j) - target.at(i, j)) * kUnit : 0.0f;
+    const typename GradientTile<T>::Factor factor(tile, scratch);
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c)
-      if (c < chunks) pulled[c].add(factor, stream.next());
+      if (c < chunks) gradient[c].add(factor, stream.next());
   }
   const float weight = p.weight[where.view * p.images + where.image];
   const float unit = *out.grad_loss * weight * (p.student.scale * kLn2 / (float(p.rows) * float(p.heads))) / kUnit;
@@ -361,11 +358,11 @@ __global__ void __launch_bounds__(WARPS * kWarpLanes, 1) pull_kernel(Problem<T> 
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < Pulled<T>::kColumns; ++j) {
+      for (int j = 0; j < GradientTile<T>::kColumns; ++j) {
         const int row = first_row + Tile::row(i), channel = (first_chunk + c) * kChunkChannels<T> + Tile::column(j);
         if (c >= chunks || row >= p.rows || channel >= p.student.channels) continue;
         const int64_t at = (int64_t(blockIdx.x) * p.rows + row) * p.student.channels + channel;
-        const float value = weight == 0 ? 0.0f : pulled[c].at(i, j) * unit;
+        const float value = weight == 0 ? 0.0f : gradient[c].at(i, j) * unit;
         if (out.exact)
           static_cast<float*>(out.gradient)[at] = value;
         else
@@ -380,7 +377,7 @@ Side<T> side_of(const Tensor& x, double scale) {
   const int first = x.dim() == 5;  // only the student has views
   const T* data = static_cast<const T*>(x.data_ptr());
   STD_TORCH_CHECK(x.size(first + 3) <= 1 || x.stride(first + 3) == 1,
-                  "self_relation: expected rows with dense channels; call the Python function");
+                  "self_relation: rows must have dense channels, got strided ones; call the Python function.");
   const int64_t view_stride = first ? x.stride(0) : 0;
   return {data,
           view_stride,
@@ -400,7 +397,7 @@ Problem<T> problem_of(const Tensor& student, const Tensor& teacher, double stude
           int(student.size(0)), int(student.size(1)), int(student.size(2)), int(student.size(3))};
 }
 
-// As many warps as fit, each with rows of its own, and blocks of like size.
+// As many warps as fit, each with rows of its own, and blocks of equal size.
 template <class T>
 int warps_for(const Problem<T>& p, int most, size_t scratch_bytes, size_t limit) {
   const int all = (p.rows + kWarpRows - 1) / kWarpRows;
@@ -409,7 +406,7 @@ int warps_for(const Problem<T>& p, int most, size_t scratch_bytes, size_t limit)
   while (warps > 1 && bytes(warps) > limit) --warps;
   STD_TORCH_CHECK(bytes(warps) <= limit, "self_relation: rows of ", p.student.channels, " and ", p.teacher.channels,
                   " channels need ", bytes(warps), " bytes of shared memory and this GPU has ", limit,
-                  "; use force(self_relation='triton')");
+                  "; use force(self_relation='triton').");
   const int blocks = (all + warps - 1) / warps;
   return (all + blocks - 1) / blocks;
 }
@@ -417,7 +414,7 @@ int warps_for(const Problem<T>& p, int most, size_t scratch_bytes, size_t limit)
 // The first result has to be summed; the last is empty: on a GPU the backward makes the gradient.
 std::tuple<Tensor, Tensor, Tensor, Tensor> self_relation_fwd(const Tensor& student, const Tensor& teacher, double student_scale,
                                                              double teacher_scale, const Tensor& weight, bool gradients) {
-  STD_TORCH_CHECK(!gradients, "self_relation: the CUDA forward makes no gradient; call the Python function");
+  STD_TORCH_CHECK(!gradients, "self_relation: gradients must be false in CUDA, got true; call the Python function.");
   const OnDevice device(student);
   const auto allocate = [&](std::vector<int64_t> sizes) { return torch::stable::new_empty(student, sizes, ScalarType::Float); };
   Tensor log2_student = allocate({student.size(0), student.size(1), student.size(2), student.size(3)});
@@ -428,19 +425,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> self_relation_fwd(const Tensor& stude
     const int warps = warps_for(p, kMaxWarps, 0, device.shared_memory_limit()), rows = warps * kWarpRows;
     const int blocks = (p.rows + rows - 1) / rows;
     losses = allocate({p.samples(), blocks});
-    launch(device, score_kernel<T>, dim3{unsigned(p.samples()), unsigned(blocks), 1}, warps * kWarpLanes,
-           own_bytes(p, rows) + kStages * kStageBytes, p, rows, Scores{pointer(log2_student), pointer(log2_teacher), pointer(losses)});
+    launch(device, statistics_kernel<T>, dim3{unsigned(p.samples()), unsigned(blocks), 1}, warps * kWarpLanes,
+           own_bytes(p, rows) + kStages * kStageBytes, p, rows, StatisticsOutputs{pointer(log2_student), pointer(log2_teacher), pointer(losses)});
   });
   return {losses, log2_student, log2_teacher, allocate({0})};
 }
 
 template <class T, int CHANNELS, int WARPS>
-void launch_pull(const OnDevice& device, const Problem<T>& p, const Pull& out) {
+void launch_gradient(const OnDevice& device, const Problem<T>& p, const GradientArguments& out) {
   constexpr int kChunks = CHANNELS / kChunkChannels<T>;
-  constexpr size_t kScratch = Pulled<T>::kScratchBytes;
+  constexpr size_t kScratch = GradientTile<T>::kScratchBytes;
   const int warps = warps_for(p, WARPS, kScratch, device.shared_memory_limit()), rows = warps * kWarpRows;
   const dim3 grid{unsigned(p.samples()), unsigned((p.rows + rows - 1) / rows), unsigned((p.student.chunks() + kChunks - 1) / kChunks)};
-  launch(device, pull_kernel<T, kChunks, WARPS>, grid, warps * kWarpLanes, own_bytes(p, rows) + kStages * kStageBytes + warps * kScratch, p,
+  launch(device, gradient_kernel<T, kChunks, WARPS>, grid, warps * kWarpLanes, own_bytes(p, rows) + kStages * kStageBytes + warps * kScratch, p,
          rows, out);
 }
 
@@ -450,11 +447,11 @@ Tensor self_relation_bwd(const Tensor& student, const Tensor& teacher, double st
   const OnDevice device(student);
   const std::vector<int64_t> sizes{student.size(0), student.size(1), student.size(2), student.size(3), student.size(4)};
   Tensor gradient = torch::stable::new_empty(student, sizes, exact ? ScalarType::Float : student.scalar_type());
-  const Pull out{pointer(log2_student), pointer(log2_teacher), pointer(grad_loss), gradient.data_ptr(), exact};
+  const GradientArguments out{pointer(log2_student), pointer(log2_teacher), pointer(grad_loss), gradient.data_ptr(), exact};
   with_float_type(student, "self_relation", [&](auto type) {
     using T = typename decltype(type)::type;
     const auto p = problem_of<T>(student, teacher, student_scale, teacher_scale, weight);
-    p.student.channels <= 64 ? launch_pull<T, 64, kMaxWarps>(device, p, out) : launch_pull<T, 256, kWideWarps>(device, p, out);
+    p.student.channels <= 64 ? launch_gradient<T, 64, kMaxWarps>(device, p, out) : launch_gradient<T, 256, kWideWarps>(device, p, out);
   });
   return gradient;
 }
