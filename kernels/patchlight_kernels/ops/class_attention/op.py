@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import extension, hardware
+from ... import hardware
 from ...arguments import accumulator, check_dtype, check_same_dtype, message, with_dense_rows
 from ...dispatch import Impl, Op, first_reason, triton_call
+from ...extension import native_call
 from . import reference
 from .reference import state_shape
 
@@ -76,20 +77,20 @@ def _cpp_unsupported(q, k_self, v_self, k_patches, v_patches, index) -> str | No
     )
 
 
-_native_fwd, _native_bwd = extension.native_call("class_attention_fwd"), extension.native_call("class_attention_bwd")
-_triton_fwd, _triton_bwd = (
-    triton_call(__package__, "class_attention_fwd"),
-    triton_call(__package__, "class_attention_bwd"),
-)
-
 # Every `bwd` gives q, k_self and v_self a gradient per state; `_run_bwd` sums those of states that share a row.
 OP = Op(
     OP_NAME,
     bind=_bind,
     impls=(
-        Impl("cuda", _native_fwd, _cuda_unsupported, _native_bwd),
-        Impl("cpp", _native_fwd, _cpp_unsupported, _native_bwd),  # before Triton: on CPUs its interpreter is slow
-        Impl("triton", _triton_fwd, _triton_unsupported, _triton_bwd),
+        Impl("cuda", native_call("class_attention_fwd"), _cuda_unsupported, native_call("class_attention_bwd")),
+        # Before Triton, which takes CPU tensors in its slow interpreter only.
+        Impl("cpp", native_call("class_attention_fwd"), _cpp_unsupported, native_call("class_attention_bwd")),
+        Impl(
+            "triton",
+            triton_call(__package__, "class_attention_fwd"),
+            _triton_unsupported,
+            triton_call(__package__, "class_attention_bwd"),
+        ),
         Impl("reference", reference.class_attention_fwd, lambda *args: None, reference.class_attention_bwd),
     ),
 )

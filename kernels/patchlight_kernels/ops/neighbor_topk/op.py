@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import extension, hardware
+from ... import hardware
 from ...arguments import accumulator, check_dtype, message, with_dense_rows
 from ...dispatch import Impl, Op, first_reason, triton_call
+from ...extension import native_call
 from . import reference
 
 OP_NAME = "neighbor_topk"
@@ -65,16 +66,13 @@ def _triton_unsupported(x: Tensor, height: int, width: int, k: int, *_) -> str |
     return first_reason(hardware.unsupported_by_all(x.dtype, x), _too_many_neighbors(k), hardware.no_triton(x))
 
 
-_native_fwd = extension.native_call("neighbor_topk_fwd")
-
 OP = Op(
     OP_NAME,
     bind=_bind,
     impls=(
-        Impl("cuda", _native_fwd, _cuda_unsupported),
-        Impl(
-            "cpp", _native_fwd, _cpp_unsupported
-        ),  # before Triton, which takes CPU tensors in its slow interpreter only
+        Impl("cuda", native_call("neighbor_topk_fwd"), _cuda_unsupported),
+        # Before Triton, which takes CPU tensors in its slow interpreter only.
+        Impl("cpp", native_call("neighbor_topk_fwd"), _cpp_unsupported),
         Impl("triton", triton_call(__package__, "neighbor_topk_fwd"), _triton_unsupported),
         Impl("reference", reference.neighbor_topk_fwd, lambda *args: None),
     ),

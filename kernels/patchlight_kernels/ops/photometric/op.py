@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import extension, hardware
+from ... import hardware
 from ...arguments import check_dtype, message
 from ...dispatch import Impl, Op, first_reason, triton_call
+from ...extension import native_call
 from . import reference
 from .table import PHOTOMETRIC_COLUMNS
 
@@ -64,16 +65,13 @@ def _triton_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.d
     return first_reason(_unsupported_by_all(pixels, table, dtype), _too_many_pixels(pixels), hardware.no_triton(pixels))
 
 
-_native_fwd = extension.native_call("photometric_fwd")
-
 OP = Op(
     OP_NAME,
     bind=_bind,
     impls=(
-        Impl("cuda", _native_fwd, _cuda_unsupported),
-        Impl(
-            "cpp", _native_fwd, _cpp_unsupported
-        ),  # before Triton, which takes CPU tensors in its slow interpreter only
+        Impl("cuda", native_call("photometric_fwd"), _cuda_unsupported),
+        # Before Triton, which takes CPU tensors in its slow interpreter only.
+        Impl("cpp", native_call("photometric_fwd"), _cpp_unsupported),
         Impl("triton", triton_call(__package__, "photometric_fwd"), _triton_unsupported),
         Impl("reference", reference.photometric_fwd, lambda *args: None),
     ),
