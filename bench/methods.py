@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from patchlight.data.interface import Loader
 from patchlight.data.policy import CropPolicy, dino_policy, pqcl_policy, sample_crops
+from patchlight.engine import assembly
+from patchlight.engine.metrics import Metrics
 from patchlight.engine.sentinels import Diagnosis
 from patchlight.engine.trainer import Trainer
 from patchlight.objectives.dino import DinoOptions
 from patchlight.objectives.ibot import IbotOptions
+from patchlight.objectives.interface import ObjectiveOptions
 from patchlight.objectives.pqcl import PqclOptions
 from patchlight.objectives.selfpatch import SelfPatchOptions
 from patchlight.objectives.sere import SereOptions, sere_weights
 from patchlight.recipes.papers import HALF_MASKED, LAMBDA
 from patchlight.records import Clock, Crops, Views
-from patchlight.run import Data, Model, Objectives, Optim, Options, Parallel, Run, Schedule
+from patchlight.run import Data, Model, Objectives, Optim, Parallel, Run, Schedule
 
 from .official_layers import vit_of
 from .official_step import (
@@ -119,7 +124,7 @@ METHODS = {
 
 def build_run(
     size: StepSize,
-    *options: Options,
+    *options: ObjectiveOptions,
     weights: dict[str, float] | None = None,
     crops: CropPolicy | None = None,
     summary: str = "cls",
@@ -178,15 +183,18 @@ class SyntheticLoader:
         pass
 
 
-class LastLoss:
+class LastLoss(Metrics):
     """Metrics that keep the last loss only."""
 
     loss: Tensor
 
-    def add(self, terms: dict[str, Tensor]) -> None:
+    def __init__(self) -> None:
+        pass
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
         self.loss = terms["loss"]
 
-    def log(self, clock: Clock, values: dict[str, float]) -> dict[str, float]:
+    def log(self, clock: Clock, values: Mapping[str, float]) -> dict[str, float]:
         return {}
 
     def diagnose(self, clock: Clock, diagnosis: Diagnosis) -> None:
@@ -198,7 +206,7 @@ class LastLoss:
 
 def build_trainer(run: Run) -> Trainer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Trainer(run, loader=SyntheticLoader(run, device), metrics=LastLoss())
+    return assembly.build_trainer(run, loader=cast("Loader", SyntheticLoader(run, device)), metrics=LastLoss())
 
 
 def last_loss(trainer: Trainer) -> float:
@@ -209,13 +217,12 @@ def last_loss(trainer: Trainer) -> float:
 def build_official(kind: type[OfficialStep], trainer: Trainer) -> OfficialStep:
     """On copies of the trainer's branches, before the trainer changes these."""
     student, teacher, views = copy.deepcopy(trainer.student), copy.deepcopy(trainer.teacher), next(trainer.loader)
-    return kind(student, teacher, trainer.run, trainer.lr, views, next_mask(trainer))
+    return kind(student, teacher, trainer.run, trainer.rates().lr, views, next_mask(trainer))
 
 
 def next_mask(trainer: Trainer) -> Tensor | None:
     """Which patches the trainer's next step will mask."""
-    if trainer.objectives.masking is None:
-        return None
-    pixels = next(trainer.loader).global_crops.pixels
+    views = next(trainer.loader)
+    pixels = views.global_crops.pixels
     grid = vit_of(trainer.student).grid(*pixels.shape[-2:])
-    return trainer.objectives.masking.masks(trainer.clock.images_seen, *pixels.shape[:2], grid, pixels.device)
+    return trainer.objectives.cue(views, grid, trainer.clock.at_batch(0, 0, 1, pixels.shape[1])).mask

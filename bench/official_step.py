@@ -23,11 +23,12 @@ from patchlight.heads.relation import RelationPredictor
 from patchlight.heads.summary import ClassAttentionSummary
 from patchlight.objectives.dino import DinoOptions
 from patchlight.objectives.ibot import IbotOptions
+from patchlight.objectives.interface import ObjectiveOptions
 from patchlight.objectives.pqcl import PqclOptions
 from patchlight.objectives.selfpatch import SelfPatchOptions
 from patchlight.objectives.sere import SereOptions
 from patchlight.records import Views
-from patchlight.run import Options, Run
+from patchlight.run import Run
 
 from .official_layers import (
     aggregate,
@@ -43,7 +44,7 @@ from .official_layers import (
     vit_of,
 )
 
-OptionsType = TypeVar("OptionsType", bound=Options)
+OptionsType = TypeVar("OptionsType", bound=ObjectiveOptions)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from patchlight.data.policy import CropSpec
 from patchlight.data.procedural_video import write_davis
-from patchlight.engine.trainer import train
+from patchlight.engine.assembly import train
 from patchlight.evaluation.checkpoints import open_checkpoint
 from patchlight.evaluation.davis import DavisFolder, DavisProtocol, evaluate_davis
 from patchlight.evaluation.features import Reading
@@ -29,11 +29,12 @@ from patchlight.evaluation.knn import KnnProtocol, evaluate_knn
 from patchlight.evaluation.labelled import open_labelled
 from patchlight.evaluation.ranks import Ranks
 from patchlight.objectives.dino import DinoOptions
+from patchlight.objectives.interface import ObjectiveOptions
 from patchlight.objectives.pqcl import PqclOptions
 from patchlight.objectives.selfpatch import SelfPatchOptions
 from patchlight.objectives.sere import SereOptions, sere_weights
 from patchlight.recipes.ours import demo
-from patchlight.run import Objectives, Optim, Options, Parallel, Run, Schedule
+from patchlight.run import Objectives, Optim, Parallel, Run, Schedule
 
 from .report import pyplot
 from .rows import PROVENANCE, CsvRow, Row, append_row, provenance, read_rows
@@ -41,7 +42,7 @@ from .rows import PROVENANCE, CsvRow, Row, append_row, provenance, read_rows
 MEASURES = {"k10": "k-NN, k=10", "k20": "k-NN, k=20", "J&F": "J&F", "J_mean": "J", "F_mean": "F"}
 COLUMNS = ("size", "method", "seed", "steps", *MEASURES, "settings", *PROVENANCE)
 RESULTS = Path("bench/results/study")
-OptionsType = TypeVar("OptionsType", bound=Options)
+OptionsType = TypeVar("OptionsType", bound=ObjectiveOptions)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _options(run: Run, kind: type[OptionsType]) -> OptionsType:
     return next(options for options in run.objectives.options if isinstance(options, kind))
 
 
-def _with(run: Run, options: Options, weights: dict[str, float]) -> Run:
+def _with(run: Run, options: ObjectiveOptions, weights: dict[str, float]) -> Run:
     return replace(run, objectives=Objectives((*run.objectives.options, options), weights=weights))
 
 
@@ -186,7 +187,7 @@ def _cell(run: Run, seed: int, steps: int | None, folder: Path) -> Run:
     schedule = Schedule(epochs=1, steps_per_epoch=steps) if steps else run.schedule
     kinds = [type(options).__name__.removesuffix("Options").lower() for options in run.objectives.options]
     name = "-".join([*kinds, run.model.summary, f"seed{seed}", *([f"{steps}steps"] if steps else [])])
-    output = replace(run.output, folder=str(folder / name), look_every=0, save_every=10**6, resume=True, keep=1)
+    output = replace(run.output, folder=str(folder / name), evaluate_every=0, save_every=10**6, resume=True, keep=1)
     warmup = min(run.optim.warmup_epochs, schedule.epochs)
     return replace(
         run,

@@ -56,7 +56,7 @@ def measure(method: Method, size: StepSize, seconds: float) -> list[Row]:
     terms = {"loss": torch.ones((), device=device)}
 
     def our_update() -> None:
-        refused, _ = trainer.update.step(terms, trainer.lr, run.optim.weight_decay, freeze=False)
+        refused, _ = trainer.update.step(terms, trainer.rates().lr, run.optim.weight_decay, freeze=False)
         trainer.teacher.follow(trainer.student, run.optim.teacher_momentum, refused)
 
     updates: dict[str, Callable[[], None]] = {name: peer.update for name, peer in peers.items()}
