@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchlight.evaluation.knn import NearestNeighbors
-from patchlight.evaluation.propagation import Propagation, propagate_frame
+from patchlight.evaluation.davis.propagation import Propagation, propagate_frame
+from patchlight.evaluation.probes.knn import NearestNeighbors
 
 from .console import print_op_rows
 from .rows import Row, case_columns, write_rows

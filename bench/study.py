@@ -23,10 +23,10 @@ from patchlight.data.policy import CropSpec
 from patchlight.data.procedural_video import write_davis
 from patchlight.engine.assembly import train
 from patchlight.evaluation.checkpoints import open_checkpoint
-from patchlight.evaluation.davis import DavisFolder, DavisProtocol, evaluate_davis
+from patchlight.evaluation.davis.benchmark import DavisFolder, DavisProtocol, evaluate_davis
 from patchlight.evaluation.features import Reading
-from patchlight.evaluation.knn import KnnProtocol, evaluate_knn
-from patchlight.evaluation.labelled import open_labelled
+from patchlight.evaluation.probes.knn import KnnProtocol, evaluate_knn
+from patchlight.evaluation.probes.labeled import open_labelled
 from patchlight.evaluation.ranks import Ranks
 from patchlight.objectives.dino import DinoOptions
 from patchlight.objectives.interface import ObjectiveOptions

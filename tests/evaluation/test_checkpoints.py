@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from patchlight.data.procedural import ProceduralSource
 from patchlight.evaluation.checkpoints import home, open_checkpoint
 from patchlight.evaluation.features import Reading, encode
-from patchlight.evaluation.knn import KnnProtocol, accuracies, evaluate_knn, nearest_training_images
-from patchlight.evaluation.labelled import open_labelled
+from patchlight.evaluation.probes.knn import KnnProtocol, accuracies, evaluate_knn, nearest_training_images
+from patchlight.evaluation.probes.labeled import open_labelled
 from patchlight.evaluation.ranks import Ranks, ranks
 from patchlight.records import Crops, Views
 

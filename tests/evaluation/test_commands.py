@@ -13,8 +13,8 @@ from patchlight.data.procedural_video import write_davis
 from patchlight.evaluation.__main__ import main
 from patchlight.evaluation.checkpoints import open_checkpoint
 from patchlight.evaluation.features import Reading, encode
-from patchlight.evaluation.knn import KnnProtocol, evaluate_knn, knn_accuracy
-from patchlight.evaluation.labelled import choose_labels, open_labelled
+from patchlight.evaluation.probes.knn import KnnProtocol, evaluate_knn, knn_accuracy
+from patchlight.evaluation.probes.labeled import choose_labels, open_labelled
 from patchlight.evaluation.published import PUBLISHED, published
 from patchlight.evaluation.ranks import Ranks
 from patchlight.evaluation.results import changes

@@ -5,9 +5,9 @@ import torch
 from harness import Case, check
 from torch.nn.functional import interpolate
 
-from patchlight.evaluation.davis import first_labels, resize_frame, resize_labels
-from patchlight.evaluation.davis_scores import contour, contour_accuracy, region_similarity, score_frames
-from patchlight.evaluation.propagation import Propagation, propagate, to_label_map
+from patchlight.evaluation.davis.benchmark import first_labels, resize_frame, resize_labels
+from patchlight.evaluation.davis.propagation import Propagation, propagate, to_label_map
+from patchlight.evaluation.davis.scores import contour, contour_accuracy, region_similarity, score_frames
 
 SOFT = 2e-5  # of the soft maps
 

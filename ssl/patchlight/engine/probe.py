@@ -14,8 +14,8 @@ from ..data.crop_picture import draw_crops as draw_crop_picture
 from ..data.procedural import ProceduralSource
 from ..data.stored import Source
 from ..data.torchvision_loader import plain_batches
-from ..evaluation.attention import class_attention_maps, draw_attention, summary_attention_maps
-from ..evaluation.knn import knn_accuracy
+from ..evaluation.pictures.attention import class_attention_maps, draw_attention, summary_attention_maps
+from ..evaluation.probes.knn import knn_accuracy
 from ..records import Clock, Crops, Views
 from ..report.run_folder import KNN_FILE, PICTURES_FOLDER, append_line, rewind
 from ..run import Run

@@ -16,19 +16,28 @@ from ..report.environment import describe_environment
 from ..report.page import write_report
 from ..threads import limit_spinning
 from .checkpoints import home, open_checkpoint
-from .davis import DavisFolder, DavisProtocol, evaluate_davis
+from .davis.benchmark import DavisFolder, DavisProtocol, evaluate_davis
 from .encoder import Encoder
 from .features import Reading
-from .finetune import FinetuneProtocol, SemiProtocol, evaluate_finetune
-from .knn import KnnProtocol, evaluate_knn
-from .labelled import PROCEDURAL, choose_labels, open_images, open_labelled
-from .linear import LinearProtocol, evaluate_linear
-from .pictures import SENTENCES, PictureProtocol, draw_pictures, write_page
+from .images import PROCEDURAL, open_images
+from .pictures.patch_features import SENTENCES, PictureProtocol, draw_pictures, write_page
+from .pictures.relations import RelationProtocol, evaluate_relations
+from .probes.finetune import FinetuneProtocol, SemiProtocol, evaluate_finetune
+from .probes.knn import KnnProtocol, evaluate_knn
+from .probes.labeled import choose_labels, open_labelled
+from .probes.linear import LinearProtocol, evaluate_linear
 from .ranks import Ranks, ranks
-from .relations import RelationProtocol, evaluate_relations
 from .results import Result, judged, results_folder, save_result, show_result
-from .scenes import open_scenes
-from .segment import TASKS, ConvSegment, FpnSegment, LinearSegment, UperNetSegment, draw_segments, evaluate_segment
+from .segment.benchmark import (
+    TASKS,
+    ConvSegment,
+    FpnSegment,
+    LinearSegment,
+    UperNetSegment,
+    draw_segments,
+    evaluate_segment,
+)
+from .segment.scenes import open_scenes
 
 
 @dataclass(frozen=True)

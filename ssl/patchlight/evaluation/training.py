@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .labelled import Subset
 from .ranks import Ranks
-
-
-class Views(Dataset):
-    """Images changed at random, and their labels."""
-
-    def __init__(self, part: Subset, change: Callable[[np.ndarray], Tensor]) -> None:
-        self.part, self.change = part, change
-
-    def __len__(self) -> int:
-        return len(self.part)
-
-    def __getitem__(self, item: int) -> tuple[Tensor, int]:
-        return self.change(self.part.read(item)), int(self.part.labels[item])
 
 
 class Batches(Sampler[list[int]]):
@@ -122,9 +108,3 @@ def share_start(module: nn.Module, ranks: Ranks) -> None:
     if ranks.world > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, 0)
-
-
-def count_right(logits: Tensor, labels: Tensor, k: tuple[int, ...] = (1, 5)) -> Tensor:
-    """How many labels [B] are among the k best of logits [B, C], for each k, and B: [len(k) + 1] float64."""
-    best = logits.topk(min(max(k), logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.tensor([*(float(best[:, :n].any(1).sum()) for n in k), len(labels)], dtype=torch.float64)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluation.test_attention import SIZES, probabilities
+from evaluation.pictures.test_attention import SIZES, probabilities
 from timm.models.vision_transformer import VisionTransformer
 
 from patchlight.backbones.vit import VisionTransformer as OurVisionTransformer
 from patchlight.data.procedural import ProceduralSource
-from patchlight.evaluation.attention import query_attention_maps
 from patchlight.evaluation.encoder import Encoder, Eyes
-from patchlight.evaluation.pictures import (
+from patchlight.evaluation.pictures.attention import query_attention_maps
+from patchlight.evaluation.pictures.patch_features import (
     PictureProtocol,
     draw_pictures,
     draw_queries,
@@ -22,14 +22,14 @@ from patchlight.evaluation.pictures import (
     top_patches,
     write_page,
 )
-from patchlight.evaluation.ranks import Ranks
-from patchlight.evaluation.relations import (
+from patchlight.evaluation.pictures.relations import (
     RelationProtocol,
     channel_relations,
     common_points,
     evaluate_relations,
     spatial_relations,
 )
+from patchlight.evaluation.ranks import Ranks
 from patchlight.heads.summary import ClassTokenSummary
 
 CPU = Ranks(torch.device("cpu"))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.procedural import ProceduralSource
-from ..data.sources import FileList, Files, ImageFolder, open_source
-from ..data.stored import Source
+from ...data.procedural import ProceduralSource
+from ...data.sources import FileList, Files, ImageFolder
+from ...data.stored import Source
+from ..images import PROCEDURAL
 
 _IMAGENET = (1000, 50_000)  # classes, images of its validation set
-PROCEDURAL = "procedural"
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,6 @@ def open_labelled(path: str, procedural_images: int = 2048) -> Labelled:
         )
     name = "imagenet" if (len(train.classes), len(test)) == _IMAGENET else str(root)
     return Labelled(name, _all(train, train.labels), _all(test, test.labels), whole=False)
-
-
-def open_images(path: str, procedural_images: int = 512) -> Source:
-    """Images without the need for labels: a folder, a list, or `procedural`."""
-    return ProceduralSource(procedural_images, seed=1) if path == PROCEDURAL else open_source(path)
 
 
 def _all(source: Source, labels: np.ndarray) -> Subset:

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from patchlight.evaluation import knn
-from patchlight.evaluation.knn import NearestNeighbors, accuracies, knn_accuracy
+from patchlight.evaluation.probes import knn
+from patchlight.evaluation.probes.knn import NearestNeighbors, accuracies, knn_accuracy
 
 
 def naive(train, train_labels, test, test_labels, k: int, temperature: float) -> float:

@@ -12,11 +12,12 @@ from PIL import Image
 from patchlight.backbones.vit import DropPath, VisionTransformer
 from patchlight.evaluation.encoder import Encoded, Encoder, Eyes, Level, set_drop_path
 from patchlight.evaluation.features import Reading
-from patchlight.evaluation.finetune import Augment, FinetuneProtocol, SemiProtocol, evaluate_finetune
-from patchlight.evaluation.labelled import Labelled, Subset, choose_labels
-from patchlight.evaluation.linear import LinearProtocol, evaluate_linear, probe_features
+from patchlight.evaluation.probes.classification import count_right
+from patchlight.evaluation.probes.finetune import Augment, FinetuneProtocol, SemiProtocol, evaluate_finetune
+from patchlight.evaluation.probes.labeled import Labelled, Subset, choose_labels
+from patchlight.evaluation.probes.linear import LinearProtocol, evaluate_linear, probe_features
 from patchlight.evaluation.ranks import Ranks, ranks
-from patchlight.evaluation.training import Batches, cosine_rate, count_right, layer_groups, poly_rate
+from patchlight.evaluation.training import Batches, cosine_rate, layer_groups, poly_rate
 from patchlight.heads.summary import ClassTokenSummary
 
 CPU = Ranks(torch.device("cpu"))

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .encoder import Encoder
-from .features import Reading, encode, encode_batches, shown
-from .labelled import Labelled
-from .ranks import Ranks
+from ..encoder import Encoder
+from ..features import Reading, encode, encode_batches
+from ..images import shown
+from ..ranks import Ranks
+from .labeled import Labelled
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from patchlight.data.procedural_video import draw_video, write_davis
-from patchlight.evaluation.davis import DavisFolder, DavisProtocol, evaluate_davis, frame_size, read_labels
-from patchlight.evaluation.davis_scores import (
+from patchlight.evaluation.davis.benchmark import DavisFolder, DavisProtocol, evaluate_davis, frame_size, read_labels
+from patchlight.evaluation.davis.scores import (
     contour,
     contour_accuracy,
     dilated,

@@ -7,13 +7,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from patchlight.backbones.vit import VisionTransformer
-from patchlight.evaluation import segment
-from patchlight.evaluation.dense_heads import Pyramid, SemanticFpnHead, UperNetHead
 from patchlight.evaluation.encoder import Encoder, Eyes
 from patchlight.evaluation.features import Reading
 from patchlight.evaluation.ranks import Ranks
-from patchlight.evaluation.scenes import IGNORE, Scene, Scenes, open_scenes
-from patchlight.evaluation.segment import (
+from patchlight.evaluation.segment import benchmark
+from patchlight.evaluation.segment.benchmark import (
     ConvSegment,
     FpnSegment,
     LinearSegment,
@@ -28,6 +26,8 @@ from patchlight.evaluation.segment import (
     segmentation_loss,
     starts,
 )
+from patchlight.evaluation.segment.heads import Pyramid, SemanticFpnHead, UperNetHead
+from patchlight.evaluation.segment.scenes import IGNORE, Scene, Scenes, open_scenes
 from patchlight.heads.summary import ClassTokenSummary
 
 CPU, READING = Ranks(torch.device("cpu")), Reading(workers=0)
@@ -113,7 +113,7 @@ def test_windows_are_averaged():
 def test_the_best_class_in_pieces_is_that_of_the_whole(monkeypatch):
     scores = torch.randn(11, 5, 7)
     whole = F.interpolate(scores[None], size=(23, 31), mode="bilinear")[0].argmax(0)
-    monkeypatch.setattr(segment, "_MOST_SCORES", 2 * 23 * 31)
+    monkeypatch.setattr(benchmark, "_MOST_SCORES", 2 * 23 * 31)
     assert torch.equal(best_class(scores, (23, 31)), whole)
 
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.stored import EXTENSIONS, decode
-from .davis_scores import VOID, SequenceScores, score_sequence, summarize
-from .encoder import Encoder
-from .overlay import PALETTE, draw_sheet, save_preview
-from .progress import progress
+from ...data.stored import EXTENSIONS, decode
+from ..encoder import Encoder
+from ..progress import progress
+from ..ranks import Ranks
+from ..sheets import PALETTE
+from .previews import draw_sheet, save_preview
 from .propagation import Propagation, propagate, to_label_map
-from .ranks import Ranks
+from .scores import VOID, SequenceScores, score_sequence, summarize
 
 _UNIT = 64  # the longer side is cut down to a multiple of this
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from .encoder import Encoded, Encoder
-from .features import CenterCrops, Reading, shown
-from .labelled import Labelled
-from .progress import progress
-from .ranks import Ranks
-from .training import Batches, Views, average_gradients, cosine_rate, count_right, share_start, training_loader
+from ..encoder import Encoded, Encoder
+from ..features import Reading
+from ..images import CenterCrops, shown
+from ..progress import progress
+from ..ranks import Ranks
+from ..training import Batches, average_gradients, cosine_rate, share_start, training_loader
+from .classification import TrainingImages, count_right
+from .labeled import Labelled
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def evaluate_linear(
     batches = Batches(len(data.train), protocol.batch, protocol.epochs, ranks, protocol.seed)
     groups = [{"params": head.parameters(), "share": rate} for head, rate in zip(heads, protocol.rates, strict=True)]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=protocol.momentum)
-    loader = training_loader(Views(data.train, RandomCrop(size)), batches, reading.workers, device)
+    loader = training_loader(TrainingImages(data.train, RandomCrop(size)), batches, reading.workers, device)
 
     def look(images: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):

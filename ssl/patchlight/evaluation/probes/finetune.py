@@ -13,22 +13,22 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .encoder import Encoder, set_drop_path
-from .features import CenterCrops, Reading, shown
-from .labelled import Labelled, Subset
-from .progress import progress
-from .ranks import Ranks
-from .training import (
+from ..encoder import Encoder, set_drop_path
+from ..features import Reading
+from ..images import CenterCrops, shown
+from ..progress import progress
+from ..ranks import Ranks
+from ..training import (
     Batches,
-    Views,
     average_gradients,
     cosine_rate,
-    count_right,
     layer_groups,
     set_rate,
     share_start,
     training_loader,
 )
+from .classification import TrainingImages, count_right
+from .labeled import Labelled, Subset
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def evaluate_finetune(
             protocol.mixup, protocol.cutmix, label_smoothing=protocol.smoothing, num_classes=data.classes, mode="elem"
         )
         loss_of = SoftTargetCrossEntropy()
-    loader = training_loader(Views(train, Augment(protocol, size, encoder)), batches, reading.workers, device)
+    loader = training_loader(TrainingImages(train, Augment(protocol, size, encoder)), batches, reading.workers, device)
     warmup = protocol.warmup_epochs * batches.steps_per_epoch
     model.train()
     for step, (pixels, labels) in enumerate(progress(loader, "fine-tuning") if ranks.rank == 0 else loader):

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..data.policy import dino_policy
-from ..data.stored import Source
-from ..data.torchvision_loader import TorchvisionLoader
-from ..records import Crops
-from .encoder import Encoder
-from .overlay import tile
-from .pictures import heat_picture
-from .progress import progress
-from .ranks import Ranks
+from ...data.policy import dino_policy
+from ...data.stored import Source
+from ...data.torchvision_loader import TorchvisionLoader
+from ...records import Crops
+from ..encoder import Encoder
+from ..progress import progress
+from ..ranks import Ranks
+from ..sheets import tile
+from .patch_features import heat_picture
 
 _SIDE, _FRAME = 160, "#ff3b30"
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..data.stored import Source
+from ...data.stored import Source
+from ..encoder import Encoder
+from ..images import CenterCrops
+from ..sheets import tile
 from .attention import class_attention_maps, draw_attention, heat_colors, query_attention_maps, summary_attention_maps
-from .encoder import Encoder
-from .features import CenterCrops
-from .overlay import tile
 
 _SIDE = 160  # pixels of a picture in a sheet
 _MARK = "#ff3b30"

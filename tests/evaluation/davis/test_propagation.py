@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchlight.evaluation import propagation
-from patchlight.evaluation.propagation import Propagation, kth_largest, propagate, propagate_frame, to_label_map
+from patchlight.evaluation.davis import propagation
+from patchlight.evaluation.davis.propagation import Propagation, kth_largest, propagate, propagate_frame, to_label_map
 
 
 def with_loops(features, first, rule):

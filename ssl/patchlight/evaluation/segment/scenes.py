@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.procedural import CLASSES, ProceduralSource
-from ..data.stored import EXTENSIONS, decode
-from .labelled import PROCEDURAL
+from ...data.procedural import CLASSES, ProceduralSource
+from ...data.stored import EXTENSIONS, decode
+from ..images import PROCEDURAL
 
 IGNORE = -1  # a pixel that is neither learned nor scored
 LAYOUTS = ("ade20k", "voc2012", "imagenet-s", PROCEDURAL)

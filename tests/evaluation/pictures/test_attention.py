@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from patchlight.backbones.vit import VisionTransformer as OurVisionTransformer
-from patchlight.evaluation.attention import class_attention_maps, draw_attention, summary_attention_maps
+from patchlight.evaluation.pictures.attention import class_attention_maps, draw_attention, summary_attention_maps
 from patchlight.heads.summary import ClassAttentionSummary
 from patchlight.records import Tokens
 

@@ -13,14 +13,12 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .dense_heads import PointwiseHead, SemanticFpnHead, UperNetHead, resized
-from .encoder import Encoder, set_drop_path
-from .features import Reading
-from .overlay import overlay, tile
-from .progress import progress
-from .ranks import Ranks
-from .scenes import IGNORE, Scenes, SceneSource
-from .training import (
+from ..encoder import Encoder, set_drop_path
+from ..features import Reading
+from ..progress import progress
+from ..ranks import Ranks
+from ..sheets import overlay, tile
+from ..training import (
     Batches,
     average_gradients,
     cosine_rate,
@@ -30,6 +28,8 @@ from .training import (
     share_start,
     training_loader,
 )
+from .heads import PointwiseHead, SemanticFpnHead, UperNetHead, resized
+from .scenes import IGNORE, Scenes, SceneSource
 
 _PICTURES = 4
 _MOST_SCORES = 1 << 27  # floats of one image's class scores that are enlarged at a time

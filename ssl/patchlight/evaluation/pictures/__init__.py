@@ -1,0 +1,1 @@
+"""Pictures of attention, of patch features and of self-relations."""

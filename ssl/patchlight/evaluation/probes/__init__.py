@@ -1,0 +1,1 @@
+"""Classification of images: nearest neighbors, a linear classifier, fine-tuning."""

@@ -1,0 +1,1 @@
+"""Semantic segmentation: a head on patch features gives every pixel a class."""
