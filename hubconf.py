@@ -6,6 +6,7 @@ torch.hub.load("path/to/this/repository", "teacher", source="local", path="runs/
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 dependencies = ["torch", "timm", "safetensors"]
 
@@ -13,15 +14,17 @@ dependencies = ["torch", "timm", "safetensors"]
 def teacher(path, heads=None):
     """The backbone of a teacher.safetensors, in eval mode, for any image size that its patches divide.
 
-    heads: attention heads of a vision transformer. The checkpoint's facts.json tells of other ones than the architecture's
-    own if it lies beside the file; else 64 channels per head are taken, as all but MoCo v3's ViT-S have.
+    heads: attention heads of a vision transformer. By default those in the checkpoint's facts.json, if that file is beside
+    the weights, or else 64 channels per head, as all of them have but MoCo v3's ViT-S.
     """
     from safetensors.torch import load_file
 
     path = Path(path)
     weights = load_file(path)
     facts = path.with_name("facts.json")
-    run = json.loads(facts.read_text())["run"]["model"] if facts.exists() else {"sizes": {}, "image_size": 224}
+    run: dict[str, Any] = {"sizes": {}, "image_size": 224}
+    if facts.exists():
+        run = json.loads(facts.read_text())["run"]["model"]
     if "conv1.weight" in weights:
         model = _resnet(weights)
     elif "layers.0.blocks.0.norm1.weight" in weights:
@@ -40,7 +43,7 @@ def _vit(weights, heads):
         heads, rest = divmod(width, 64)
         if rest:
             raise ValueError(
-                f"teacher: heads must be told where 64 does not divide the width, got {width}; pass heads."
+                f"teacher: heads must be given where 64 does not divide the width, got {width}; pass heads."
             )
     class_token = "cls_token" in weights
     return VisionTransformer(
@@ -80,7 +83,7 @@ def _resnet(weights):
     from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
     return ResNet(
-        Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock,
+        Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock,  # type: ignore[arg-type]  # timm takes the class
         tuple(_count(weights, f"layer{stage}.") for stage in (1, 2, 3, 4)),
         num_classes=0,
         channels=tuple(weights[f"layer{stage}.0.bn1.weight"].shape[0] for stage in (1, 2, 3, 4)),
@@ -88,5 +91,5 @@ def _resnet(weights):
 
 
 def _count(weights, prefix):
-    """How many numbers follow the prefix."""
+    """How many different numbers follow the prefix."""
     return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
