@@ -1,4 +1,4 @@
-"""Offline k-NN and label propagation against the naive and the released mathematics, on features drawn at random."""
+"""Times k-NN and label propagation against the naive and the released form, on random features."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchlight.evaluation.davis.propagation import Propagation, propagate_frame
+from patchlight.evaluation.davis.propagation import PropagationProtocol, propagate_frame
 from patchlight.evaluation.probes.knn import NearestNeighbors
 
 from .console import print_op_rows
@@ -23,12 +23,12 @@ KNN_CHUNK = 512  # queries per product of the naive form
 def measure_evaluation(
     out: Path = Path("bench/out/evaluation.csv"), small: bool = False, threads: int = 2, seconds: float = 30.0
 ) -> None:
-    """Time k-NN at 10k x 100k (k=200) and one DAVIS frame at 480p, patch 8; refuses to time a wrong result.
+    """Time k-NN at 10k x 100k (k=200) and one DAVIS frame at 480p, patch 8. A wrong result is not timed.
 
     Args:
         out: the CSV to write.
-        small: a size that only shows that it works.
-        threads: CPU threads of all.
+        small: a small size, to try the command.
+        threads: CPU threads of all providers.
         seconds: per provider.
     """
     torch.set_num_threads(threads)
@@ -49,18 +49,18 @@ def _knn(device: str, small: bool) -> tuple[str, str, dict[str, Callable], float
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(1000, width, generator=generator)
     labels = torch.randint(0, 1000, (bank,), generator=generator)
-    draw = lambda names: centers[names] + 2 * torch.randn(len(names), width, generator=generator)
-    features, asked = draw(labels), draw(torch.randint(0, 1000, (queries,), generator=generator))
-    features, asked, labels = features.to(device), asked.to(device), labels.to(device)
+    draw = lambda classes: centers[classes] + 2 * torch.randn(len(classes), width, generator=generator)
+    features, query_features = draw(labels), draw(torch.randint(0, 1000, (queries,), generator=generator))
+    features, query_features, labels = features.to(device), query_features.to(device), labels.to(device)
 
     def naive() -> Tensor:
-        rows, columns = F.normalize(asked, dim=1), F.normalize(features, dim=1).T
-        found = [(part @ columns).topk(k, dim=1) for part in rows.split(KNN_CHUNK)]
-        torch.cat([labels[f.indices] for f in found])
-        return torch.cat([f.values for f in found])
+        rows, columns = F.normalize(query_features, dim=1), F.normalize(features, dim=1).T
+        best = [(part @ columns).topk(k, dim=1) for part in rows.split(KNN_CHUNK)]
+        torch.cat([labels[b.indices] for b in best])
+        return torch.cat([b.values for b in best])
 
     def ours() -> Tensor:
-        nearest = NearestNeighbors(asked, k)
+        nearest = NearestNeighbors(query_features, k)
         nearest.add(features, labels)
         return nearest.result().similarity
 
@@ -70,29 +70,29 @@ def _knn(device: str, small: bool) -> tuple[str, str, dict[str, Callable], float
 
 def _davis(device: str, small: bool) -> tuple[str, str, dict[str, Callable], float]:
     height, width, channels = (20, 30, 64) if small else (60, 104, 384)
-    rule, classes = Propagation(), 4
+    protocol, classes = PropagationProtocol(), 4
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(height, width, channels, generator=generator)
     frame = lambda: F.normalize(base + torch.randn(base.shape, generator=generator), dim=-1).to(device)
     labels = lambda: torch.randn(height, width, classes, generator=generator).softmax(-1).to(device)
-    context, target = [(frame(), labels()) for _ in range(rule.context_frames + 1)], frame()
+    context, target = [(frame(), labels()) for _ in range(protocol.context_frames + 1)], frame()
     rows, columns = torch.arange(height), torch.arange(width)
-    assert rule.radius is not None
-    near_rows = (rows[:, None] - rows).abs() <= rule.radius
-    near_columns = (columns[:, None] - columns).abs() <= rule.radius
+    assert protocol.radius is not None
+    near_rows = (rows[:, None] - rows).abs() <= protocol.radius
+    near_columns = (columns[:, None] - columns).abs() <= protocol.radius
     near = (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(0, 1).flatten(1).float().to(device)
 
     def official() -> Tensor:
         """All scores at once: exponentials, the neighborhood's mask, top-k over the sources, sums."""
         sources = torch.stack([f.flatten(0, 1).T for f, _ in context])
-        scores = torch.exp(torch.bmm(target.flatten(0, 1).expand(len(context), -1, -1), sources) / rule.temperature)
+        scores = torch.exp(torch.bmm(target.flatten(0, 1).expand(len(context), -1, -1), sources) / protocol.temperature)
         scores *= near
         scores = scores.transpose(2, 1).flatten(0, 1)
-        scores[scores < scores.topk(rule.neighbors, dim=0).values[-1:]] = 0
+        scores[scores < scores.topk(protocol.neighbors, dim=0).values[-1:]] = 0
         scores /= scores.sum(0, keepdim=True)
         return (torch.cat([m.flatten(0, 1) for _, m in context]).T @ scores).T
 
-    ours = lambda: propagate_frame(target, context, rule).flatten(0, 1)
+    ours = lambda: propagate_frame(target, context, protocol).flatten(0, 1)
     error = (official() - ours()).abs().max().item()
     case = f"{height} x {width} x {channels}, {len(context)} context frames"
     return "label_propagation", case, {"official eager": official, "patchlight": ours}, error

@@ -23,10 +23,11 @@ from patchlight.data.policy import CropSpec
 from patchlight.data.procedural_video import write_davis
 from patchlight.engine.assembly import train
 from patchlight.evaluation.checkpoints import open_checkpoint
-from patchlight.evaluation.davis.benchmark import DavisFolder, DavisProtocol, evaluate_davis
+from patchlight.evaluation.davis.benchmark import DavisProtocol, evaluate_davis
+from patchlight.evaluation.davis.folder import DavisFolder
 from patchlight.evaluation.features import Reading
 from patchlight.evaluation.probes.knn import KnnProtocol, evaluate_knn
-from patchlight.evaluation.probes.labeled import open_labelled
+from patchlight.evaluation.probes.labeled import open_labeled
 from patchlight.evaluation.ranks import Ranks
 from patchlight.objectives.dino import DinoOptions
 from patchlight.objectives.interface import ObjectiveOptions
@@ -203,7 +204,7 @@ def _measure(run: Run, size: StudySize, videos: Path) -> Row:
     ranks = Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     encoder = open_checkpoint(run.output.folder).to(ranks.device)
     facts = json.loads((Path(encoder.name) / "facts.json").read_text())
-    knn = evaluate_knn(encoder, open_labelled("procedural"), KnnProtocol(k=(10, 20)), ranks, Reading(workers=0))
+    knn = evaluate_knn(encoder, open_labeled("procedural"), KnnProtocol(k=(10, 20)), ranks, Reading(workers=0))
     protocol = DavisProtocol(short_side=size.short_side, std=None)
     davis = evaluate_davis(encoder, DavisFolder(videos), protocol, ranks, Path(run.output.folder) / "davis", previews=2)
     if davis.failed:

@@ -1,4 +1,4 @@
-"""Checkpoints of every kind give the features of the network they hold, or say what is wrong with them."""
+"""Checkpoints of every kind give the features of the network in them, or an error that names what is wrong."""
 
 import argparse
 
@@ -10,11 +10,11 @@ from engine.tiny_run import DINO, SELFPATCH, on_processes, tiny_run, tiny_traine
 from safetensors.torch import save_file
 
 from patchlight.data.procedural import ProceduralSource
-from patchlight.evaluation.checkpoints import home, open_checkpoint
+from patchlight.evaluation.checkpoints import open_checkpoint, run_folder_of
 from patchlight.evaluation.features import Reading, encode
 from patchlight.evaluation.probes.knn import KnnProtocol, accuracies, evaluate_knn, nearest_training_images
-from patchlight.evaluation.probes.labeled import open_labelled
-from patchlight.evaluation.ranks import Ranks, ranks
+from patchlight.evaluation.probes.labeled import open_labeled
+from patchlight.evaluation.ranks import Ranks, join_ranks
 from patchlight.records import Crops, Views
 
 CPU = Ranks(torch.device("cpu"))
@@ -51,32 +51,32 @@ def test_official_layouts_give_timms_features(layout, tmp_path):
     encoder = open_checkpoint(str(path), heads=2)
     pixels = torch.randn(3, 3, 24, 24)
     with torch.no_grad():
-        seen, expected = encoder(pixels, layers=(0, -1)), vit.forward_features(pixels)
+        encoded, expected = encoder(pixels, layers=(0, -1)), vit.forward_features(pixels)
         first = vit.forward_intermediates(pixels, indices=[0], norm=True, output_fmt="NLC", intermediates_only=True)[0]
-    assert (seen.summary - expected[:, 0]).abs().max() < 1e-5
-    assert (seen.patches - expected[:, 1:]).abs().max() < 1e-5
-    assert (seen.levels[0].patches - first).abs().max() < 1e-5
-    assert torch.equal(seen.levels[1].summary, seen.summary)
+    assert (encoded.summary - expected[:, 0]).abs().max() < 1e-5
+    assert (encoded.patches - expected[:, 1:]).abs().max() < 1e-5
+    assert (encoded.levels[0].patches - first).abs().max() < 1e-5
+    assert torch.equal(encoded.levels[1].summary, encoded.summary)
 
 
-def test_timm_models_by_name_keep_their_own_eyes(monkeypatch):
+def test_timm_models_by_name_keep_their_own_input_format(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kw: make(name, pretrained=False, **kw))
     encoder = open_checkpoint("vit_tiny_patch16_224")
     assert (encoder.patch_size, encoder.width, encoder.depth) == (16, 192, 12)
-    assert encoder.eyes.mean == (0.5, 0.5, 0.5), "as its own pretraining had it"
+    assert encoder.input_format.mean == (0.5, 0.5, 0.5), "as its own pretraining had it"
     pixels = torch.randn(1, 3, 32, 48)
     with torch.no_grad():
-        seen = encoder(pixels, layers=(3, -1))
+        encoded = encoder(pixels, layers=(3, -1))
         expected = encoder.backbone.model.forward_features(pixels)
-    assert seen.grid == (2, 3)
-    assert torch.equal(seen.patches, expected[:, 1:])
-    assert torch.equal(seen.summary, expected[:, 0])
-    assert torch.equal(seen.levels[1].patches, seen.patches)
+    assert encoded.grid == (2, 3)
+    assert torch.equal(encoded.patches, expected[:, 1:])
+    assert torch.equal(encoded.summary, expected[:, 0])
+    assert torch.equal(encoded.levels[1].patches, encoded.patches)
     resnet = open_checkpoint("resnet18")
     with torch.no_grad():
-        seen = resnet(torch.randn(2, 3, 64, 64))
-    assert seen.grid == (2, 2)
-    assert (seen.summary - seen.patches.mean(1)).abs().max() < 1e-6
+        encoded = resnet(torch.randn(2, 3, 64, 64))
+    assert encoded.grid == (2, 2)
+    assert (encoded.summary - encoded.patches.mean(1)).abs().max() < 1e-6
 
 
 make = timm.create_model
@@ -94,16 +94,16 @@ def test_a_run_folder_gives_the_teachers_own_features(options, tmp_path):
     crops = Crops(pixels[None], torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.bool))
     with torch.no_grad():
         expected = trainer.teacher.eval()(Views(crops, None, None, torch.arange(2))).global_crops
-        seen = open_checkpoint(str(tmp_path / "run"))(pixels)
+        encoded = open_checkpoint(str(tmp_path / "run"))(pixels)
         step = trainer.checkpoints.latest()
         exported = open_checkpoint(str(step / "teacher.safetensors"))
         alone = exported(pixels)
-    assert torch.equal(seen.patches, expected.patches[0])
-    assert torch.equal(seen.summary, expected.summary[0])
+    assert torch.equal(encoded.patches, expected.patches[0])
+    assert torch.equal(encoded.summary, expected.summary[0])
     assert torch.equal(alone.patches, expected.patches[0])
-    assert bool(exported.notes) == (SELFPATCH in options), "that the summary head is not in the file is said"
-    assert exported.eyes.image_size == 16
-    assert home(str(step / "teacher.safetensors")) == tmp_path / "run"
+    assert bool(exported.notes) == (SELFPATCH in options), "a note names the missing summary head"
+    assert exported.input_format.image_size == 16
+    assert run_folder_of(str(step / "teacher.safetensors")) == tmp_path / "run"
 
 
 def test_what_is_no_backbone_is_named(tmp_path):
@@ -129,41 +129,41 @@ def test_what_is_no_backbone_is_named(tmp_path):
 
 def knn_on_a_rank(path: str) -> tuple[np.ndarray, np.ndarray, dict[int, float]]:
     """Similarities and labels of the nearest, and accuracies; as arrays, which travel between processes."""
-    with ranks("cpu") as mine:
-        data = open_labelled("procedural", 45)
+    with join_ranks("cpu") as mine:
+        data = open_labeled("procedural", 45)
         nearest = nearest_training_images(open_checkpoint(path, heads=2), data, 10, mine, Reading(8, workers=0))
-        found = accuracies(nearest, torch.from_numpy(data.test.labels), KS, KnnProtocol.temperature, data.classes)
+        found = accuracies(nearest, torch.from_numpy(data.test.labels), KS, KnnProtocol.temperature, data.class_count)
         return nearest.similarity.numpy(), nearest.label.numpy(), found
 
 
 def test_two_ranks_find_the_neighbors_that_one_finds(tmp_path):
-    """Which of two equally similar images is the neighbor, rounding decides: similarities agree, and labels where it cannot.
+    """Rounding decides which of two equally similar images is the neighbor: similarities agree, and labels where they are clear.
 
     An image's features depend on the batch that it is in by rounding, and ranks make other batches.
     """
     torch.save(timm_vit(std=0.6).state_dict(), tmp_path / "vit.pth")  # so that images differ by far more than rounding
     similarity, label, accuracy = knn_on_a_rank(str(tmp_path / "vit.pth"))
     assert len(set(accuracy.values())) == 2
-    given = open_checkpoint(str(tmp_path / "vit.pth"), heads=2), open_labelled("procedural", 45), KnnProtocol(k=KS)
+    given = open_checkpoint(str(tmp_path / "vit.pth"), heads=2), open_labeled("procedural", 45), KnnProtocol(k=KS)
     assert evaluate_knn(*given, CPU, Reading(8, workers=0)) == {f"k{k}": value for k, value in accuracy.items()}
     rounding = 3e-6
-    clear = np.ones_like(label, dtype=bool)  # nobody else is as similar
+    clear = np.ones_like(label, dtype=bool)  # no other image is as similar
     closer = similarity[:, :-1] - similarity[:, 1:] > 2 * rounding
     clear[:, 1:] &= closer
     clear[:, :-1] &= closer
     clear[:, -1] = False  # the next one is not known
-    assert clear.mean() > 0.8, "too few neighbors can be told from the next"
+    assert clear.mean() > 0.8, "too few neighbors differ clearly from the next"
     on_ranks = on_processes(2, knn_on_a_rank, str(tmp_path / "vit.pth"))
     unsure = (~clear[:, :9]).any(axis=1).mean()
     for found, names, shares in on_ranks:
         assert abs(found - similarity).max() <= rounding
         assert np.array_equal(names[clear], label[clear])
-        assert shares == on_ranks[0][2], "all ranks say the same"
+        assert shares == on_ranks[0][2], "all ranks give the same"
         assert all(abs(shares[k] - accuracy[k]) <= unsure for k in KS)
 
 
 def encoded_on_a_rank(path: str) -> np.ndarray:
-    with ranks("cpu") as mine:
+    with join_ranks("cpu") as mine:
         return encode(
             open_checkpoint(path, heads=2), ProceduralSource(11, 32), mine, Reading(4, workers=0), 24, 24
         ).numpy()

@@ -1,4 +1,4 @@
-"""The commands from the outside: numbers in a JSON file and in the run's report, protocols frozen, bad input named."""
+"""The commands from the command line: numbers in a JSON file and in the run's report, protocols, errors for bad input."""
 
 import json
 import sys
@@ -13,11 +13,11 @@ from patchlight.data.procedural_video import write_davis
 from patchlight.evaluation.__main__ import main
 from patchlight.evaluation.checkpoints import open_checkpoint
 from patchlight.evaluation.features import Reading, encode
+from patchlight.evaluation.paper_numbers import all_paper_numbers, paper_numbers
 from patchlight.evaluation.probes.knn import KnnProtocol, evaluate_knn, knn_accuracy
-from patchlight.evaluation.probes.labeled import choose_labels, open_labelled
-from patchlight.evaluation.published import PUBLISHED, published
+from patchlight.evaluation.probes.labeled import choose_labels, open_labeled
 from patchlight.evaluation.ranks import Ranks
-from patchlight.evaluation.results import changes
+from patchlight.evaluation.results import changed_fields
 
 CPU = Ranks(torch.device("cpu"))
 
@@ -69,7 +69,7 @@ def test_knn_from_the_command_line(run_folder, images, monkeypatch, capsys):
     )
     result = json.loads((run_folder / "evaluation" / "knn-images.json").read_text())
     assert result["metrics"].keys() == {"k1", "k5"}
-    assert result["metrics"]["k1"] == 1.0, "colors reach even an untrained backbone"
+    assert result["metrics"]["k1"] == 1.0, "even an untrained backbone separates colors"
     assert result["protocol"]["temperature"] == 0.07
     assert result["changed"] == {"k": [[10, 20, 100, 200], [1, 5, 99]]}
     assert result["environment"]["packages"]["torch"]
@@ -81,7 +81,7 @@ def test_knn_from_the_command_line(run_folder, images, monkeypatch, capsys):
 
 
 def test_streamed_knn_is_that_of_the_whole(run_folder):
-    encoder, data = open_checkpoint(str(run_folder)), open_labelled("procedural", 64)
+    encoder, data = open_checkpoint(str(run_folder)), open_labeled("procedural", 64)
     protocol, reading = KnnProtocol(k=(3, 20)), Reading(batch=10, workers=0)
     streamed = evaluate_knn(encoder, data, protocol, CPU, reading)
     train, test = (encode(encoder, part, CPU, reading, 16, 16) for part in (data.train, data.test))
@@ -123,7 +123,7 @@ def test_labels_that_do_not_match_are_named(images, monkeypatch, run_folder):
 
 
 def test_a_share_of_labels(images, tmp_path):
-    train = open_labelled(str(images)).train
+    train = open_labeled(str(images)).train
     third = choose_labels(train, 1 / 3)
     assert np.bincount(third.labels).tolist() == [2, 2, 2]
     assert all(str(label) in third.name(i)[-6] for i, label in enumerate(third.labels)), "labels stay with their images"
@@ -140,8 +140,9 @@ def test_a_share_of_labels(images, tmp_path):
 
 
 def test_published_numbers():
-    dino = next(row for row in published("davis", "davis2017") if row.method == "DINO")
+    dino = next(row for row in paper_numbers("davis", "davis2017") if row.method == "DINO")
     assert dino.metrics == {"J&F": 60.7, "J_mean": 59.1, "F_mean": 62.4}
-    assert not published("davis", "my videos")
-    assert len({(r.task, r.data, r.method, r.backbone, r.epochs, r.source) for r in PUBLISHED}) == len(PUBLISHED)
-    assert not changes(KnnProtocol())
+    assert not paper_numbers("davis", "my videos")
+    rows = all_paper_numbers()
+    assert len({(r.task, r.data, r.method, r.backbone, r.epochs, r.source) for r in rows}) == len(rows)
+    assert not changed_fields(KnnProtocol())

@@ -5,8 +5,8 @@ import torch
 from harness import Case, check
 from torch.nn.functional import interpolate
 
-from patchlight.evaluation.davis.benchmark import first_labels, resize_frame, resize_labels
-from patchlight.evaluation.davis.propagation import Propagation, propagate, to_label_map
+from patchlight.evaluation.davis.propagation import PropagationProtocol, propagate, to_label_map
+from patchlight.evaluation.davis.resizing import first_labels, resize_frame, resize_labels
 from patchlight.evaluation.davis.scores import contour, contour_accuracy, region_similarity, score_frames
 
 SOFT = 2e-5  # of the soft maps
@@ -15,14 +15,14 @@ SOFT = 2e-5  # of the soft maps
 @check("davis_propagation")
 def propagation(case: Case) -> None:
     height, width, patch = int(case.meta["h"]), int(case.meta["w"]), int(case.meta["patch_size"])
-    rule = Propagation(
+    protocol = PropagationProtocol(
         int(case.meta["n_last_frames"]),
         int(case.meta["topk"]),
         int(case.meta["size_mask_neighborhood"]) or None,
         float(case.meta["temperature"]),
     )
     features = case["features"].unflatten(1, (height, width))
-    soft = torch.stack(list(propagate(features, case["first_seg"][0].permute(1, 2, 0), rule)))
+    soft = torch.stack(list(propagate(features, case["first_seg"][0].permute(1, 2, 0), protocol)))
     case.close("soft_seg", soft.permute(0, 3, 1, 2), rel=SOFT)
     rounding = 8 * torch.finfo(torch.float32).eps  # half of it for each of eight operations, here and there
     same_labels(case, case["soft_seg"].permute(0, 2, 3, 1), patch, rel=rounding)
@@ -34,16 +34,16 @@ def same_labels(case: Case, soft: torch.Tensor, patch: int, rel: float) -> None:
     size = int(case.meta["original_height"]), int(case.meta["original_width"])
     labels = np.stack([resize_labels(to_label_map(frame, patch).numpy(), size) for frame in soft])
     same = torch.from_numpy(labels) == case["labels_full_resolution"]
-    certain = np.stack([resize_labels(leads(frame, patch, rel).byte().numpy(), size) for frame in soft])
+    certain = np.stack([resize_labels(has_clear_winner(frame, patch, rel).byte().numpy(), size) for frame in soft])
     same = same[torch.from_numpy(certain) > 0].double().mean() if certain.any() else torch.ones(())
     assert same >= 0.999, f"{case.name}: {same:.4%} of the pixels agree"
 
 
-def leads(soft: torch.Tensor, patch: int, rel: float) -> torch.Tensor:
+def has_clear_winner(soft: torch.Tensor, patch: int, rel: float) -> torch.Tensor:
     """[h * patch, w * patch] whether the best class is ahead by more than the maps are off by, once stretched.
 
     (map - lowest) / (highest - lowest) is off by up to four times what a map is. A class that is 1 everywhere up to
-    rounding is stretched from its lowest to its highest rounding error, and says nothing.
+    rounding is stretched from its lowest to its highest rounding error, and has no meaning.
     """
     maps = interpolate(soft.double().permute(2, 0, 1)[None], scale_factor=float(patch), mode="bilinear")[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)

@@ -1,1 +1,1 @@
-"""What a backbone has learned: measured and drawn."""
+"""Measures and draws what a backbone has learned."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.stored import Source
-from .encoder import Encoder
-from .images import CenterCrops
+from .encoder import Encoder, autocast
+from .images import CenterCrops, Images
 from .progress import progress
 from .ranks import Ranks
 
@@ -22,7 +21,7 @@ class Reading:
     """How images are read for an evaluation."""
 
     batch: int = 256
-    """Images that the backbone sees at once."""
+    """Images per forward pass of the backbone."""
     workers: int = 4
     """Processes that read ahead, per rank; 0 reads in the evaluating process."""
     precision: str = "fp32"
@@ -31,20 +30,20 @@ class Reading:
 
 @torch.no_grad()
 def encode_batches(
-    encoder: Encoder, source: Source, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
+    encoder: Encoder, source: Images, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """(summaries [B, D] fp32 on the device, numbers [B] in the source) of this rank's share of the images."""
     crops = CenterCrops(source, ranks.share(len(source)), size, resize_to)
     loader = DataLoader(crops, reading.batch, num_workers=reading.workers, pin_memory=ranks.device.type == "cuda")
-    for images, numbers in progress(loader, title) if ranks.rank == 0 else loader:
+    for images, numbers in progress(loader, title, ranks):
         pixels = encoder.normalize(images.to(ranks.device, non_blocking=True))
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
+        with autocast(ranks.device, reading.precision):
             summary = encoder(pixels).summary
         yield summary.float(), numbers.numpy()
 
 
 def encode(
-    encoder: Encoder, source: Source, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
+    encoder: Encoder, source: Images, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
 ) -> Tensor:
     """Summaries [n, D] fp32 of all images in their order, on the CPU of every rank."""
     batches = encode_batches(encoder, source, ranks, reading, resize_to, size, title)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,22 +11,33 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from ..checks import sentence
 from ..data.procedural import ProceduralSource
 from ..data.sources import open_source
 from ..data.stored import Source
 
-PROCEDURAL = "procedural"  # in place of a path: images that are drawn, not read
+PROCEDURAL = "procedural"  # in place of a path: images that are drawn instead of read
+
+
+class Images(Protocol):
+    """What evaluation needs of a source: images by number."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def read(self, index: int) -> np.ndarray: ...
 
 
 def open_images(path: str, procedural_images: int = 512) -> Source:
-    """Images without the need for labels: a folder, a list, or `procedural`."""
+    """Images that need no labels: a folder, a list, or `procedural`."""
     return ProceduralSource(procedural_images, seed=1) if path == PROCEDURAL else open_source(path)
 
 
 class CenterCrops(Dataset):
     """uint8 [3, size, size] and its number: the shorter side resized (bicubic, antialiased) and the center cut out."""
 
-    def __init__(self, source: Source, ids: np.ndarray, size: int, resize_to: int) -> None:
+    def __init__(self, source: Images, ids: np.ndarray, size: int, resize_to: int) -> None:
         self.source, self.ids, self.size, self.resize_to = source, ids, size, resize_to
 
     def __len__(self) -> int:
@@ -34,14 +47,14 @@ class CenterCrops(Dataset):
         number = int(self.ids[item])
         try:
             image = torch.from_numpy(self.source.read(number)).permute(2, 0, 1)
-        except Exception as error:  # decoders raise whatever they like on a damaged file
+        except Exception as error:  # decoders raise errors of any type for a damaged file
+            got = f"{type(error).__name__}: {error} for {self.source.name(number)}"
             raise OSError(
-                f"Every image of an evaluation must be readable, got {type(error).__name__}: {error} for"
-                f" {self.source.name(number)}; repair or remove it."
+                sentence("Every image of an evaluation must be readable", got, "repair or remove it")
             ) from error
         return tv.center_crop(tv.resize(image, [self.resize_to], InterpolationMode.BICUBIC), [self.size]), number
 
 
-def shown(size: int, whole: bool) -> int:
-    """What the shorter side is resized to before the center is cut out; the papers' 256 / 224, or nothing cut off."""
+def resize_side(size: int, whole: bool) -> int:
+    """The shorter side before the center is cut out: the papers' 256 / 224 of the size, or the size for whole images."""
     return size if whole else round(size * 256 / 224)

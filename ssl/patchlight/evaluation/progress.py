@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .ranks import Ranks
+
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-def progress(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a bar that says how many are done and how long the rest takes."""
-    total = total if total is not None else len(items)  # type: ignore[arg-type]
+class SizedIterable(Protocol[T_co]):
+    """What a bar needs: items, and how many there are."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[T_co]: ...
+
+
+def progress(items: SizedIterable[T], title: str, ranks: Ranks) -> Iterator[T]:
+    """The items; the first rank draws a bar with how many are done and how long the rest takes."""
+    if ranks.rank:
+        yield from items
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -24,4 +37,4 @@ def progress(items: Iterable[T], title: str, total: int | None = None) -> Iterat
     )
     console = Console()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield from bar.track(items, total=total, description=title)
+        yield from bar.track(items, total=len(items), description=title)

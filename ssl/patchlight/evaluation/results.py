@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a JSON file with the numbers and the whole protocol, and a table on the screen."""
+"""The output of an evaluation: a JSON file with the numbers and the whole protocol, and a table on the screen."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .checkpoints import home
+from .checkpoints import run_folder_of
 from .encoder import Encoder
-from .published import published
+from .paper_numbers import PaperNumbers, paper_numbers
 
-FOLDER = "evaluation"  # in a run's folder; the report reads it
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+FOLDER = "evaluation"  # in a run's folder, where the run's report finds it
 _MOST_COLUMNS = 5
 
 
@@ -25,7 +29,7 @@ class Result:
     """One evaluation of one checkpoint."""
 
     task: str
-    data: str  # the benchmark it is, or a path
+    data: str  # the name of the benchmark, or a path
     checkpoint: str
     protocol: dict
     changed: dict  # what differs from the published protocol: [published, used]; the numbers compare only if empty
@@ -35,22 +39,31 @@ class Result:
     details: dict = field(default_factory=dict)
 
 
-def judged(encoder: Encoder, task: str, data: str, protocol: object, metrics: dict[str, float], **more) -> Result:
-    """A result under a protocol, a dataclass whose defaults are the published one."""
-    notes = (*encoder.notes, *more.pop("notes", ()))
-    return Result(task, data, encoder.name, asdict(protocol), changes(protocol), metrics, notes, **more)
+def build_result(
+    encoder: Encoder,
+    task: str,
+    data: str,
+    protocol: DataclassInstance,
+    metrics: dict[str, float],
+    notes: tuple[str, ...] = (),
+    failed: dict[str, str] | None = None,
+    details: dict | None = None,
+) -> Result:
+    """A result under a protocol, a dataclass whose defaults are the published setting."""
+    used, changed, notes = asdict(protocol), changed_fields(protocol), (*encoder.notes, *notes)
+    return Result(task, data, encoder.name, used, changed, metrics, notes, failed or {}, details or {})
 
 
-def changes(protocol: object) -> dict:
-    """Fields that differ from the published protocol: the published value and the one used."""
-    used, frozen = asdict(protocol), asdict(type(protocol)())
-    return {name: [frozen[name], used[name]] for name in used if used[name] != frozen[name]}
+def changed_fields(protocol: DataclassInstance) -> dict:
+    """Fields that differ from the published protocol: the published value and the used one."""
+    used, published = asdict(protocol), asdict(type(protocol)())
+    return {name: [published[name], used[name]] for name in used if used[name] != published[name]}
 
 
 def results_folder(checkpoint: str) -> Path:
-    """Where results of a checkpoint belong: in its run's folder, beside its file, or here for a timm model."""
+    """Where results of a checkpoint belong: in its run's folder, beside its file, or in the current folder for a timm model."""
     path = Path(checkpoint)
-    if run := home(checkpoint) if path.exists() else None:
+    if run := run_folder_of(checkpoint):
         return run / FOLDER
     if path.exists():
         return path.parent / f"{path.stem}-{FOLDER}"
@@ -58,23 +71,38 @@ def results_folder(checkpoint: str) -> Path:
 
 
 def save_result(result: Result, folder: Path, environment: dict) -> Path:
-    """Writes <task>-<data>.json at once, so that a reader never sees half of it."""
+    """Writes <task>-<data>.json at once, so that a reader never finds half of it."""
     name = re.sub(r"[^\w.%-]+", "-", f"{result.task}-{Path(result.data).name or 'data'}")
     path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(row) for row in published(result.task, result.data)]
+    rows = [asdict(row) for row in paper_numbers(result.task, result.data)]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps({**asdict(result), "published": rows, "environment": environment}, indent=1))
     temporary.replace(path)
     return path
 
 
-def show_result(result: Result, console: Console | None = None) -> None:
+def print_result(result: Result, console: Console | None = None) -> None:
     """The measured numbers in percent, the published ones below, and whether they may be compared."""
     console = console or Console()
-    rows = published(result.task, result.data)
-    known = [name for name in result.metrics if any(name in row.metrics for row in rows)]
-    names = known or list(result.metrics)[:_MOST_COLUMNS]
+    rows = paper_numbers(result.task, result.data)
+    in_papers = [name for name in result.metrics if any(name in row.metrics for row in rows)]
+    names = in_papers or list(result.metrics)[:_MOST_COLUMNS]
+    console.print(_table(result, names, rows))
+    rest = ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if name not in names)
+    lines = [Text(f"also: {rest}")] if rest else []
+    if not rows:
+        lines.append(Text(f"No published number is known for {result.task} on {result.data}."))
+    elif result.changed:
+        text = ", ".join(f"{name} {used} instead of {published}" for name, (published, used) in result.changed.items())
+        lines.append(Text.assemble(("Not comparable with the published numbers: ", "yellow"), text))
+    lines += [Text(f"note: {note}") for note in result.notes]
+    lines += [Text(f"failed: {part}: {reason}", "bold red") for part, reason in result.failed.items()]
+    for line in lines:
+        console.print(line, soft_wrap=True)  # a sentence stays on one line, so that a log can be searched
+
+
+def _table(result: Result, names: list[str], rows: list[PaperNumbers]) -> Table:
     table = Table(title=f"{result.task} on {result.data}")
     for column in ("", *names):
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
@@ -83,15 +111,4 @@ def show_result(result: Result, console: Console | None = None) -> None:
         epochs = f", {row.epochs} epochs" if row.epochs else ""
         values = (f"{row.metrics[name]:.1f}" if name in row.metrics else "" for name in names)
         table.add_row(f"{row.method}, {row.backbone}{epochs} ({row.source})", *values)
-    console.print(table)
-    rest = ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if name not in names)
-    lines = [Text(f"also: {rest}")] if rest else []
-    if not rows:
-        lines.append(Text(f"No published number is known for {result.task} on {result.data}."))
-    elif result.changed:
-        text = ", ".join(f"{name} {used} instead of {frozen}" for name, (frozen, used) in result.changed.items())
-        lines.append(Text.assemble(("Not comparable with the published numbers: ", "yellow"), text))
-    lines += [Text(f"note: {note}") for note in result.notes]
-    lines += [Text(f"failed: {part}: {reason}", "bold red") for part, reason in result.failed.items()]
-    for line in lines:
-        console.print(line, soft_wrap=True)  # a sentence stays on one line, so that a log can be searched
+    return table

@@ -1,4 +1,4 @@
-"""Pictures in rows, and label maps over images."""
+"""Sheets of pictures, and label maps drawn over images."""
 
 from __future__ import annotations
 

@@ -1,30 +1,34 @@
-"""What linear probes, fine-tuning and segmentation share: batches, schedules, parameter groups, counts of what is right."""
+"""What linear probes, fine-tuning and segmentation share: batches, schedules, parameter groups, the optimizer step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..checks import check
+from .encoder import EvaluatedBackbone
 from .ranks import Ranks
 
 
 class Batches(Sampler[list[int]]):
-    """This rank's part of each global batch over all epochs; what does not fill a batch is dropped, anew each epoch."""
+    """This rank's part of each global batch over all epochs. Images that do not fill a batch are dropped in each epoch."""
 
     def __init__(self, count: int, batch: int, epochs: int, ranks: Ranks, seed: int = 0) -> None:
         self.count, self.epochs, self.ranks, self.seed = count, epochs, ranks, seed
         self.batch = min(batch, count)
-        if self.batch < ranks.world:
-            raise ValueError(
-                f"Every rank needs an image of each batch, got batches of {self.batch} for {ranks.world} ranks; use fewer"
-                " ranks or more images."
-            )
+        check(
+            self.batch >= ranks.world,
+            "Every rank needs an image of each batch",
+            f"batches of {self.batch} for {ranks.world} ranks",
+            "use fewer ranks or more images",
+        )
         self.steps_per_epoch = count // self.batch
 
     def __len__(self) -> int:
@@ -59,40 +63,54 @@ def poly_rate(step: int, total: int, peak: float, end: float = 0.0, warmup: int 
 
 
 def depth_of(name: str, depth: int) -> int:
-    """How deep a parameter of a backbone lies: 0 the embedding, 1..depth the blocks, depth + 1 what follows."""
+    """The depth of a backbone's parameter: 0 the embedding, 1..depth the blocks, depth + 1 everything after them."""
     parts = name.removeprefix("model.").split(".")
     if parts[0] == "blocks":
         return int(parts[1]) + 1
-    return (
-        0 if parts[0] in ("patch_embed", "pos_embed", "cls_token", "mask_token", "reg_token", "norm_pre") else depth + 1
-    )
+    embedding = ("patch_embed", "pos_embed", "cls_token", "mask_token", "reg_token", "norm_pre")
+    return 0 if parts[0] in embedding else depth + 1
 
 
-def layer_groups(backbone: nn.Module, others: nn.Module, decay: float, weight_decay: float) -> list[dict]:
-    """Parameter groups with `share` of the learning rate: decay^(distance from the top) in the backbone, 1 elsewhere.
+def layer_groups(
+    backbone: EvaluatedBackbone, others: nn.Module, decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups with an `lr_scale`: decay^(distance from the top) in the backbone, 1 elsewhere.
 
     Vectors, biases and tokens have no weight decay.
     """
     depth = len(backbone.blocks)
-    shares = [(name, p, decay ** (depth + 1 - depth_of(name, depth))) for name, p in backbone.named_parameters()]
-    shares += [(name, p, 1.0) for name, p in others.named_parameters()]
-    groups: dict[tuple[float, bool], dict] = {}
-    for name, parameter, share in shares:
+    scales = [(name, p, decay ** (depth + 1 - depth_of(name, depth))) for name, p in backbone.named_parameters()]
+    scales += [(name, p, 1.0) for name, p in others.named_parameters()]
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter, scale in scales:
         if not parameter.requires_grad or name == "mask_token":
             continue
-        bare = parameter.ndim <= 1 or name.endswith(("bias", "pos_embed", "cls_token"))
-        group = {"params": [], "share": share, "weight_decay": 0.0 if bare else weight_decay}
-        groups.setdefault((share, bare), group)["params"].append(parameter)
+        undecayed = parameter.ndim <= 1 or name.endswith(("bias", "pos_embed", "cls_token"))
+        group = {"params": [], "lr_scale": scale, "weight_decay": 0.0 if undecayed else weight_decay}
+        groups.setdefault((scale, undecayed), group)["params"].append(parameter)
     return list(groups.values())
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of a step, scaled for each group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("share", 1.0)
+        group["lr"] = rate * group["lr_scale"]
+
+
+def update(
+    loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, max_norm: float = 0.0
+) -> None:
+    """One optimizer step on the gradients averaged over ranks; max_norm: their largest norm, 0 for none."""
+    optimizer.zero_grad()
+    loss.backward()
+    average_gradients(module, ranks)
+    if max_norm:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    optimizer.step()
 
 
 def average_gradients(module: nn.Module, ranks: Ranks) -> None:
-    """The mean gradient over ranks, in one message; parameters without one are left out on all ranks alike."""
+    """The mean gradient over ranks, in one message. Parameters without a gradient are left out on all ranks."""
     if ranks.world == 1:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -103,8 +121,8 @@ def average_gradients(module: nn.Module, ranks: Ranks) -> None:
         gradient.copy_(piece.view_as(gradient))
 
 
-def share_start(module: nn.Module, ranks: Ranks) -> None:
-    """All ranks begin with the first one's values."""
+def broadcast_weights(module: nn.Module, ranks: Ranks) -> None:
+    """All ranks take the first rank's values."""
     if ranks.world > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, 0)

@@ -1,4 +1,4 @@
-"""DAVIS: scores by hand, a whole folder from frames to numbers, and what is wrong with a folder said by name."""
+"""DAVIS: scores by hand, a whole folder from frames to numbers, and errors that name what is wrong with a folder."""
 
 import shutil
 
@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from patchlight.data.procedural_video import draw_video, write_davis
-from patchlight.evaluation.davis.benchmark import DavisFolder, DavisProtocol, evaluate_davis, frame_size, read_labels
+from patchlight.evaluation.davis.benchmark import DavisProtocol, evaluate_davis
+from patchlight.evaluation.davis.folder import DavisFolder, read_labels
+from patchlight.evaluation.davis.resizing import frame_size
 from patchlight.evaluation.davis.scores import (
     contour,
     contour_accuracy,
@@ -17,7 +19,7 @@ from patchlight.evaluation.davis.scores import (
     score_frames,
     statistics,
 )
-from patchlight.evaluation.encoder import Encoder, Eyes
+from patchlight.evaluation.encoder import Encoder, InputFormat
 from patchlight.evaluation.ranks import Ranks
 from patchlight.heads.summary import MeanSummary
 from patchlight.records import Tokens
@@ -26,7 +28,7 @@ CPU = Ranks(torch.device("cpu"))
 
 
 class Colors(torch.nn.Module):
-    """A backbone that sees each patch's colors and nothing else."""
+    """A backbone whose features are the colors of a patch."""
 
     width, patch_size, heads, has_class_token, blocks = 48, 4, 1, False, (None,)
 
@@ -42,7 +44,7 @@ def videos(tmp_path_factory):
 
 
 def evaluate(root, tmp_path):
-    encoder = Encoder(Colors(), MeanSummary(), "colors", Eyes(64))
+    encoder = Encoder(Colors(), MeanSummary(), "colors", InputFormat(64))
     return evaluate_davis(encoder, DavisFolder(root), DavisProtocol(short_side=64), CPU, tmp_path / "out", previews=1)
 
 

@@ -1,4 +1,4 @@
-"""Where class attention looks: numbers against timm's own, pictures against what they must show."""
+"""Class attention: numbers against timm's own, pictures against their expected pixels."""
 
 import numpy as np
 import pytest
@@ -15,17 +15,17 @@ SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_head
 
 
 def probabilities(monkeypatch, run) -> list[torch.Tensor]:
-    """What the calls of scaled_dot_product_attention inside of `run` have as weights."""
-    seen, original = [], F.scaled_dot_product_attention
+    """The weights of all calls of scaled_dot_product_attention inside `run`."""
+    weights, original = [], F.scaled_dot_product_attention
 
     def spy(q, k, v, **options):
-        seen.append((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1))
+        weights.append((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1))
         return original(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     run()
     monkeypatch.undo()
-    return seen
+    return weights
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -94,7 +94,7 @@ def test_pictures_are_bright_where_attention_is():
         cell = tile(0, column)
         assert cell[8:16, 8:16].min() > cell[0:8].max() + 100, column
     assert tile(1, 5)[24:, 24:].min() > tile(1, 5)[:24].max() + 100
-    assert tile(1, 3).std() == 0, "a head that looks everywhere alike"
+    assert tile(1, 3).std() == 0, "a head with equal attention everywhere"
     red, green, blue = sheet[36 + 28, 2 * 36 + 28]
     assert blue > max(red, green) + 50, "the third of three heads is blue"
 

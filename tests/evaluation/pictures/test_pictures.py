@@ -11,8 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from patchlight.backbones.vit import VisionTransformer as OurVisionTransformer
 from patchlight.data.procedural import ProceduralSource
-from patchlight.evaluation.encoder import Encoder, Eyes
+from patchlight.evaluation.encoder import Encoder, InputFormat
 from patchlight.evaluation.pictures.attention import query_attention_maps
+from patchlight.evaluation.pictures.page import write_page
 from patchlight.evaluation.pictures.patch_features import (
     PictureProtocol,
     draw_pictures,
@@ -20,7 +21,6 @@ from patchlight.evaluation.pictures.patch_features import (
     principal_components,
     similarities,
     top_patches,
-    write_page,
 )
 from patchlight.evaluation.pictures.relations import (
     RelationProtocol,
@@ -71,21 +71,21 @@ def test_main_directions_are_found():
     assert principal_components(patches).max() == 1
 
 
-def test_what_a_query_looks_at_is_lit():
+def test_patches_of_high_attention_are_bright():
     images = np.full((1, 32, 32, 3), 200, np.uint8)
     attention = torch.zeros(1, 1, 16)
     attention[0, 0, [2, 3]] = 1.0
     sheet = np.asarray(draw_queries(images, attention, torch.tensor([12]), (4, 4), 2 / 16)).astype(int)
-    lit = sheet[:, 160 + 4 :].mean(-1)
-    assert (lit[:40, 80:] == 200).all()
-    assert (lit[40:115] < 60).all()
+    bright = sheet[:, 160 + 4 :].mean(-1)
+    assert (bright[:40, 80:] == 200).all()
+    assert (bright[40:115] < 60).all()
     assert np.abs(sheet[121:159, 164 + 1] - [255, 59, 48]).max() == 0, "the query's frame"
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_all_sheets_of_a_backbone(whole, tmp_path):
     vit = OurVisionTransformer(width=24, depth=2, heads=2, patch_size=4, image_size=16)
-    encoder = Encoder(vit, ClassTokenSummary(), "small", Eyes(16)).eval()
+    encoder = Encoder(vit, ClassTokenSummary(), "small", InputFormat(16)).eval()
     sheets = draw_pictures(encoder, ProceduralSource(9, 24), PictureProtocol(images=3), CPU.device, whole)
     assert set(sheets) == {"class attention", "query attention", "similarity", "principal components"}
     for name, sheet in sheets.items():
@@ -127,8 +127,8 @@ def test_relations_by_hand():
     assert (channel_relations(patches)[0] - channel).abs().max() < 1e-5
 
 
-class Everywhere(torch.nn.Module):
-    """Sees the mean color of a patch, mirrored or not: relations change with colors and places only."""
+class MeanColors(torch.nn.Module):
+    """A backbone whose features are the mean color of a patch, so that mirroring alone changes no relation."""
 
     width, patch_size, heads, has_class_token, blocks = 3, 4, 1, False, (None,)
 
@@ -142,7 +142,7 @@ class Everywhere(torch.nn.Module):
 def test_relation_differences_are_measured_over_all_pairs():
     from patchlight.heads.summary import MeanSummary
 
-    encoder = Encoder(Everywhere(), MeanSummary(), "colors", Eyes(32))
+    encoder = Encoder(MeanColors(), MeanSummary(), "colors", InputFormat(32))
     found = evaluate_relations(encoder, ProceduralSource(20, 48), RelationProtocol(images=20, heads=1), CPU, batch=5)
     assert 0 < found.metrics["spatial difference"] < 1
     assert 0 < found.metrics["channel difference"] < 1

@@ -35,7 +35,7 @@ def test_it_agrees_with_loops(temperature, monkeypatch):
     ks = (1, 7, 20)
     expected = {k: naive(*train, *test, k, temperature) for k in ks}
     assert len(set(expected.values())) > 1
-    assert all(0.3 < value < 0.95 for value in expected.values()), "neither trivial nor hopeless"
+    assert all(0.3 < value < 0.95 for value in expected.values()), "neither trivial nor at chance"
     assert knn_accuracy(*train, *test, ks, temperature) == pytest.approx(expected, abs=1e-12)
     monkeypatch.setattr(knn, "QUERIES", 10)
     monkeypatch.setattr(knn, "BANK", 13)  # the k-th best is found over several pieces
@@ -69,7 +69,7 @@ def test_a_streamed_bank_keeps_the_k_best(order, monkeypatch):
 
 
 def test_equal_features_are_all_neighbors():
-    """A collapsed backbone: every similarity is 1, and the answer is still defined."""
+    """A collapsed backbone: every similarity is 1, and the result is still defined."""
     nearest = NearestNeighbors(torch.ones(5, 4), 7)
     nearest.add(torch.ones(100, 4), torch.zeros(100, dtype=torch.int64))
     assert (nearest.result().similarity - 1).abs().max() < 1e-6

@@ -1,4 +1,4 @@
-"""Linear probes and fine-tuning: parts against independent formulas, wholes against what they must learn."""
+"""Linear probes and fine-tuning: parts against independent formulas, whole evaluations against what they must learn."""
 
 import math
 
@@ -10,13 +10,13 @@ from engine.tiny_run import on_processes
 from PIL import Image
 
 from patchlight.backbones.vit import DropPath, VisionTransformer
-from patchlight.evaluation.encoder import Encoded, Encoder, Eyes, Level, set_drop_path
+from patchlight.evaluation.encoder import Encoded, Encoder, InputFormat, Level, set_drop_path
 from patchlight.evaluation.features import Reading
-from patchlight.evaluation.probes.classification import count_right
+from patchlight.evaluation.probes.classification import count_correct
 from patchlight.evaluation.probes.finetune import Augment, FinetuneProtocol, SemiProtocol, evaluate_finetune
-from patchlight.evaluation.probes.labeled import Labelled, Subset, choose_labels
+from patchlight.evaluation.probes.labeled import LabeledData, LabeledImages, choose_labels
 from patchlight.evaluation.probes.linear import LinearProtocol, evaluate_linear, probe_features
-from patchlight.evaluation.ranks import Ranks, ranks
+from patchlight.evaluation.ranks import Ranks, join_ranks
 from patchlight.evaluation.training import Batches, cosine_rate, layer_groups, poly_rate
 from patchlight.heads.summary import ClassTokenSummary
 
@@ -46,21 +46,23 @@ class Stripes:
         return self.images[index]
 
 
-def stripes(train: int = 48, test: int = 30) -> Labelled:
+def stripes(train: int = 48, test: int = 30) -> LabeledData:
     parts = [Stripes(train, 0), Stripes(test, 1)]
-    return Labelled("stripes", *(Subset(s, np.arange(len(s)), s.labels, s.classes) for s in parts), whole=True)
+    return LabeledData(
+        "stripes", *(LabeledImages(s, np.arange(len(s)), s.labels, s.classes) for s in parts), whole=True
+    )
 
 
 def small_encoder() -> Encoder:
     torch.manual_seed(0)
     vit = VisionTransformer(width=24, depth=2, heads=2, patch_size=4, image_size=16)
-    return Encoder(vit, ClassTokenSummary(), "small", Eyes(16))
+    return Encoder(vit, ClassTokenSummary(), "small", InputFormat(16))
 
 
 def test_probe_features_are_the_last_levels():
     levels = tuple(Level(torch.full((2, 3), float(i)), torch.randn(2, 4, 3)) for i in range(2))
-    seen = Encoded(torch.full((2, 3), 9.0), torch.arange(24.0).view(2, 4, 3), (2, 2), levels)
-    features = probe_features(seen, average_pool=True)
+    encoded = Encoded(torch.full((2, 3), 9.0), torch.arange(24.0).view(2, 4, 3), (2, 2), levels)
+    features = probe_features(encoded, average_pool=True)
     assert features[0].tolist() == [0, 0, 0, 9, 9, 9, 4.5, 5.5, 6.5]
 
 
@@ -79,7 +81,7 @@ def test_a_linear_probe_learns_and_the_backbone_does_not():
 
 
 def linear_on_a_rank() -> dict:
-    with ranks("cpu") as mine:
+    with join_ranks("cpu") as mine:
         protocol = LinearProtocol(layers=1, epochs=30, batch=16, rates=(0.3,))
         return evaluate_linear(small_encoder(), stripes(test=31), protocol, mine, READING)
 
@@ -138,7 +140,7 @@ def test_layer_groups_have_the_papers_rates():
     vit = small_encoder().backbone
     head = torch.nn.Linear(24, 3)
     groups = layer_groups(vit, head, 0.65, 0.05)
-    share = {id(p): (g["share"], g["weight_decay"]) for g in groups for p in g["params"]}
+    share = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert share[id(head.weight)] == (1.0, 0.05)
     assert share[id(vit.norm.weight)] == (1.0, 0.0)
     assert share[id(vit.blocks[1].mlp.fc1.weight)] == (0.65, 0.05)
@@ -168,8 +170,8 @@ def test_batches_are_shared_without_overlap():
 
 def test_right_answers_are_counted():
     logits = F.one_hot(torch.tensor([2, 0, 1, 5]), 8).float() + 0.01 * torch.arange(8.0)
-    assert count_right(logits, torch.tensor([2, 7, 0, 5])).tolist() == [2, 3, 4]
-    assert count_right(torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)).tolist()[1:] == [3, 3]
+    assert count_correct(logits, torch.tensor([2, 7, 0, 5])).tolist() == [2, 3, 4]
+    assert count_correct(torch.randn(3, 2), torch.zeros(3, dtype=torch.int64)).tolist()[1:] == [3, 3]
 
 
 def test_drop_path_rises_with_depth():

@@ -7,27 +7,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 from patchlight.backbones.vit import VisionTransformer
-from patchlight.evaluation.encoder import Encoder, Eyes
+from patchlight.evaluation.encoder import Encoder, InputFormat
 from patchlight.evaluation.features import Reading
 from patchlight.evaluation.ranks import Ranks
-from patchlight.evaluation.segment import benchmark
-from patchlight.evaluation.segment.benchmark import (
-    ConvSegment,
-    FpnSegment,
-    LinearSegment,
-    TrainingScenes,
-    UperNetSegment,
-    best_class,
-    confusion_of,
-    draw_segments,
-    evaluate_segment,
-    predict,
-    scores_of,
-    segmentation_loss,
-    starts,
-)
+from patchlight.evaluation.segment import windows
+from patchlight.evaluation.segment.benchmark import draw_segments, evaluate_segment
+from patchlight.evaluation.segment.crops import TrainingScenes
 from patchlight.evaluation.segment.heads import Pyramid, SemanticFpnHead, UperNetHead
+from patchlight.evaluation.segment.model import segmentation_loss
+from patchlight.evaluation.segment.protocols import ConvSegment, FpnSegment, LinearSegment, UperNetSegment
 from patchlight.evaluation.segment.scenes import IGNORE, Scene, Scenes, open_scenes
+from patchlight.evaluation.segment.scores import confusion_of, scores_of
+from patchlight.evaluation.segment.windows import best_class, predict, window_starts
 from patchlight.heads.summary import ClassTokenSummary
 
 CPU, READING = Ranks(torch.device("cpu")), Reading(workers=0)
@@ -37,7 +28,7 @@ SMALL = {"crop": 32, "test_short_side": 32, "warmup": 0, "distort": False, "scal
 def small_encoder() -> Encoder:
     torch.manual_seed(0)
     vit = VisionTransformer(width=16, depth=4, heads=2, patch_size=4, image_size=32)
-    return Encoder(vit, ClassTokenSummary(), "small", Eyes(32))
+    return Encoder(vit, ClassTokenSummary(), "small", InputFormat(32))
 
 
 class Halves:
@@ -67,7 +58,7 @@ def test_scores_by_hand():
     confusion = confusion_of(truth, found, 5)
     assert confusion[:3, :3].tolist() == [[1, 1, 0], [0, 3, 0], [1, 0, 1]]
     scores = scores_of(confusion)
-    assert scores["mIoU"] == pytest.approx((1 / 3 + 3 / 4 + 1 / 2) / 3), "classes that are nowhere do not count"
+    assert scores["mIoU"] == pytest.approx((1 / 3 + 3 / 4 + 1 / 2) / 3), "absent classes do not count"
     assert scores["mAcc"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
     assert scores["aAcc"] == pytest.approx(5 / 7)
     with pytest.raises(ValueError, match="got none in all test scenes"):
@@ -85,10 +76,10 @@ def test_the_loss_leaves_unknown_pixels_out():
 
 
 def test_windows_cover_a_side():
-    assert starts(512, 512, 341) == [0]
-    assert starts(683, 512, 341) == [0, 171]
-    assert starts(300, 512, 341) == [0]
-    assert starts(1000, 512, 341) == [0, 341, 488]
+    assert window_starts(512, 512, 341) == [0]
+    assert window_starts(683, 512, 341) == [0, 171]
+    assert window_starts(300, 512, 341) == [0]
+    assert window_starts(1000, 512, 341) == [0, 341, 488]
 
 
 def test_windows_are_averaged():
@@ -113,7 +104,7 @@ def test_windows_are_averaged():
 def test_the_best_class_in_pieces_is_that_of_the_whole(monkeypatch):
     scores = torch.randn(11, 5, 7)
     whole = F.interpolate(scores[None], size=(23, 31), mode="bilinear")[0].argmax(0)
-    monkeypatch.setattr(benchmark, "_MOST_SCORES", 2 * 23 * 31)
+    monkeypatch.setattr(windows, "_MOST_SCORES", 2 * 23 * 31)
     assert torch.equal(best_class(scores, (23, 31)), whole)
 
 

@@ -1,1 +1,1 @@
-"""DAVIS 2017: the first frame's objects are found again in all frames by patch features, and scored."""
+"""DAVIS 2017: patch features find the first frame's objects in all frames of a video, and the result is scored."""

@@ -1,7 +1,7 @@
 """Label propagation: a frame's labels from those of earlier frames, by the similarity of patches. Nothing is trained.
 
-Patches are compared in tiles: a tile of the frame against the window of each context frame that its patches may look
-into. No matrix of all scores is ever made; only what reaches a patch's k-th best similarity votes.
+Patches are compared in tiles: a tile of the frame with the window of each context frame that its patches may be compared
+with. The matrix of all scores is never made; only patches that reach the k-th best similarity vote.
 """
 
 from __future__ import annotations
@@ -14,59 +14,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...checks import check, check_positive
+
 TILE, GROUP = 12, 16  # patches along a tile's side; columns of scores that share a maximum
 
 
 @dataclass(frozen=True)
-class Propagation:
+class PropagationProtocol:
     """DINO's protocol for DAVIS 2017."""
 
     context_frames: int = 7
-    """The latest frames whose labels are read, beside the first one."""
+    """The latest frames whose labels are read, in addition to the first one."""
     neighbors: int = 5
-    """A patch listens to this many most similar patches over all context frames together; ties stay."""
+    """How many of the most similar patches of all context frames together vote for a patch; ties all vote."""
     radius: int | None = 12
-    """Rows and columns that a patch may look away from its own place; None: anywhere."""
+    """Largest distance in rows and in columns of patches that are compared; None: any distance."""
     temperature: float = 0.1
     """Votes weigh exp(cosine / temperature)."""
 
     def __post_init__(self) -> None:
         for name in ("context_frames", "neighbors", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"Propagation.{name} must be positive, got {getattr(self, name)}; the protocol's is usual."
-                )
+            check_positive(f"PropagationProtocol.{name}", getattr(self, name), "the protocol's value is usual")
 
 
 @torch.no_grad()
-def propagate(features: Iterable[Tensor], first: Tensor, rule: Propagation = Propagation()) -> Iterator[Tensor]:
+def propagate(
+    features: Iterable[Tensor], first: Tensor, protocol: PropagationProtocol = PropagationProtocol()
+) -> Iterator[Tensor]:
     """Soft labels [h, w, C] of the second frame, the third, and so on.
 
-    features: of each frame [h, w, D], of any scale; first: labels of the first frame [h, w, C], usually one-hot. The labels
-    that are handed on are the soft ones. Memory: context_frames + 2 frames of features and labels, and a tile's scores.
+    features: of each frame [h, w, D], of any scale; first: labels of the first frame [h, w, C], usually one-hot. Soft
+    labels are what the next frames read. Memory: context_frames + 2 frames of features and labels, and a tile's scores.
     """
     frames = iter(features)
-    known = F.normalize(next(frames).float(), dim=-1)
-    if known.shape[:2] != first.shape[:2]:
-        raise ValueError(
-            f"propagate: features and labels must be on one grid, got {tuple(known.shape[:2])} and"
-            f" {tuple(first.shape[:2])}; resize the first mask to the grid of patches."
-        )
-    start, latest = (known, first.float()), deque(maxlen=rule.context_frames)
+    start = F.normalize(next(frames).float(), dim=-1), first.float()
+    check(
+        start[0].shape[:2] == first.shape[:2],
+        "propagate: features and labels must be on one grid",
+        f"{tuple(start[0].shape[:2])} and {tuple(first.shape[:2])}",
+        "resize the first mask to the grid of patches",
+    )
+    latest: deque[tuple[Tensor, Tensor]] = deque(maxlen=protocol.context_frames)
     for frame in frames:
         frame = F.normalize(frame.float(), dim=-1)
-        labels = propagate_frame(frame, [start, *latest], rule)
+        labels = propagate_frame(frame, [start, *latest], protocol)
         latest.append((frame, labels))
         yield labels
 
 
-def propagate_frame(target: Tensor, context: list[tuple[Tensor, Tensor]], rule: Propagation) -> Tensor:
+def propagate_frame(target: Tensor, context: list[tuple[Tensor, Tensor]], protocol: PropagationProtocol) -> Tensor:
     """Soft labels [h, w, C] of one frame [h, w, D] from pairs of features [h, w, D] and labels [h, w, C], all normalized."""
     height, width, _ = target.shape
-    radius = max(height, width) if rule.radius is None else rule.radius
-    known = torch.stack([labels for _, labels in context]).flatten(0, 2)  # [T * h * w, C]
-    place = torch.arange(len(known), device=target.device).view(len(context), height, width)
-    out = target.new_empty(height, width, known.shape[1])
+    radius = max(height, width) if protocol.radius is None else protocol.radius
+    labels = torch.stack([labels for _, labels in context]).flatten(0, 2)  # [T * h * w, C]
+    place = torch.arange(len(labels), device=target.device).view(len(context), height, width)
+    out = target.new_empty(height, width, labels.shape[1])
     y_all, x_all = (torch.arange(size, device=target.device) for size in (height, width))
     for top in range(0, height, TILE):
         rows, near_rows = slice(top, top + TILE), slice(max(0, top - radius), top + TILE + radius)
@@ -80,15 +82,16 @@ def propagate_frame(target: Tensor, context: list[tuple[Tensor, Tensor]], rule: 
             if far_y.any() or far_x.any():
                 scores.masked_fill_(far_y[:, None, None, :, None] | far_x[None, :, None, None, :], -torch.inf)
             index = place[:, near_rows, near].flatten()
-            out[rows, columns] = _vote(scores.flatten(2).flatten(0, 1), known, index, rule).view(*tile.shape[:2], -1)
+            votes = _vote(scores.flatten(2).flatten(0, 1), labels, index, protocol)
+            out[rows, columns] = votes.view(*tile.shape[:2], -1)
     return out
 
 
-def _vote(scores: Tensor, labels: Tensor, index: Tensor, rule: Propagation) -> Tensor:
-    """Labels [p, C] of p patches: the mean of those whose score [p, n] is at least the k-th best, weighted."""
-    k = min(rule.neighbors, scores.shape[1])
+def _vote(scores: Tensor, labels: Tensor, index: Tensor, protocol: PropagationProtocol) -> Tensor:
+    """Labels [p, C] of p patches: the weighted mean of those whose score [p, n] is at least the k-th best."""
+    k = min(protocol.neighbors, scores.shape[1])
     row, column = (scores >= kth_largest(scores, k)[:, None]).nonzero().unbind(1)
-    weight = ((scores[row, column] - 1) / rule.temperature).exp()  # a cosine is at most 1; the shift cancels out
+    weight = ((scores[row, column] - 1) / protocol.temperature).exp()  # a cosine is at most 1; the shift cancels out
     total = weight.new_zeros(len(scores)).index_add_(0, row, weight)
     votes = labels[index[column]] * (weight / total[row])[:, None]
     return votes.new_zeros(len(scores), labels.shape[1]).index_add_(0, row, votes)
@@ -103,14 +106,14 @@ def kth_largest(scores: Tensor, k: int) -> Tensor:
         scores = F.pad(scores, (0, pad), value=-torch.inf)
     groups = scores.view(len(scores), GROUP, -1)
     best = groups.amax(1).topk(k, dim=1, sorted=False).indices
-    found = groups.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)
-    return found.topk(k, dim=1).values[:, -1]
+    candidates = groups.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1)
+    return candidates.topk(k, dim=1).values[:, -1]
 
 
 def to_label_map(soft: Tensor, patch_size: int) -> Tensor:
     """Soft labels [h, w, C] to the winning class of every pixel, uint8 [h * patch_size, w * patch_size].
 
-    Enlarged bilinearly; then each class is stretched from its lowest value (0) to its highest (1), if it is anywhere.
+    Enlarged bilinearly; then each class that occurs is stretched from its lowest value (0) to its highest (1).
     """
     maps = F.interpolate(soft.permute(2, 0, 1)[None], scale_factor=float(patch_size), mode="bilinear")[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)

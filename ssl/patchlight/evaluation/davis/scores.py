@@ -7,8 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 
-VOID = 255  # a label that counts neither way
-_REACH = 0.008  # of the image's diagonal: how far a contour may be off
+from ...checks import check, check_least
+
+VOID = 255  # the label of pixels that are not scored
+_TOLERANCE = 0.008  # of the image's diagonal: the largest distance between contours that match
 _RECALL = 0.5
 
 
@@ -35,39 +37,40 @@ class SequenceScores:
 
 def region_similarity(truth: np.ndarray, result: np.ndarray, void: np.ndarray | None = None) -> float:
     """J: intersection over union of two masks [H, W]; 1 if both are empty. Void pixels are left out of both."""
-    truth, result = truth.astype(bool), result.astype(bool)
-    if void is not None:
-        truth, result = truth & ~void, result & ~void
+    truth, result = _without_void(truth, result, void)
     union = np.count_nonzero(truth | result)
     return np.count_nonzero(truth & result) / union if union else 1.0
 
 
 def contour_accuracy(truth: np.ndarray, result: np.ndarray, void: np.ndarray | None = None) -> float:
-    """F: harmonic mean of how much of each contour lies near the other; 1 if neither has one, 0 if one has none."""
-    truth, result = truth.astype(bool), result.astype(bool)
-    if void is not None:
-        truth, result = truth & ~void, result & ~void
+    """F: harmonic mean of the share of each contour that lies near the other; 1 without any contour, 0 with only one."""
+    truth, result = _without_void(truth, result, void)
     truth_edge, result_edge = contour(truth), contour(result)
     truth_count, result_count = np.count_nonzero(truth_edge), np.count_nonzero(result_edge)
     if not truth_count or not result_count:
         return float(truth_count == result_count)
-    reach = int(np.ceil(_REACH * np.hypot(*truth.shape)))
+    radius = int(np.ceil(_TOLERANCE * np.hypot(*truth.shape)))
     rows, columns = (np.flatnonzero((truth_edge | result_edge).any(axis)) for axis in (1, 0))
-    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # nothing outside matters
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # pixels outside change nothing
     truth_edge, result_edge = truth_edge[box], result_edge[box]
-    precision = np.count_nonzero(result_edge & dilated(truth_edge, reach)) / result_count
-    recall = np.count_nonzero(truth_edge & dilated(result_edge, reach)) / truth_count
+    precision = np.count_nonzero(result_edge & dilated(truth_edge, radius)) / result_count
+    recall = np.count_nonzero(truth_edge & dilated(result_edge, radius)) / truth_count
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
+def _without_void(truth: np.ndarray, result: np.ndarray, void: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    truth, result = truth.astype(bool), result.astype(bool)
+    return (truth, result) if void is None else (truth & ~void, result & ~void)
+
+
 def contour(mask: np.ndarray) -> np.ndarray:
-    """Pixels that differ from their right, lower, or lower right neighbor; there is none beyond the border."""
+    """Pixels that differ from their right, lower, or lower right neighbor; the border itself is no contour."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
 
 
 def dilated(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Pixels within a disk's reach of the mask, [H, W] bool."""
+    """Pixels with a pixel of the mask inside a disk of this radius around them, [H, W] bool."""
     height, width = mask.shape
     sums = np.zeros((height, width + 2 * radius + 1), np.int32)  # running count of each row, radius zeros on both sides
     np.cumsum(mask, 1, out=sums[:, radius + 1 : radius + 1 + width])
@@ -90,21 +93,22 @@ def statistics(values: np.ndarray) -> Statistics:
 
 
 def score_frames(truth: np.ndarray, result: np.ndarray) -> SequenceScores:
-    """Scores of label maps [T, H, W], 0 the background. Objects that the result lacks score as empty masks."""
-    if truth.shape != result.shape:
-        raise ValueError(
-            f"score_frames: label maps must have one shape, got {truth.shape} and {result.shape};"
-            " write every predicted frame at the size of the truth."
-        )
+    """Scores of label maps [T, H, W], 0 the background. Objects that are missing in the result count as empty masks."""
+    check(
+        truth.shape == result.shape,
+        "score_frames: label maps must have one shape",
+        f"{truth.shape} and {result.shape}",
+        "write every predicted frame at the size of the truth",
+    )
     void = truth == VOID
-    objects = int(truth[~void].max(initial=0))
-    if not objects:
-        raise ValueError("score_frames: the truth must show an object, got background only; check the annotations.")
-    if int(result.max(initial=0)) > objects:
-        raise ValueError(
-            f"score_frames: a result may have no more objects than the truth, got {int(result.max())} and {objects};"
-            " label the objects as the first frame does."
-        )
+    objects, predicted = int(truth[~void].max(initial=0)), int(result.max(initial=0))
+    check(objects > 0, "score_frames: the truth must show an object", "background only", "check the annotations")
+    check(
+        predicted <= objects,
+        "score_frames: a result may have no more objects than the truth",
+        f"{predicted} and {objects}",
+        "label the objects as the first frame does",
+    )
     scores = np.empty((2, objects, len(truth)))
     for number in range(objects):
         for t in range(len(truth)):
@@ -114,18 +118,17 @@ def score_frames(truth: np.ndarray, result: np.ndarray) -> SequenceScores:
 
 
 def score_sequence(truth: np.ndarray, result: np.ndarray) -> SequenceScores:
-    """The same without the first frame, which was given, and the last one, as the benchmark has it."""
-    if len(truth) < 3:
-        raise ValueError(f"score_sequence: a sequence needs 3 frames or more, got {len(truth)}; leave it out.")
+    """The same without the first frame, which is given, and without the last one, as in the benchmark."""
+    check_least("score_sequence: the number of frames", len(truth), 3, "leave the sequence out")
     return score_frames(truth[1:-1], result[1:-1])
 
 
 def summarize(sequences: dict[str, SequenceScores]) -> dict[str, float]:
     """Means over all objects of all sequences, each object counted once, and J&F, the benchmark's number."""
     pairs = [pair for scores in sequences.values() for pair in scores.statistics()]
-    found = {
-        f"{name}_{what}": float(np.mean([getattr(pair[side], what) for pair in pairs]))
-        for side, name in enumerate("JF")
-        for what in ("mean", "recall", "decay")
+    means = {
+        f"{measure}_{name}": float(np.mean([getattr(pair[side], name) for pair in pairs]))
+        for side, measure in enumerate("JF")
+        for name in ("mean", "recall", "decay")
     }
-    return {"J&F": (found["J_mean"] + found["F_mean"]) / 2} | found
+    return {"J&F": (means["J_mean"] + means["F_mean"]) / 2} | means

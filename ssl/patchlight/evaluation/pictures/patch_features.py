@@ -1,12 +1,8 @@
-"""Pictures of patch features: what a patch attends to, what it resembles, and what the features' main directions are."""
+"""Pictures of patch features: attention, similarities, and main directions."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,71 +10,88 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ...data.stored import Source
+from ...checks import check
+from ...heads.summary import ClassAttentionSummary
 from ..encoder import Encoder
-from ..images import CenterCrops
+from ..images import CenterCrops, Images, resize_side
 from ..sheets import tile
-from .attention import class_attention_maps, draw_attention, heat_colors, query_attention_maps, summary_attention_maps
+from .attention import class_attention_maps, draw_attention, query_attention_maps, summary_attention_maps
+from .heat import heat_picture, to_picture
 
-_SIDE = 160  # pixels of a picture in a sheet
-_MARK = "#ff3b30"
+SIDE = 160  # pixels of a picture in a sheet
+FRAME_COLOR = "#ff3b30"
 
 
 @dataclass(frozen=True)
 class PictureProtocol:
-    """What is drawn."""
+    """Which images and patches are drawn."""
 
     images: int = 6
     """How many images, evenly spread over the source."""
     queries: tuple[tuple[float, float], ...] = ((0.5, 0.5), (0.3, 0.3), (0.7, 0.65))
     """Places of query patches (down, right) in an image, from 0 to 1."""
     top: float = 0.1
-    """Share of patches that a query's attention is cut to, as in SelfPatch's Figure 1."""
+    """Share of patches that a query's picture keeps, those with the highest attention, as in SelfPatch's Figure 1."""
     size: int | None = None
-    """Side of the images; null: what the position table is made for."""
+    """Side of the images; None: the size that the position table was made for."""
 
     def __post_init__(self) -> None:
-        if self.images < 1 or not 0 < self.top <= 1 or not self.queries:
-            raise ValueError(
-                "PictureProtocol: images must be positive, top in (0, 1] and queries not empty, got"
-                f" {self.images}, {self.top} and {self.queries}."
-            )
-        if any(not 0 <= place < 1 for query in self.queries for place in query):
-            raise ValueError(f"PictureProtocol.queries must lie in [0, 1), got {self.queries}.")
+        check(
+            self.images > 0 and 0 < self.top <= 1 and bool(self.queries),
+            "PictureProtocol: images must be positive, top in (0, 1] and queries not empty",
+            f"{self.images}, {self.top} and {self.queries}",
+            "change what does not fit",
+        )
+        check(
+            all(0 <= place < 1 for query in self.queries for place in query),
+            "PictureProtocol.queries must lie in [0, 1)",
+            self.queries,
+            "give places as shares of the sides",
+        )
 
 
 @torch.no_grad()
 def draw_pictures(
-    encoder: Encoder, source: Source, protocol: PictureProtocol, device: torch.device, whole: bool
+    encoder: Encoder, source: Images, protocol: PictureProtocol, device: torch.device, whole: bool
 ) -> dict[str, Image.Image]:
     """Sheets by name: class attention, query attention, similarity, principal components."""
-    size = (protocol.size or encoder.eyes.image_size) // encoder.patch_size * encoder.patch_size
+    size = (protocol.size or encoder.input_format.image_size) // encoder.patch_size * encoder.patch_size
     ids = np.linspace(0, len(source) - 1, min(protocol.images, len(source))).round().astype(int)
-    crops = CenterCrops(source, ids, size, size if whole else round(size * 256 / 224))
-    images = torch.stack([crops[i][0] for i in range(len(ids))])
-    pixels = encoder.normalize(images.to(device))
-    seen = encoder(pixels)
-    shown, grid = images.permute(0, 2, 3, 1).numpy(), seen.grid
+    crops = CenterCrops(source, ids, size, resize_side(size, whole))
+    batch = torch.stack([crops[i][0] for i in range(len(ids))])
+    pixels = encoder.normalize(batch.to(device))
+    encoded = encoder(pixels)
+    images, grid = batch.permute(0, 2, 3, 1).numpy(), encoded.grid
     numbers = torch.tensor([int(y * grid[0]) * grid[1] + int(x * grid[1]) for y, x in protocol.queries])
+    sheets = _attention_sheets(encoder, pixels, images, numbers, grid, protocol.top)
+    cosines = similarities(encoded.patches, numbers).cpu()
+    sheets["similarity"] = draw_similarities(images, cosines, numbers, grid)
+    sheets["principal components"] = draw_components(images, principal_components(encoded.patches).cpu(), grid)
+    return sheets
+
+
+def _attention_sheets(
+    encoder: Encoder, pixels: Tensor, images: np.ndarray, numbers: Tensor, grid: tuple[int, int], top: float
+) -> dict[str, Image.Image]:
+    """Class attention and query attention; empty for a backbone without attention."""
+    backbone, block = encoder.backbone, encoder.backbone.blocks[-1]
+    if not hasattr(block, "attn"):
+        return {}
     sheets = {}
-    backbone = encoder.backbone
-    if hasattr(backbone.blocks[-1], "attn"):
-        prefix = getattr(backbone, "prefix", int(backbone.has_class_token))
-        if backbone.has_class_token:
-            maps = class_attention_maps(backbone, backbone.blocks[-1], pixels, prefix)
-            sheets["class attention"] = draw_attention(shown, maps.cpu(), grid, _SIDE)
-        elif hasattr(encoder.summary, "blocks"):
-            maps = summary_attention_maps(encoder.summary, backbone(pixels).patches)
-            sheets["class attention"] = draw_attention(shown, maps.cpu(), grid, _SIDE)
-        attention = query_attention_maps(backbone, backbone.blocks[-1], pixels, numbers, prefix).mean(1).cpu()
-        sheets["query attention"] = draw_queries(shown, attention, numbers, grid, protocol.top)
-    sheets["similarity"] = draw_similarities(shown, similarities(seen.patches, numbers).cpu(), numbers, grid)
-    sheets["principal components"] = draw_components(shown, principal_components(seen.patches).cpu(), grid)
+    prefix = getattr(backbone, "prefix_tokens", int(backbone.has_class_token))
+    if backbone.has_class_token:
+        maps = class_attention_maps(backbone, block, pixels, prefix)
+        sheets["class attention"] = draw_attention(images, maps.cpu(), grid, SIDE)
+    elif isinstance(encoder.summary, ClassAttentionSummary):
+        maps = summary_attention_maps(encoder.summary, backbone(pixels).patches)
+        sheets["class attention"] = draw_attention(images, maps.cpu(), grid, SIDE)
+    attention = query_attention_maps(backbone, block, pixels, numbers, prefix).mean(1).cpu()
+    sheets["query attention"] = draw_queries(images, attention, numbers, grid, top)
     return sheets
 
 
 def top_patches(maps: Tensor, share: float) -> Tensor:
-    """Which patches hold the largest values of maps [..., N]: as many as the share says, at least one."""
+    """The patches with the largest values of maps [..., N]: this share of them, at least one. bool."""
     count = max(1, round(share * maps.shape[-1]))
     index = maps.topk(count, dim=-1).indices
     return torch.zeros_like(maps, dtype=torch.bool).scatter_(-1, index, True)
@@ -95,7 +108,8 @@ def principal_components(patches: Tensor) -> Tensor:
     rows = patches.double().flatten(0, 1)
     rows = rows - rows.mean(0)
     directions = torch.linalg.svd(rows, full_matrices=False).Vh[:3]
-    directions *= torch.sign(directions.gather(1, directions.abs().argmax(1, keepdim=True)))  # a sign of its own
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    directions *= torch.sign(largest)  # makes the signs unique
     values = rows @ directions.T
     low, high = values.quantile(0.01, 0), values.quantile(0.99, 0)
     return ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).unflatten(0, patches.shape[:2]).float()
@@ -104,14 +118,14 @@ def principal_components(patches: Tensor) -> Tensor:
 def draw_queries(
     images: np.ndarray, attention: Tensor, numbers: Tensor, grid: tuple[int, int], top: float
 ) -> Image.Image:
-    """A row per image: the image with its queries, then for each query the patches it looks at most, the rest darkened."""
+    """A row per image: the image with its queries, then for each query the patches of highest attention, the rest dark."""
     rows = []
     for image, maps in zip(images, attention, strict=True):
         row = [_marked(_picture(image), numbers, grid)]
         for number, mask in zip(numbers, top_patches(maps, top), strict=True):
-            lit = _cells(mask.float(), grid)[..., None]
-            shown = np.asarray(_picture(image)) * (0.22 + 0.78 * lit)
-            row.append(_marked(Image.fromarray(shown.round().astype(np.uint8)), number[None], grid))
+            brightness = 0.22 + 0.78 * _cells(mask.float(), grid)[..., None]
+            pixels = np.asarray(_picture(image)) * brightness
+            row.append(_marked(Image.fromarray(pixels.round().astype(np.uint8)), number[None], grid))
         rows.append(row)
     return tile(rows)
 
@@ -129,23 +143,17 @@ def draw_similarities(images: np.ndarray, maps: Tensor, numbers: Tensor, grid: t
 
 def draw_components(images: np.ndarray, components: Tensor, grid: tuple[int, int]) -> Image.Image:
     """Images above, their patches' three main components as red, green and blue below."""
-    colors = [np.stack([_cells(c, grid) for c in one.T], -1) for one in components]
-    shown = [Image.fromarray((c * 255).round().astype(np.uint8)) for c in colors]
-    return tile([[_picture(image) for image in images], shown])
-
-
-def heat_picture(values: np.ndarray) -> Image.Image:
-    """Numbers in 0..1 as colors from dark to light."""
-    return Image.fromarray((heat_colors(values.clip(0, 1)) * 255).round().astype(np.uint8))
+    below = [to_picture(np.stack([_cells(c, grid) for c in image.T], -1)) for image in components]
+    return tile([[_picture(image) for image in images], below])
 
 
 def _picture(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    return Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def _cells(values: Tensor, grid: tuple[int, int]) -> np.ndarray:
     """Values of patches [N] as squares, [side, side]."""
-    return F.interpolate(values.view(1, 1, *grid), size=(_SIDE, _SIDE), mode="nearest")[0, 0].numpy()
+    return F.interpolate(values.view(1, 1, *grid), size=(SIDE, SIDE), mode="nearest")[0, 0].numpy()
 
 
 def _marked(picture: Image.Image, numbers: Tensor, grid: tuple[int, int]) -> Image.Image:
@@ -154,40 +162,6 @@ def _marked(picture: Image.Image, numbers: Tensor, grid: tuple[int, int]) -> Ima
     draw = ImageDraw.Draw(picture)
     for number in numbers.tolist():
         y, x = divmod(number, grid[1])
-        box = (x * _SIDE / grid[1], y * _SIDE / grid[0], (x + 1) * _SIDE / grid[1] - 1, (y + 1) * _SIDE / grid[0] - 1)
-        draw.rectangle(box, outline=_MARK, width=2)
+        box = (x * SIDE / grid[1], y * SIDE / grid[0], (x + 1) * SIDE / grid[1] - 1, (y + 1) * SIDE / grid[0] - 1)
+        draw.rectangle(box, outline=FRAME_COLOR, width=2)
     return picture
-
-
-def write_page(folder: Path, title: str, sections: Sequence[tuple[str, str, Path]]) -> Path:
-    """One HTML file with everything inside: sections of a heading, a sentence, and a PNG file."""
-    body = "".join(
-        f"<section><h2>{escape(heading)}</h2><p>{escape(sentence)}</p>"
-        f'<img alt="{escape(heading, quote=True)}" src="data:image/png;base64,'
-        f'{base64.b64encode(png.read_bytes()).decode("ascii")}"></section>'
-        for heading, sentence, png in sections
-    )
-    style = (
-        ":root{color-scheme:light dark}body{max-width:1120px;margin:0 auto;padding:36px 24px;font:15px/1.5 system-ui,"
-        "sans-serif}h1{font-size:26px;letter-spacing:-.02em}h2{margin:36px 0 2px;font-size:18px}p{margin:0 0 12px;"
-        "opacity:.7}img{max-width:100%;border-radius:6px}"
-    )
-    path = folder / "index.html"
-    path.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
-        f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
-    )
-    return path
-
-
-SENTENCES = {
-    "class attention": "The image, the mean attention of the image's token over it, each place in the color of the head that"
-    " looks there most, then each head alone.",
-    "query attention": "The image with its query patches, then for each of them the patches that it attends to most in the"
-    " last block (mean over heads).",
-    "similarity": "The image with its query patches, then each one's cosine with every patch.",
-    "principal components": "The three main directions of all patches of these images, as red, green and blue.",
-    "relations": "Two views (mirroring undone) with their common part framed; how the patch in its middle relates to the"
-    " common part in each view; and the mean absolute difference of all relations, place by place.",
-}

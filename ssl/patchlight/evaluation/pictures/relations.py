@@ -1,8 +1,8 @@
 """How much self-relations change between two views of an image (SERE, Figures 5 and 6): less is more invariant.
 
-The paper's supplement, which defines its figure, is not at hand. Here relations are cosines: spatial ones between
+We do not have the paper's supplement, which defines its figure. Here relations are cosines: spatial ones between
 features at the same points of the common part of both views, per head; channel ones between channels over a whole view.
-A difference is the mean absolute one.
+A difference is the mean absolute difference.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ...checks import check
 from ...data.policy import dino_policy
 from ...data.stored import Source
 from ...data.torchvision_loader import TorchvisionLoader
@@ -23,38 +24,38 @@ from ..encoder import Encoder
 from ..progress import progress
 from ..ranks import Ranks
 from ..sheets import tile
-from .patch_features import heat_picture
-
-_SIDE, _FRAME = 160, "#ff3b30"
+from .heat import heat_picture
+from .patch_features import FRAME_COLOR, SIDE
 
 
 @dataclass(frozen=True)
 class RelationProtocol:
-    """Which views, and where they are compared."""
+    """Which views are compared, and at which points."""
 
     images: int = 512
     """How many images of the source; fewer if it has fewer."""
     points: int = 13
     """Points per side of the common part, at the centers of its cells; the paper trains with 13."""
     heads: int = 6
-    """Groups of channels whose spatial relations are compared one by one."""
+    """Groups of channels whose spatial relations are compared separately."""
     scale: tuple[float, float] = (0.35, 1.0)
     """Area of a view; the paper's global views."""
     size: int | None = None
-    """Side of the views; null: what the position table is made for."""
+    """Side of the views; None: the size that the position table was made for."""
     seed: int = 0
-    """Of the views."""
+    """Of the random views."""
 
     def __post_init__(self) -> None:
-        if self.images < 1 or self.points < 2 or self.heads < 1:
-            raise ValueError(
-                "RelationProtocol: images and heads must be positive and points 2 or more, got"
-                f" {self.images}, {self.heads} and {self.points}."
-            )
+        check(
+            self.images > 0 and self.points > 1 and self.heads > 0,
+            "RelationProtocol: images and heads must be positive and points 2 or more",
+            f"{self.images}, {self.heads} and {self.points}",
+            "change what does not fit",
+        )
 
 
 def common_points(boxes: Tensor, flips: Tensor, points: int) -> tuple[Tensor, Tensor]:
-    """Where the common part of two views lies in each: grids [2, B, S, S, 2] of (x, y) in -1..1, and who has one [B].
+    """Points of the common part of two views, in each view: [2, B, S, S, 2] of (x, y) in -1..1; and whether it exists, [B].
 
     boxes [2, B, 4] x, y, w, h in the source image; flips [2, B]. Points are the centers of S x S cells.
     """
@@ -84,7 +85,7 @@ def channel_relations(patches: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RelationResult:
-    """What came out."""
+    """Mean differences, and a sheet of the first pairs."""
 
     metrics: dict[str, float]
     left_out: int  # pairs of views without a common part
@@ -96,38 +97,37 @@ def evaluate_relations(
     encoder: Encoder, source: Source, protocol: RelationProtocol, ranks: Ranks, batch: int = 16
 ) -> RelationResult:
     """Mean absolute differences of spatial and channel relations between two views of each image."""
-    if encoder.width % protocol.heads:
-        raise ValueError(
-            f"RelationProtocol.heads must divide the width, got {protocol.heads} and {encoder.width}; change heads."
-        )
-    size = protocol.size or encoder.eyes.image_size
+    got = f"{protocol.heads} and {encoder.width}"
+    check(encoder.width % protocol.heads == 0, "RelationProtocol.heads must divide the width", got, "change heads")
+    size = protocol.size or encoder.input_format.image_size
     policy = dino_policy(0, size, size, protocol.scale)
-    policy = replace(policy, mean=encoder.eyes.mean, std=encoder.eyes.std)
+    policy = replace(policy, mean=encoder.input_format.mean, std=encoder.input_format.std)
     count = min(protocol.images, len(source))
     batch = min(batch, count // ranks.world)
-    if not batch:
-        raise ValueError(f"Every rank needs an image, got {count} images for {ranks.world} ranks; use fewer ranks.")
+    check(batch > 0, "Every rank needs an image", f"{count} images for {ranks.world} ranks", "use fewer ranks")
     loader = TorchvisionLoader(source, policy, batch, protocol.seed, ranks.rank, ranks.world, device=ranks.device)
     sums, sheet = torch.zeros(3, dtype=torch.float64), None
     rounds = range(count // (batch * ranks.world))
-    for _ in progress(rounds, "pairs of views") if ranks.rank == 0 else rounds:
+    for _ in progress(rounds, "pairs of views", ranks):
         crops = next(loader).global_crops
-        seen = [encoder(view) for view in crops.pixels]
+        first, second = (encoder(view) for view in crops.pixels)
         grids, shared = common_points(crops.box, crops.flip, protocol.points)
         grids = torch.where(shared[None, :, None, None, None], grids, torch.zeros_like(grids))
-        a, b = (spatial_relations(s.patches, s.grid, g, protocol.heads) for s, g in zip(seen, grids, strict=True))
+        a, b = (
+            spatial_relations(encoded.patches, encoded.grid, grid, protocol.heads)
+            for encoded, grid in zip((first, second), grids, strict=True)
+        )
         spatial = (a - b).abs().mean((1, 2, 3))
-        channel = (channel_relations(seen[0].patches) - channel_relations(seen[1].patches)).abs().mean((1, 2))
+        channel = (channel_relations(first.patches) - channel_relations(second.patches)).abs().mean((1, 2))
         sums += torch.stack([spatial[shared].sum(), channel[shared].sum(), shared.sum()]).double().cpu()
         if sheet is None:
-            first = shared.nonzero()[:4, 0]
-            sheet = draw_relations(encoder, crops, first, a[first].cpu(), b[first].cpu(), protocol.points)
-    sums = ranks.sum(sums)
-    if not sums[2]:
-        raise ValueError("Relations need views that overlap, got none that do; use larger scales.")
-    spatial, channel, pairs = sums.tolist()
+            rows = shared.nonzero()[:4, 0]
+            sheet = draw_relations(encoder, crops, rows, a[rows].cpu(), b[rows].cpu(), protocol.points)
+    spatial_sum, channel_sum, pairs = ranks.sum(sums).tolist()
+    check(pairs > 0, "Relations need views that overlap", "none that do", "use larger scales")
+    assert sheet is not None  # there was at least one round
     done = len(rounds) * batch * ranks.world
-    metrics = {"spatial difference": spatial / pairs, "channel difference": channel / pairs}
+    metrics = {"spatial difference": spatial_sum / pairs, "channel difference": channel_sum / pairs}
     return RelationResult(metrics, done - int(pairs), sheet)
 
 
@@ -147,19 +147,21 @@ def draw_relations(encoder: Encoder, crops: Crops, rows: Tensor, a: Tensor, b: T
 
 
 def _view(encoder: Encoder, pixels: Tensor, flip: bool, grid: Tensor, points: int) -> Image.Image:
-    """A view as the source shows it, with the region of the points framed."""
+    """A view without mirroring, with the region of the points framed."""
     if flip:
         pixels, grid = pixels.flip(-1), grid * grid.new_tensor([-1, 1])
-    mean, std = (torch.tensor(c)[:, None, None] for c in (encoder.eyes.mean, encoder.eyes.std))
+    input_format = encoder.input_format
+    mean, std = (torch.tensor(channels)[:, None, None] for channels in (input_format.mean, input_format.std))
     image = ((pixels.cpu() * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     cell = 1 / (points - 1)
     low, high = grid.cpu().amin((0, 1)), grid.cpu().amax((0, 1))
     margin = (high - low) * cell / 2
-    corners = ((torch.cat([low - margin, high + margin]) + 1) / 2 * _SIDE).clamp(0, _SIDE - 1).tolist()
-    ImageDraw.Draw(picture).rectangle(corners, outline=_FRAME, width=2)
+    corners = ((torch.cat([low - margin, high + margin]) + 1) / 2 * SIDE).clamp(0, SIDE - 1).tolist()
+    ImageDraw.Draw(picture).rectangle(corners, outline=FRAME_COLOR, width=2)
     return picture
 
 
 def _map(values: Tensor) -> Image.Image:
-    return heat_picture(np.asarray(values)).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+    """Values [S, S] as colors."""
+    return heat_picture(np.asarray(values)).resize((SIDE, SIDE), Image.Resampling.NEAREST)

@@ -11,29 +11,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..encoder import Encoder, set_drop_path
+from ...checks import check, check_positive
+from ..encoder import Encoder, autocast, set_drop_path
 from ..features import Reading
-from ..images import CenterCrops, shown
 from ..progress import progress
 from ..ranks import Ranks
-from ..training import (
-    Batches,
-    average_gradients,
-    cosine_rate,
-    layer_groups,
-    set_rate,
-    share_start,
-    training_loader,
-)
-from .classification import TrainingImages, count_right
-from .labeled import Labelled, Subset
+from ..training import Batches, broadcast_weights, cosine_rate, layer_groups, set_rate, training_loader, update
+from .classification import TrainingImages, count_test_images
+from .labeled import LabeledData, LabeledImages
 
 
 @dataclass(frozen=True)
 class FinetuneProtocol:
-    """The SERE paper's fine-tuning (Section 4.2). Augmentation and drop path, which it does not state, are BEiT's, as iBOT's."""
+    """The SERE paper's fine-tuning (Section 4.2). Augmentation and drop path are not stated there; they are BEiT's and iBOT's."""
 
     epochs: int = 100
     """Passes over the training images."""
@@ -42,7 +33,7 @@ class FinetuneProtocol:
     rate: float = 1e-3
     """Learning rate of the head for a batch of this size; it is not scaled."""
     min_rate: float = 1e-6
-    """Where its cosine ends."""
+    """The rate at the end of its cosine."""
     warmup_epochs: int = 5
     """Epochs over which the rate rises."""
     layer_decay: float = 0.65
@@ -64,44 +55,46 @@ class FinetuneProtocol:
     clip: float = 0.0
     """Largest norm over all gradients; 0: none."""
     size: int | None = None
-    """Side of the images; null: what the position table is made for."""
+    """Side of the images; None: the size that the position table was made for."""
     seed: int = 0
     """Of order, augmentation and the head's start."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "rate", "layer_decay"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{type(self).__name__}.{name} must be positive, got {getattr(self, name)}.")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(
-                f"{type(self).__name__}.warmup_epochs must lie in [0, epochs], got {self.warmup_epochs} of {self.epochs}."
-            )
+        name = type(self).__name__
+        for field in ("epochs", "batch", "rate", "layer_decay"):
+            check_positive(f"{name}.{field}", getattr(self, field), "the published value is the default")
+        check(
+            0 <= self.warmup_epochs <= self.epochs,
+            f"{name}.warmup_epochs must lie in [0, epochs]",
+            f"{self.warmup_epochs} of {self.epochs}",
+            "change one of them",
+        )
 
 
 @dataclass(frozen=True)
 class SemiProtocol(FinetuneProtocol):
-    """The SERE paper's semi-supervised setting: 1000 epochs, batches of 1024, 1e-5. The rest, unstated, is kept plain."""
+    """The SERE paper's semi-supervised setting: 1000 epochs, batches of 1024, 1e-5. What it does not state is turned off."""
 
     epochs: int = 1000
-    """Passes over the labelled images."""
+    """Passes over the labeled images."""
     batch: int = 1024
     """Images per step over all ranks."""
     rate: float = 1e-5
     """Learning rate; it is not scaled."""
     layer_decay: float = 1.0
-    """Every block learns equally fast."""
+    """All blocks have the same rate."""
     drop_path: float = 0.0
-    """None."""
+    """Turned off."""
     randaugment: str = ""
     """Crops and flips only."""
     erase: float = 0.0
-    """None."""
+    """Turned off."""
     mixup: float = 0.0
-    """Off."""
+    """Turned off."""
     cutmix: float = 0.0
-    """Off."""
+    """Turned off."""
     smoothing: float = 0.0
-    """None."""
+    """Turned off."""
 
 
 class Classifier(nn.Module):
@@ -117,7 +110,7 @@ class Classifier(nn.Module):
         return self.head(self.encoder(pixels).summary)
 
     def others(self) -> nn.ModuleList:
-        """What is not the backbone."""
+        """The modules outside the backbone."""
         return nn.ModuleList([self.encoder.summary, self.head])
 
 
@@ -129,12 +122,12 @@ class Augment:
             size,
             is_training=True,
             auto_augment=protocol.randaugment or None,
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]  # timm turns it off by None, which its annotation leaves out
             re_prob=protocol.erase,
             re_mode="pixel",
             interpolation="bicubic",
-            mean=encoder.eyes.mean,
-            std=encoder.eyes.std,
+            mean=encoder.input_format.mean,
+            std=encoder.input_format.std,
         )
         for step in self.change.transforms:
             for op in getattr(step, "ops", ()):
@@ -146,59 +139,64 @@ class Augment:
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """timm asks for 0 bits at the highest magnitude, a black image, which Pillow 13 refuses: one bit is kept."""
+    """At least one bit is kept: timm passes 0 bits at the highest magnitude, a black image, which Pillow 13 refuses."""
     return ImageOps.posterize(image, max(1, bits))
 
 
+class MixingLoss:
+    """The loss of a batch: images are mixed and labels smoothed as in the protocol."""
+
+    def __init__(self, protocol: FinetuneProtocol, classes: int) -> None:
+        self.classes, self.mix = classes, None
+        self.loss = LabelSmoothingCrossEntropy(protocol.smoothing) if protocol.smoothing else F.cross_entropy
+        if protocol.mixup or protocol.cutmix:
+            self.mix = timm.data.Mixup(
+                protocol.mixup, protocol.cutmix, label_smoothing=protocol.smoothing, num_classes=classes, mode="elem"
+            )
+            self.loss = SoftTargetCrossEntropy()
+
+    def change(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels and labels, both mixed if the protocol mixes images."""
+        if self.mix is None:
+            return pixels, labels
+        if len(pixels) % 2:  # the last image of an odd batch has no partner
+            return pixels, F.one_hot(labels, self.classes).float()
+        return self.mix(pixels, labels)
+
+
 def evaluate_finetune(
-    encoder: Encoder, train: Subset, data: Labelled, protocol: FinetuneProtocol, ranks: Ranks, reading: Reading
+    encoder: Encoder,
+    train: LabeledImages,
+    data: LabeledData,
+    protocol: FinetuneProtocol,
+    ranks: Ranks,
+    reading: Reading,
 ) -> dict[str, float]:
     """top1 and top5 on the test images after training on `train`. The encoder is changed."""
-    size, device = protocol.size or encoder.eyes.image_size, ranks.device
+    size, device = protocol.size or encoder.input_format.image_size, ranks.device
     torch.manual_seed(protocol.seed)
-    model = Classifier(encoder, data.classes).to(device).requires_grad_(True)
-    share_start(model, ranks)
+    model = Classifier(encoder, data.class_count).to(device).requires_grad_(True)
+    broadcast_weights(model, ranks)
     torch.manual_seed(protocol.seed + 1 + ranks.rank)
     set_drop_path(encoder.backbone, protocol.drop_path)
     batches = Batches(len(train), protocol.batch, protocol.epochs, ranks, protocol.seed)
     groups = layer_groups(encoder.backbone, model.others(), protocol.layer_decay, protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=protocol.rate)
-    mix, loss_of = None, LabelSmoothingCrossEntropy(protocol.smoothing) if protocol.smoothing else F.cross_entropy
-    if protocol.mixup or protocol.cutmix:
-        mix = timm.data.Mixup(
-            protocol.mixup, protocol.cutmix, label_smoothing=protocol.smoothing, num_classes=data.classes, mode="elem"
-        )
-        loss_of = SoftTargetCrossEntropy()
+    mixing = MixingLoss(protocol, data.class_count)
     loader = training_loader(TrainingImages(train, Augment(protocol, size, encoder)), batches, reading.workers, device)
     warmup = protocol.warmup_epochs * batches.steps_per_epoch
     model.train()
-    for step, (pixels, labels) in enumerate(progress(loader, "fine-tuning") if ranks.rank == 0 else loader):
+    for step, (pixels, labels) in enumerate(progress(loader, "fine-tuning", ranks)):
         set_rate(optimizer, cosine_rate(step, len(batches), protocol.rate, protocol.min_rate, warmup))
-        pixels, labels = pixels.to(device, non_blocking=True), labels.to(device)
-        if mix is not None and len(pixels) % 2 == 0:  # an odd batch has no partner for its last image
-            pixels, labels = mix(pixels, labels)
-        elif mix is not None:
-            labels = F.one_hot(labels, data.classes).float()
-        with torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
+        pixels, labels = mixing.change(pixels.to(device, non_blocking=True), labels.to(device))
+        with autocast(device, reading.precision):
             logits = model(pixels)
-        loss = loss_of(logits.float(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(model, ranks)
-        if protocol.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), protocol.clip)
-        optimizer.step()
-    return _test(model, data, size, ranks, reading)
-
-
-@torch.no_grad()
-def _test(model: Classifier, data: Labelled, size: int, ranks: Ranks, reading: Reading) -> dict[str, float]:
+        update(mixing.loss(logits.float(), labels), model, optimizer, ranks, protocol.clip)
     model.eval()
-    right, labels_of = torch.zeros(3, dtype=torch.float64), torch.from_numpy(data.test.labels)
-    crops = CenterCrops(data.test, ranks.share(len(data.test)), size, shown(size, data.whole))
-    for images, numbers in DataLoader(crops, reading.batch, num_workers=reading.workers):
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
-            logits = model(model.encoder.normalize(images.to(ranks.device)))
-        right += count_right(logits.float(), labels_of[numbers].to(ranks.device))
-    top1, top5, count = ranks.sum(right).tolist()
+
+    def classify(images: Tensor) -> list[Tensor]:
+        with autocast(device, reading.precision):
+            return [model(encoder.normalize(images.to(device))).float()]
+
+    top1, top5, count = count_test_images(classify, 1, data, size, ranks, reading)[0].tolist()
     return {"top1": top1 / count, "top5": top5 / count}

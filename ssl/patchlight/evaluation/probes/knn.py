@@ -1,7 +1,7 @@
-"""Weighted k-nearest-neighbor classification, DINO's first look at features: exact, streamed, no training.
+"""Weighted k-nearest-neighbor classification as DINO does it: exact, in pieces, without training.
 
-Queries stay; the bank passes by in pieces and is never whole in memory. Of each piece only what beats a query's k-th best
-neighbor so far is looked at closely.
+The features of the training images (the bank) are compared with all queries in pieces and are never whole in memory. Of
+each piece only similarities that reach a query's k-th best so far are read.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...checks import check
 from ..encoder import Encoder
 from ..features import Reading, encode, encode_batches
-from ..images import shown
+from ..images import resize_side
 from ..ranks import Ranks
-from .labeled import Labelled
+from .labeled import LabeledData
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,15 @@ class KnnProtocol:
     temperature: float = 0.07
     """A vote weighs exp(cosine / temperature)."""
     size: int | None = None
-    """Side of the images that the backbone sees; null: what its position table is made for (224 for the papers' models)."""
+    """Side of the images; None: the size that the position table was made for (224 for the papers' models)."""
 
     def __post_init__(self) -> None:
-        if not self.k or min(self.k) < 1 or self.temperature <= 0:
-            raise ValueError(f"KnnProtocol: k and temperature must be positive, got {self.k} and {self.temperature}.")
+        check(
+            bool(self.k) and min(self.k) > 0 and self.temperature > 0,
+            "KnnProtocol: k and temperature must be positive",
+            f"{self.k} and {self.temperature}",
+            "the published values are the defaults",
+        )
 
 
 QUERIES, BANK, GROUP = 1024, 8192, 16  # rows of a block of similarities, its columns, columns that share a maximum
@@ -48,54 +53,55 @@ class Neighbors:
 
 
 class NearestNeighbors:
-    """Keeps the k most similar bank images of each query while the bank passes by. Memory: queries, k per query, a block."""
+    """The k most similar bank images of each query. Memory: the queries, k neighbors per query, a block of similarities."""
 
     def __init__(self, queries: Tensor, k: int) -> None:
         self.queries = F.normalize(queries.float(), dim=1)  # [Q, D]
-        self.k, self.seen = k, 0
+        self.k = k
         self.similarity = queries.new_full((len(queries), k), -torch.inf, dtype=torch.float32)
         self.label = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
 
     @torch.no_grad()
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Some of the bank: features [n, D] of any scale, labels [n] int64."""
-        self.seen += len(features)
-        for bank, names in zip(features.split(BANK), labels.split(BANK), strict=True):
+        """A piece of the bank: features [n, D] of any scale, labels [n] int64."""
+        for bank, bank_labels in zip(features.split(BANK), labels.split(BANK), strict=True):
             bank = F.normalize(bank.to(self.queries.device).float(), dim=1).T
             for first in range(0, len(self.queries), QUERIES):
                 rows = slice(first, first + QUERIES)
-                self._update(rows, self.queries[rows] @ bank, names.to(self.label.device))
+                self._update(rows, self.queries[rows] @ bank, bank_labels.to(self.label.device))
 
-    def _update(self, rows: slice, similarity: Tensor, names: Tensor) -> None:
-        """Merges a block of similarities [q, n]: groups of columns whose maximum cannot beat the k-th best are not read."""
+    def _update(self, rows: slice, similarity: Tensor, labels: Tensor) -> None:
+        """Merges a block of similarities [q, n]. Groups of columns whose maximum is below the k-th best are not read."""
         if pad := -similarity.shape[1] % GROUP:
             similarity = F.pad(similarity, (0, pad), value=-torch.inf)
         best = F.max_pool1d(similarity, GROUP)  # [q, groups]
-        bar = self.similarity[rows].amin(1)  # [q] what a newcomer has to reach
-        if best.shape[1] >= self.k and torch.isneginf(bar).any():  # at first: k groups reach the k-th best maximum
-            bar = torch.maximum(bar, best.topk(self.k, dim=1).values[:, -1])
-        row, group = (best >= bar[:, None]).nonzero().unbind(1)
-        found = similarity.view(-1, GROUP).index_select(0, row * best.shape[1] + group)  # [p, GROUP]
-        pair, within = ((found >= bar[row, None]) & (found > -torch.inf)).nonzero().unbind(1)
+        threshold = self.similarity[rows].amin(1)  # [q] the k-th best so far
+        if (
+            best.shape[1] >= self.k and torch.isneginf(threshold).any()
+        ):  # at first: k groups reach the k-th best maximum
+            threshold = torch.maximum(threshold, best.topk(self.k, dim=1).values[:, -1])
+        row, group = (best >= threshold[:, None]).nonzero().unbind(1)
+        read = similarity.view(-1, GROUP).index_select(0, row * best.shape[1] + group)  # [p, GROUP]
+        pair, within = ((read >= threshold[row, None]) & (read > -torch.inf)).nonzero().unbind(1)
         if len(pair):
             row, column = row[pair], group[pair] * GROUP + within
-            self._keep(rows, row, found[pair, within], names[column])
+            self._keep_best(rows, row, read[pair, within], labels[column])
 
-    def _keep(self, rows: slice, row: Tensor, found: Tensor, labels: Tensor) -> None:
-        """The k best of those kept so far and of the newcomers, which come sorted by their row."""
-        mine, my_labels = self.similarity[rows], self.label[rows]
-        counts = torch.bincount(row, minlength=len(mine))
+    def _keep_best(self, rows: slice, row: Tensor, similarity: Tensor, labels: Tensor) -> None:
+        """The k best of those kept so far and of the new ones, which are sorted by their row."""
+        kept, kept_labels = self.similarity[rows], self.label[rows]
+        counts = torch.bincount(row, minlength=len(kept))
         place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row] + self.k
         width = self.k + int(counts.max())
-        values = mine.new_full((len(mine), width), -torch.inf)
-        names = my_labels.new_full((len(mine), width), -1)
-        values[:, : self.k], names[:, : self.k] = mine, my_labels
-        values[row, place], names[row, place] = found, labels
-        self.similarity[rows], index = values.topk(self.k, dim=1, sorted=False)
-        self.label[rows] = names.gather(1, index)
+        all_similarities = kept.new_full((len(kept), width), -torch.inf)
+        all_labels = kept_labels.new_full((len(kept), width), -1)
+        all_similarities[:, : self.k], all_labels[:, : self.k] = kept, kept_labels
+        all_similarities[row, place], all_labels[row, place] = similarity, labels
+        self.similarity[rows], index = all_similarities.topk(self.k, dim=1, sorted=False)
+        self.label[rows] = all_labels.gather(1, index)
 
     def merge(self, others: Iterable[Neighbors]) -> None:
-        """Takes in what the same queries found in other parts of the bank."""
+        """Adds the neighbors of the same queries in other parts of the bank."""
         for other in others:
             together = torch.cat([self.similarity, other.similarity.to(self.similarity.device)], 1)
             self.similarity, index = together.topk(self.k, dim=1, sorted=False)
@@ -107,29 +113,30 @@ class NearestNeighbors:
 
 
 def evaluate_knn(
-    encoder: Encoder, data: Labelled, protocol: KnnProtocol, ranks: Ranks, reading: Reading
+    encoder: Encoder, data: LabeledData, protocol: KnnProtocol, ranks: Ranks, reading: Reading
 ) -> dict[str, float]:
     """Accuracies by "k<number>"."""
     ks = [k for k in protocol.k if k <= len(data.train)]
-    if not ks:
-        raise ValueError(f"k must not exceed the number of training images, got {protocol.k} for {len(data.train)}.")
+    got = f"{protocol.k} for {len(data.train)}"
+    check(bool(ks), "k must not exceed the number of training images", got, "use a smaller k or more images")
     nearest = nearest_training_images(encoder, data, max(ks), ranks, reading, protocol.size)
-    found = accuracies(nearest, torch.from_numpy(data.test.labels), ks, protocol.temperature, data.classes)
-    return {f"k{k}": accuracy for k, accuracy in found.items()}
+    by_k = accuracies(nearest, torch.from_numpy(data.test.labels), ks, protocol.temperature, data.class_count)
+    return {f"k{k}": accuracy for k, accuracy in by_k.items()}
 
 
 def nearest_training_images(
-    encoder: Encoder, data: Labelled, k: int, ranks: Ranks, reading: Reading, size: int | None = None
+    encoder: Encoder, data: LabeledData, k: int, ranks: Ranks, reading: Reading, size: int | None = None
 ) -> Neighbors:
-    """Of each test image. The training images' features are never kept: each batch is compared and forgotten.
+    """Of each test image. The training images' features are compared batch by batch and not kept.
 
-    Every rank compares all test images with its share of the training images; then the ranks merge what they found.
+    Every rank compares all test images with its share of the training images; then the ranks merge their neighbors.
     """
-    size = size or encoder.eyes.image_size
-    sizes = shown(size, data.whole), size
+    size = size or encoder.input_format.image_size
+    sizes = resize_side(size, data.whole), size
     queries = encode(encoder, data.test, ranks, reading, *sizes, title="test images").to(ranks.device)
     nearest, labels = NearestNeighbors(queries, k), torch.from_numpy(data.train.labels)
-    pieces, waiting = [], 0
+    pieces: list[tuple[Tensor, Tensor]] = []
+    waiting = 0
     for summary, numbers in encode_batches(encoder, data.train, ranks, reading, *sizes, title="training images"):
         pieces.append((summary, labels[numbers]))
         waiting += len(numbers)
@@ -144,7 +151,7 @@ def nearest_training_images(
 
 
 def vote(neighbors: Neighbors, k: int, temperature: float, classes: int) -> Tensor:
-    """The winning class of each query [Q]; its k nearest vote with exp(cosine / temperature), ties go to the lower number."""
+    """The winning class of each query [Q]; its k nearest vote with exp(cosine / temperature). The lower number wins a tie."""
     winners = []
     for similarity, label in zip(
         neighbors.similarity[:, :k].split(QUERIES), neighbors.label[:, :k].split(QUERIES), strict=True
@@ -185,13 +192,15 @@ def accuracies(
 
 def _check(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: Sequence[int]) -> None:
     for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
-        if features.ndim != 2 or labels.shape != features.shape[:1] or not len(features):
-            raise ValueError(
-                f"knn_accuracy: {name} features must be [n, D] and labels [n] with n > 0, got {tuple(features.shape)}"
-                f" and {tuple(labels.shape)}; pass one feature vector and one label per image."
-            )
-    if not k or min(k) < 1 or max(k) > len(train):
-        raise ValueError(
-            f"knn_accuracy: k must be between 1 and the number of training images, got {tuple(k)} for {len(train)};"
-            " use a smaller k or more images."
+        check(
+            features.ndim == 2 and labels.shape == features.shape[:1] and len(features) > 0,
+            f"knn_accuracy: {name} features must be [n, D] and labels [n] with n > 0",
+            f"{tuple(features.shape)} and {tuple(labels.shape)}",
+            "pass one feature vector and one label per image",
         )
+    check(
+        bool(k) and min(k) > 0 and max(k) <= len(train),
+        "knn_accuracy: k must be between 1 and the number of training images",
+        f"{tuple(k)} for {len(train)}",
+        "use a smaller k or more images",
+    )

@@ -1,4 +1,4 @@
-"""Linear probe, DINO's protocol: a linear classifier on frozen features, one per learning rate, all in one pass."""
+"""Linear probe, DINO's protocol: linear classifiers on frozen features, one per learning rate, trained in one pass."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from ..encoder import Encoded, Encoder
+from ...checks import check
+from ..encoder import Encoded, Encoder, autocast
 from ..features import Reading
-from ..images import CenterCrops, shown
 from ..progress import progress
 from ..ranks import Ranks
-from ..training import Batches, average_gradients, cosine_rate, share_start, training_loader
-from .classification import TrainingImages, count_right
-from .labeled import Labelled
+from ..training import Batches, broadcast_weights, cosine_rate, set_rate, training_loader, update
+from .classification import TrainingImages, count_test_images
+from .labeled import LabeledData
 
 
 @dataclass(frozen=True)
@@ -38,26 +37,27 @@ class LinearProtocol:
     momentum: float = 0.9
     """Of SGD, without weight decay; the rate falls to 0 by a cosine."""
     size: int | None = None
-    """Side of the images; null: what the position table is made for."""
+    """Side of the images; None: the size that the position table was made for."""
     seed: int = 0
     """Of the order of images, crops and starts."""
 
     def __post_init__(self) -> None:
-        if self.layers < 1 or self.epochs < 1 or self.batch < 1 or not self.rates:
-            raise ValueError(
-                "LinearProtocol: layers, epochs, batch and the number of rates must be positive, got"
-                f" {self.layers}, {self.epochs}, {self.batch} and {len(self.rates)}."
-            )
+        check(
+            min(self.layers, self.epochs, self.batch, len(self.rates)) > 0,
+            "LinearProtocol: layers, epochs, batch and the number of rates must be positive",
+            f"{self.layers}, {self.epochs}, {self.batch} and {len(self.rates)}",
+            "change what is 0",
+        )
 
 
-def probe_features(seen: Encoded, average_pool: bool) -> Tensor:
-    """[B, layers * D (+ D)] from the levels of an encoder, the last block last; the last summary is the method's own."""
-    parts = [*(level.summary for level in seen.levels[:-1]), seen.summary]
-    return torch.cat([*parts, seen.patches.mean(1)] if average_pool else parts, dim=1)
+def probe_features(encoded: Encoded, average_pool: bool) -> Tensor:
+    """[B, layers * D (+ D)] from the levels of an encoder, the last block last. The last summary is the method's own."""
+    parts = [*(level.summary for level in encoded.levels[:-1]), encoded.summary]
+    return torch.cat([*parts, encoded.patches.mean(1)] if average_pool else parts, dim=1)
 
 
 class RandomCrop:
-    """A random part of an image, at times mirrored: [3, size, size] uint8."""
+    """A random part of an image, mirrored in half of the cases: [3, size, size] uint8."""
 
     def __init__(self, size: int, smallest: float = 0.08) -> None:
         self.change = v2.Compose(
@@ -72,52 +72,52 @@ class RandomCrop:
 
 
 def evaluate_linear(
-    encoder: Encoder, data: Labelled, protocol: LinearProtocol, ranks: Ranks, reading: Reading
+    encoder: Encoder, data: LabeledData, protocol: LinearProtocol, ranks: Ranks, reading: Reading
 ) -> dict[str, float]:
     """top1 and top5 of the best classifier, and top1 of each by its rate. The best is chosen on the test images, as usual."""
-    size, device = protocol.size or encoder.eyes.image_size, ranks.device
-    if protocol.layers > encoder.depth:
-        raise ValueError(f"LinearProtocol.layers must not exceed the depth, got {protocol.layers} of {encoder.depth}.")
+    size, device = protocol.size or encoder.input_format.image_size, ranks.device
+    check(
+        protocol.layers <= encoder.depth,
+        "LinearProtocol.layers must not exceed the depth",
+        f"{protocol.layers} of {encoder.depth}",
+        "use fewer layers",
+    )
     layers = tuple(range(-protocol.layers, 0))
     torch.manual_seed(protocol.seed)
     width = encoder.width * (protocol.layers + protocol.average_pool)
-    heads = nn.ModuleList(nn.Linear(width, data.classes) for _ in protocol.rates).to(device)
+    heads = _build_heads(width, data.class_count, len(protocol.rates), device)
+    broadcast_weights(heads, ranks)
+    torch.manual_seed(protocol.seed + 1 + ranks.rank)
+    encoder.eval().requires_grad_(False)
+
+    def features_of(images: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(device, reading.precision):
+            encoded = encoder(encoder.normalize(images.to(device, non_blocking=True)), layers)
+        return probe_features(encoded, protocol.average_pool).float()
+
+    def classify(images: Tensor) -> list[Tensor]:
+        features = features_of(images)
+        return [head(features) for head in heads]
+
+    batches = Batches(len(data.train), protocol.batch, protocol.epochs, ranks, protocol.seed)
+    groups = [{"params": head.parameters(), "lr_scale": rate} for head, rate in zip(heads, protocol.rates, strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=protocol.momentum)
+    loader = training_loader(TrainingImages(data.train, RandomCrop(size)), batches, reading.workers, device)
+    for step, (images, labels) in enumerate(progress(loader, "linear probe", ranks)):
+        set_rate(optimizer, cosine_rate(step, len(batches), batches.batch / 256))
+        labels = labels.to(device)
+        losses = [F.cross_entropy(logits, labels) for logits in classify(images)]
+        update(torch.stack(losses).sum(), heads, optimizer, ranks)
+    counts = count_test_images(classify, len(heads), data, size, ranks, reading)
+    top1, top5 = counts[:, 0] / counts[:, 2], counts[:, 1] / counts[:, 2]
+    best = int(top1.argmax())
+    by_rate = {f"top1@{rate:g}": accuracy for rate, accuracy in zip(protocol.rates, top1.tolist(), strict=True)}
+    return {"top1": top1[best].item(), "top5": top5[best].item()} | by_rate
+
+
+def _build_heads(width: int, classes: int, count: int, device: torch.device) -> nn.ModuleList:
+    heads = [nn.Linear(width, classes).to(device) for _ in range(count)]
     for head in heads:
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-    share_start(heads, ranks)
-    torch.manual_seed(protocol.seed + 1 + ranks.rank)
-    encoder.eval().requires_grad_(False)
-    batches = Batches(len(data.train), protocol.batch, protocol.epochs, ranks, protocol.seed)
-    groups = [{"params": head.parameters(), "share": rate} for head, rate in zip(heads, protocol.rates, strict=True)]
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=protocol.momentum)
-    loader = training_loader(TrainingImages(data.train, RandomCrop(size)), batches, reading.workers, device)
-
-    def look(images: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=reading.precision == "bf16"):
-            seen = encoder(encoder.normalize(images.to(device, non_blocking=True)), layers)
-        return probe_features(seen, protocol.average_pool).float()
-
-    for step, (images, labels) in enumerate(progress(loader, "linear probe") if ranks.rank == 0 else loader):
-        rate = cosine_rate(step, len(batches), batches.batch / 256)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        features, labels = look(images), labels.to(device)
-        loss = sum(F.cross_entropy(head(features), labels) for head in heads)
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(heads, ranks)
-        optimizer.step()
-
-    right = torch.zeros(len(heads), 3, dtype=torch.float64)
-    crops = CenterCrops(data.test, ranks.share(len(data.test)), size, shown(size, data.whole))
-    labels_of = torch.from_numpy(data.test.labels)
-    for images, numbers in DataLoader(crops, reading.batch, num_workers=reading.workers):
-        features, labels = look(images), labels_of[numbers].to(device)
-        with torch.no_grad():
-            right += torch.stack([count_right(head(features), labels) for head in heads])
-    right = ranks.sum(right)
-    top1, top5 = right[:, 0] / right[:, 2], right[:, 1] / right[:, 2]
-    best = int(top1.argmax())
-    each = {f"top1@{rate:g}": share for rate, share in zip(protocol.rates, top1.tolist(), strict=True)}
-    return {"top1": top1[best].item(), "top5": top5[best].item()} | each
+    return nn.ModuleList(heads)

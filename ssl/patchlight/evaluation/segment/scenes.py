@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...checks import check, check_choice, sentence
 from ...data.procedural import CLASSES, ProceduralSource
 from ...data.stored import EXTENSIONS, decode
 from ..images import PROCEDURAL
 
-IGNORE = -1  # a pixel that is neither learned nor scored
+IGNORE = -1  # the class of pixels that are neither trained on nor scored
+Pairs = tuple[tuple[Path, Path], ...]  # an image and its mask
 LAYOUTS = ("ade20k", "voc2012", "imagenet-s", PROCEDURAL)
 
 
@@ -27,10 +29,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneFiles:
-    """Pairs of files."""
+    """Scenes as pairs of files: an image and its mask."""
 
-    pairs: tuple[tuple[Path, Path], ...]
-    decode: Callable[[np.ndarray], np.ndarray]  # a mask as stored -> classes int64
+    pairs: Pairs
+    classes_of: Callable[[np.ndarray], np.ndarray]  # classes int64 of a mask as it is stored
     classes: int
 
     def __len__(self) -> int:
@@ -46,17 +48,21 @@ class SceneFiles:
             with Image.open(mask_path) as mask:
                 stored = np.array(mask)
         except (OSError, ValueError) as error:
-            raise OSError(f"Images and masks must be readable, got {error} for {image_path}; repair it.") from error
-        classes = self.decode(stored)
-        if classes.shape != image.shape[:2]:
-            raise ValueError(
-                f"An image and its mask must have one size, got {image.shape[:2]} and {classes.shape} for {mask_path};"
-                " resize one of them."
-            )
-        if classes.max(initial=IGNORE) >= self.classes or classes.min(initial=IGNORE) < IGNORE:
-            raise ValueError(
-                f"Classes must be below {self.classes}, got {classes.max()} in {mask_path}; check that the layout fits."
-            )
+            rule = "Images and masks must be readable"
+            raise OSError(sentence(rule, f"{error} for {image_path}", "repair it")) from error
+        classes = self.classes_of(stored)
+        check(
+            classes.shape == image.shape[:2],
+            "An image and its mask must have one size",
+            f"{image.shape[:2]} and {classes.shape} for {mask_path}",
+            "resize one of them",
+        )
+        check(
+            classes.max(initial=IGNORE) < self.classes and classes.min(initial=IGNORE) >= IGNORE,
+            f"Classes must be below {self.classes}",
+            f"{classes.max(initial=IGNORE)} in {mask_path}",
+            "check that the layout fits",
+        )
         return Scene(image, classes)
 
 
@@ -95,70 +101,75 @@ class Scenes:
 
 
 def open_scenes(layout: str, root: str = "", train_list: str = "train", procedural_images: int = 512) -> Scenes:
-    """A data set by its layout; train_list is VOC's list to learn from, e.g. trainaug."""
-    if layout == PROCEDURAL:
-        parts = (ProceduralSource(procedural_images), ProceduralSource(max(10, procedural_images // 4), seed=1))
-        return Scenes(PROCEDURAL, *(ProceduralScenes(part) for part in parts))
+    """A data set by its layout; train_list is VOC's list of training images, e.g. trainaug."""
+    check_choice("The layout", layout, LAYOUTS)
     path = Path(root)
+    if layout == PROCEDURAL:
+        counts = procedural_images, max(10, procedural_images // 4)
+        train, test = (ProceduralScenes(ProceduralSource(count, seed=seed)) for seed, count in enumerate(counts))
+        return Scenes(layout, train, test)
     if layout == "ade20k":
-        parts = [_folders(path / "images" / p, path / "annotations" / p) for p in ("training", "validation")]
-        return Scenes(layout, *(SceneFiles(pairs, _ade20k, 150) for pairs in parts))
-    if layout == "voc2012":
-        return Scenes(layout, *(SceneFiles(_voc(path, name), _voc2012, 21) for name in (train_list, "val")))
-    if layout == "imagenet-s":
-        parts = [_folders(path / p, path / f"{p}-segmentation") for p in ("train-semi", "validation")]
-        classes = 1 + len({image.parent.name for image, _ in parts[0]})
-        return Scenes(layout, *(SceneFiles(pairs, _imagenet_s, classes) for pairs in parts))
-    raise ValueError(f"The layout must be one of {', '.join(LAYOUTS)}, got {layout!r}; pick one of them.")
+        parts = [_pair_folders(path / "images" / p, path / "annotations" / p) for p in ("training", "validation")]
+        classes_of, classes = _ade20k, 150
+    elif layout == "voc2012":
+        parts = [_pair_voc(path, name) for name in (train_list, "val")]
+        classes_of, classes = _voc2012, 21
+    else:
+        parts = [_pair_folders(path / p, path / f"{p}-segmentation") for p in ("train-semi", "validation")]
+        classes_of, classes = _imagenet_s, 1 + len({image.parent.name for image, _ in parts[0]})
+    return Scenes(layout, *(SceneFiles(pairs, classes_of, classes) for pairs in parts))
 
 
-def _folders(images: Path, masks: Path) -> tuple[tuple[Path, Path], ...]:
-    """Pairs of files with equal names below two folders."""
+def _pair_folders(images: Path, masks: Path) -> Pairs:
+    """Files with equal names below two folders."""
     for folder in (images, masks):
         if not folder.is_dir():
-            raise FileNotFoundError(f"The layout asks for {folder.name} in {folder.parent}, got none; check the path.")
-    found = {
+            rule = f"The layout needs a folder {folder.name} in {folder.parent}"
+            raise FileNotFoundError(sentence(rule, "none", "check the path"))
+    image_files = {
         p.relative_to(images).with_suffix(""): p for p in sorted(images.rglob("*")) if p.suffix.lower() in EXTENSIONS
     }
-    truths = {p.relative_to(masks).with_suffix(""): p for p in sorted(masks.rglob("*.png"))}
-    return _paired(found, truths, images, masks)
+    mask_files = {p.relative_to(masks).with_suffix(""): p for p in sorted(masks.rglob("*.png"))}
+    return _pair(image_files, mask_files, images, masks)
 
 
-def _voc(root: Path, name: str) -> tuple[tuple[Path, Path], ...]:
+def _pair_voc(root: Path, name: str) -> Pairs:
+    """The images of a list of PASCAL VOC, with masks of the augmented folder where it has them."""
     listed = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     if not listed.is_file():
-        raise FileNotFoundError(f"VOC 2012 must list its images in {listed}, got no such file; check the path.")
+        rule = f"VOC 2012 must list its images in {listed}"
+        raise FileNotFoundError(sentence(rule, "no such file", "check the path"))
     names = listed.read_text().split()
     folders = [root / "SegmentationClassAug", root / "SegmentationClass"]
-    truths = {
+    mask_files = {
         Path(n): p for n in names if (p := next((f / f"{n}.png" for f in folders if (f / f"{n}.png").is_file()), None))
     }
-    found = {Path(n): root / "JPEGImages" / f"{n}.jpg" for n in names}
-    return _paired(found, truths, listed, folders[1])
+    image_files = {Path(n): root / "JPEGImages" / f"{n}.jpg" for n in names}
+    return _pair(image_files, mask_files, listed, folders[1])
 
 
-def _paired(images: dict, masks: dict, where: Path, there: Path) -> tuple[tuple[Path, Path], ...]:
+def _pair(images: dict[Path, Path], masks: dict[Path, Path], images_from: Path, masks_from: Path) -> Pairs:
     missing = [name for name in images if name not in masks]
     if missing or not images:
-        raise FileNotFoundError(
-            f"Every image must have a mask, got none for {len(missing)} of {len(images)} images of {where} in {there}"
-            f"{f', such as {missing[0]}' if missing else ''}; complete the masks or check the layout."
-        )
+        got = f"none for {len(missing)} of {len(images)} images of {images_from} in {masks_from}"
+        got += f", such as {missing[0]}" if missing else ""
+        remedy = "complete the masks or check the layout"
+        raise FileNotFoundError(sentence("Every image must have a mask", got, remedy))
     return tuple((images[name], masks[name]) for name in images)
 
 
 def _ade20k(stored: np.ndarray) -> np.ndarray:
-    """0 is what belongs to no class."""
+    """0 marks pixels of no class."""
     return np.where(stored == 0, IGNORE, stored.astype(np.int64) - 1)
 
 
 def _voc2012(stored: np.ndarray) -> np.ndarray:
-    """255 marks outlines and what is unclear."""
+    """255 marks outlines and unclear pixels."""
     return np.where(stored == 255, IGNORE, stored.astype(np.int64))
 
 
 def _imagenet_s(stored: np.ndarray) -> np.ndarray:
-    """Red and green are the low and high byte; 1000 is what is unclear, 0 what is of no class."""
+    """Red and green are the low and high byte; 1000 marks unclear pixels, 0 is the class of all other things."""
     stored = stored.astype(np.int64)
     numbers = stored[..., 0] + 256 * stored[..., 1]
     return np.where(numbers == 1000, IGNORE, numbers)

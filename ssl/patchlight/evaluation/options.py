@@ -1,0 +1,87 @@
+"""Options that several commands share, and what is done with their results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from PIL import Image
+
+from ..checks import check
+from ..report.console import print_sentence
+from ..report.environment import describe_environment
+from ..report.page import write_report
+from .checkpoints import open_checkpoint, run_folder_of
+from .encoder import Encoder
+from .features import Reading
+from .images import PROCEDURAL
+from .pictures.page import CAPTIONS, write_page
+from .ranks import Ranks
+from .results import Result, print_result, results_folder, save_result
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Which checkpoint is evaluated, and where."""
+
+    checkpoint: str
+    """A run's folder, a .safetensors or .pth file, or the name of a timm model."""
+    heads: int | None = None
+    """Attention heads, where the checkpoint does not state them: by default 64 channels each."""
+    device: str | None = None
+    """cuda, cuda:1, cpu, ...; by default a GPU where there is one."""
+    out: Path | None = None
+    """Folder for results; by default in the run's folder or beside the file."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out or results_folder(self.checkpoint)
+
+    def open(self, ranks: Ranks) -> Encoder:
+        encoder = open_checkpoint(self.checkpoint, self.heads).to(ranks.device)
+        if ranks.rank == 0:
+            for note in encoder.notes:
+                print_sentence(f"note: {note}")
+        return encoder
+
+    def finish(self, result: Result, ranks: Ranks) -> None:
+        """On the first rank: prints the table, writes the JSON file, and writes the run's report again."""
+        if ranks.rank == 0:
+            print_result(result)
+            print(f"result: {save_result(result, self.folder, describe_environment())}")
+            self._write_report()
+        failed = f"{len(result.failed)} that failed (named above)"
+        check(not result.failed, "All parts should be done", failed, "results of the others are kept")
+
+    def save_sheets(self, kind: str, sheets: dict[str, Image.Image], title: str) -> None:
+        """Saves sheets as PNG files and in one page, and writes the run's report again."""
+        folder = self.folder / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        sections = []
+        for name, sheet in sheets.items():
+            path = folder / f"{name.replace(' ', '-')}.png"
+            sheet.save(path)
+            sections.append((name, CAPTIONS[name], path))
+        print(f"page: {write_page(folder, title, sections)}")
+        self._write_report()
+
+    def _write_report(self) -> None:
+        run = run_folder_of(self.checkpoint)
+        if run is not None:
+            print(f"report: {write_report(run)}")
+
+
+@dataclass(frozen=True)
+class LabeledOptions:
+    """Which labeled images are used, and how they are read."""
+
+    data: str = PROCEDURAL
+    """A folder with train/ and val/, or `procedural`."""
+    reading: Reading = field(default_factory=Reading)
+    """How images are read."""
+
+
+Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]  # its options without a prefix
+Labeled = Annotated[LabeledOptions, tyro.conf.arg(name="")]
