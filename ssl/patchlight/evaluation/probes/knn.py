@@ -76,9 +76,8 @@ class NearestNeighbors:
             similarity = F.pad(similarity, (0, pad), value=-torch.inf)
         best = F.max_pool1d(similarity, GROUP)  # [q, groups]
         threshold = self.similarity[rows].amin(1)  # [q] the k-th best so far
-        if (
-            best.shape[1] >= self.k and torch.isneginf(threshold).any()
-        ):  # at first: k groups reach the k-th best maximum
+        if best.shape[1] >= self.k and torch.isneginf(threshold).any():
+            # nothing is kept yet: at least k similarities reach the k-th best maximum
             threshold = torch.maximum(threshold, best.topk(self.k, dim=1).values[:, -1])
         row, group = (best >= threshold[:, None]).nonzero().unbind(1)
         read = similarity.view(-1, GROUP).index_select(0, row * best.shape[1] + group)  # [p, GROUP]
