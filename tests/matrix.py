@@ -1,11 +1,11 @@
 """Runs the tests as other machines would: `make test-matrix`, or `python tests/matrix.py [row ...]`.
 
-    default, avx2, avx512   ATen, MKL, oneDNN, OpenBLAS and our C++ library held to one instruction set
-    oldest                  the oldest torch and Triton that we support, in an environment of their own
+    default, avx2, avx512   ATen, MKL, oneDNN, OpenBLAS and our C++ library limited to one instruction set
+    oldest                  the oldest torch and Triton that are supported, in an environment of their own
     newest                  the newest ones that pip finds, likewise
     seeds                   operations, objectives, heads and backbones on the random inputs of seeds 1 to 20
 
-A row that this machine cannot run says why. Logs and environments lie in build/matrix; a table ends the output.
+A row that this machine cannot run says why. Logs and environments are in build/matrix; the output ends with a table.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ OLDEST = tuple(
 )
 NEWEST = ("--upgrade", "torch", "torchvision", "triton")
 SEEDS = range(1, 21)
-RANDOM = ("tests/ops", "tests/objectives", "tests/heads", "tests/backbones")
-FIXED = "not compiled_ahead and not cpu_device and not inductor"  # what no seed changes
-# By row: the level of our C++ library, the flag in /proc/cpuinfo that it needs, and what holds the others to it.
+RANDOM_INPUTS = ("tests/ops", "tests/objectives", "tests/heads", "tests/backbones")
+SEEDED = "not compiled_ahead and not cpu_device and not inductor"  # those do not depend on the seed
+# By row: the level of our C++ library, the flag in /proc/cpuinfo that it needs, and the settings of the other libraries.
 LEVELS = {
     "default": (1, "sse2", {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
                             "ONEDNN_MAX_CPU_ISA": "SSE41", "OPENBLAS_CORETYPE": "Nehalem"}),
@@ -44,17 +44,17 @@ LEVELS = {
 
 @dataclass
 class Outcome:
-    """What a row came to."""
+    """The result of a row."""
 
     row: str
-    words: str
+    summary: str
     failed: bool
     seconds: float = 0.0
-    names: list[str] = field(default_factory=list)  # of the tests that failed
+    failed_tests: list[str] = field(default_factory=list)
 
 
 def run_tests(row: str, *arguments: str, python: str = sys.executable, log: str = "", **environment: str) -> Outcome:
-    """pytest in a process of its own; its last line and what failed."""
+    """Runs pytest in another process; returns its last line and the tests that failed."""
     path, began = FOLDER / f"{log or row}.log", time.perf_counter()
     # Inductor keeps what it compiled for one instruction set and would run it under another.
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(FOLDER / f"inductor-{row}")
@@ -64,13 +64,13 @@ def run_tests(row: str, *arguments: str, python: str = sys.executable, log: str 
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=file).returncode
     text = path.read_text()
     counts = re.findall(r"^=*\s*((?:\d+ \w+,? ?)+) in ", text, re.MULTILINE)
-    words = counts[-1].strip() if counts else f"no summary, exit code {code}"
-    names = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
-    print(f"{log or row}: {words}", *names, sep="\n    ", flush=True)
-    return Outcome(row, words, code != 0, time.perf_counter() - began, names)
+    summary = counts[-1].strip() if counts else f"no summary, exit code {code}"
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    print(f"{log or row}: {summary}", *failed, sep="\n    ", flush=True)
+    return Outcome(row, summary, code != 0, time.perf_counter() - began, failed)
 
 
-def instruction_set(row: str) -> Outcome:
+def run_instruction_set(row: str) -> Outcome:
     level, flag, environment = LEVELS[row]
     if flag not in Path("/proc/cpuinfo").read_text().split():
         return Outcome(row, f"not run: this CPU has no {flag}", failed=False)
@@ -81,8 +81,8 @@ def instruction_set(row: str) -> Outcome:
     return run_tests(row, **environment, PATCHLIGHT_LIBRARIES=str(library.parent))
 
 
-def environment_of(row: str, *packages: str) -> Outcome:
-    """In an environment with these packages and whatever else the project needs."""
+def run_in_environment(row: str, *packages: str) -> Outcome:
+    """Runs all tests in an environment with these packages and the project's other dependencies."""
     home = FOLDER / row
     python = str(home / "bin/python")
     if not home.exists():
@@ -90,44 +90,49 @@ def environment_of(row: str, *packages: str) -> Outcome:
         subprocess.run([sys.executable, "-m", "venv", home], check=True)
     extras = (PROJECT["optional-dependencies"][name] for name in ("test", "bench", "tracking"))
     others = [*PROJECT["dependencies"], *(package for extra in extras for package in extra)]
-    wanted = (*packages, "setuptools>=77", *others)  # in one, so that nothing else moves torch
-    install = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True)
+    requirements = (*packages, "setuptools>=77", *others)  # in one call: none may change torch's version
+    install = subprocess.run([python, "-m", "pip", "install", "-q", *requirements], capture_output=True, text=True)
     if install.returncode:
         return Outcome(row, f"not run: pip: {install.stderr.strip()[-300:]}", failed=True)
     versions = "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
     found = subprocess.run([python, "-c", versions], capture_output=True, text=True, check=True).stdout.strip()
     result = run_tests(row, python=python, PYTHONPATH=f"{ROOT / 'kernels'}:{ROOT / 'ssl'}")
-    result.words = f"{found}: {result.words}"
+    result.summary = f"{found}: {result.summary}"
     return result
 
 
-def seeds(row: str) -> Outcome:
-    """One run for each seed; a failure names its seed."""
+def run_seeds(row: str) -> Outcome:
+    """Runs the tests once for each seed; a failure names its seed."""
     results = [
-        run_tests(row, *RANDOM, "-k", FIXED, log=f"seed{seed}", PATCHLIGHT_TEST_SEED=str(seed)) for seed in SEEDS
+        run_tests(row, *RANDOM_INPUTS, "-k", SEEDED, log=f"seed{seed}", PATCHLIGHT_TEST_SEED=str(seed))
+        for seed in SEEDS
     ]
-    names = [f"seed {seed}: {name}" for seed, result in zip(SEEDS, results, strict=True) for name in result.names]
-    words = f"{len(results)} seeds, {sum(result.failed for result in results)} with failures; {results[-1].words} each"
-    return Outcome(row, words, any(r.failed for r in results), sum(r.seconds for r in results), names)
+    failed = [
+        f"seed {seed}: {name}" for seed, result in zip(SEEDS, results, strict=True) for name in result.failed_tests
+    ]
+    summary = (
+        f"{len(results)} seeds, {sum(result.failed for result in results)} with failures; {results[-1].summary} each"
+    )
+    return Outcome(row, summary, any(r.failed for r in results), sum(r.seconds for r in results), failed)
 
 
 ROWS: dict[str, Callable[[str], Outcome]] = {
-    **dict.fromkeys(LEVELS, instruction_set),
-    "oldest": lambda row: environment_of(row, *OLDEST),
-    "newest": lambda row: environment_of(row, *NEWEST),
-    "seeds": seeds,
+    **dict.fromkeys(LEVELS, run_instruction_set),
+    "oldest": lambda row: run_in_environment(row, *OLDEST),
+    "newest": lambda row: run_in_environment(row, *NEWEST),
+    "seeds": run_seeds,
 }
 
 
 def main(wanted: list[str]) -> int:
     if unknown := set(wanted) - set(ROWS):
-        raise SystemExit(f"matrix: rows must be among {list(ROWS)}, got {sorted(unknown)}; leave them out for all")
+        raise SystemExit(f"matrix: rows must be among {list(ROWS)}, got {sorted(unknown)}; without any, all run.")
     FOLDER.mkdir(parents=True, exist_ok=True)
     outcomes = [ROWS[row](row) for row in wanted or ROWS]
     print("\n| row | outcome | minutes |\n| --- | --- | --- |")
     for outcome in outcomes:
-        print(f"| {outcome.row} | {outcome.words} | {outcome.seconds / 60:.1f} |")
-        for name in outcome.names:
+        print(f"| {outcome.row} | {outcome.summary} | {outcome.seconds / 60:.1f} |")
+        for name in outcome.failed_tests:
             print(f"|  | {name} |  |")
     return int(any(outcome.failed for outcome in outcomes))
 
