@@ -73,7 +73,7 @@ def test_imports_without(absent):
 
 
 def copy_sources(folder: Path) -> None:
-    """What a build reads, with nothing built yet."""
+    """Copies what a build reads, without what is built already."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     for name in ("csrc", "kernels", "ssl"):
@@ -92,7 +92,7 @@ def test_an_install_has_every_file(tmp_path):
 
 
 def program(folder: Path, name: str, *lines: str) -> Path:
-    """A small shell program of that name."""
+    """Writes a shell program of that name."""
     path = folder / name
     path.write_text("\n".join(["#!/bin/sh", *lines]))
     path.chmod(0o755)
@@ -100,7 +100,7 @@ def program(folder: Path, name: str, *lines: str) -> Path:
 
 
 def build_with_a_broken_compiler(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """In a copy of the sources, in which nothing is built yet."""
+    """Builds a copy of the sources."""
     broken = program(folder, "broken-g++", "echo 'broken compiler' >&2", "exit 1")
     copy_sources(folder)
     return subprocess.run(
@@ -113,7 +113,7 @@ def build_with_a_broken_compiler(folder: Path, **environment: str) -> subprocess
 
 
 def test_a_failed_build_says_so_and_leaves_nothing_stale(tmp_path):
-    """A compiler that fails: exit 0, one clear sentence, no half-built library."""
+    """A compiler that fails: exit 0, a sentence that says so, no partial library."""
     result = build_with_a_broken_compiler(tmp_path, PATCHLIGHT_CUDA="0")
     assert result.returncode == 0, result.stderr
     assert "the C++ library could not be built (reason above). patchlight works without it" in result.stderr
@@ -121,12 +121,12 @@ def test_a_failed_build_says_so_and_leaves_nothing_stale(tmp_path):
 
 
 def without_a_gpu(folder: Path) -> str:
-    """A search path on which nvidia-smi finds none."""
+    """A search path with an nvidia-smi that finds no GPU."""
     program(folder, "nvidia-smi", "exit 9")
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_without_a_gpu_no_cuda_library_is_built_and_an_old_one_goes(tmp_path):
+def test_without_a_gpu_no_cuda_library_is_built_and_an_old_one_is_deleted(tmp_path):
     old = tmp_path / "kernels/patchlight_kernels/lib/libpatchlight_cuda.so"
     old.parent.mkdir(parents=True)
     old.touch()
@@ -148,7 +148,7 @@ def test_without_a_gpu_no_cuda_library_is_built_and_an_old_one_goes(tmp_path):
 @pytest.mark.parametrize(
     ("gpus", "archs"), [("9.0\n8.0\n9.0", ["80", "90a"]), ("10.0\n12.0", ["100", "120"]), ("7.5", []), ("", [])]
 )
-def test_the_cuda_library_is_for_the_gpus_that_are_here(tmp_path, gpus, archs):
+def test_the_cuda_library_is_for_the_gpus_of_this_machine(tmp_path, gpus, archs):
     """From 8.0 on: older ones have no tensor cores for bfloat16."""
     program(tmp_path, "nvidia-smi", f"printf '{gpus}\n'")
     code = "import runpy, sys; sys.argv = ['setup.py', '--version']; print(runpy.run_path('setup.py')['gpu_archs']())"

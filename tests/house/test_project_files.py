@@ -1,4 +1,4 @@
-"""Workflow, templates, hooks, links and the table of supported versions agree with the files that they speak of."""
+"""Workflow, templates, hooks, links and the table of supported versions agree with the files that they name."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_an_issue_form_is_complete(path):
         assert part["type"] in ("textarea", "input", "dropdown", "checkboxes")
         assert part["attributes"]["label"]
         assert part["type"] != "dropdown" or all(isinstance(option, str) for option in part["attributes"]["options"])
-    asks_for_the_machine = path.stem != "feature"
-    assert asks_for_the_machine == ("python -m patchlight_kernels doctor" in path.read_text())
+    needs_the_machine = path.stem != "feature"
+    assert needs_the_machine == ("python -m patchlight_kernels doctor" in path.read_text())
 
 
 def test_the_hooks_run_the_tools_of_make_lint():

@@ -1,4 +1,4 @@
-"""The controlled study: cells that differ in their objectives only, resumed out loud, drawn from the CSV."""
+"""The controlled study: its cells differ only in their objectives; its table and plot are made from the CSV."""
 
 import csv
 from dataclasses import replace
@@ -10,7 +10,7 @@ from bench.rows import append_row
 from patchlight.engine.assembly import build_objectives
 
 
-def test_cells_differ_in_what_is_studied_only():
+def test_cells_differ_only_in_what_is_studied():
     runs = {
         name: study._cell(method(study.cpu().run), 10, None, study.Path("x")) for name, method in study.METHODS.items()
     }
@@ -21,7 +21,7 @@ def test_cells_differ_in_what_is_studied_only():
         assert differing <= {"objectives", "output", "model", "data"}, name
         assert replace(run.model, summary="cls") == runs["host"].model
         assert replace(run.data.crops, query_crops=()) == runs["host"].data.crops
-        assert run.objectives.options[0] == runs["host"].objectives.options[0], "one host"
+        assert run.objectives.options[0] == runs["host"].objectives.options[0], "all with the same host"
     assert runs["host + PQCL"].data.crops.query_crops[0].size % 8 == 0
     assert len({run.output.folder for run in runs.values()}) == len(runs)
     assert study.gpu().run.model.image_size == 96
@@ -34,7 +34,7 @@ def row(method: str, seed: int, steps: int, k20: float, settings: str = "now") -
     return cell | scores | facts
 
 
-def test_the_table_is_of_the_latest_whole_cells(tmp_path, capsys):
+def test_the_table_has_the_latest_complete_cells(tmp_path, capsys):
     path = tmp_path / "cpu.csv"
     for cell in (
         row("host", 10, 256, 0.9, "before"),
