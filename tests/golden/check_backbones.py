@@ -9,7 +9,7 @@ from patchlight.backbones.vit import VisionTransformer, drop_path
 
 
 def recorded_vit(case: Case, class_token: bool) -> VisionTransformer:
-    case.only(layernorm_eps=1e-6, gelu="erf")
+    case.skip_unless(layernorm_eps=1e-6, gelu="erf")
     config, weights = case.config, case.under("weight.")
     vit = VisionTransformer(
         width=config["embed_dim"],
@@ -41,12 +41,12 @@ def close_gradients(case: Case, vit: VisionTransformer, pixels: torch.Tensor) ->
 def dino_vit(case: Case) -> None:
     vit = recorded_vit(case, class_token=True)
     pixels = case["input.images"].requires_grad_()
-    found = (re.fullmatch(r"output\.tokens_after_block(\d+)_normed", key) for key in case.tensors)
-    blocks = tuple(sorted(int(match[1]) for match in found if match))
+    matches = (re.fullmatch(r"output\.tokens_after_block(\d+)_normed", key) for key in case.tensors)
+    blocks = tuple(sorted(int(match[1]) for match in matches if match))
     tokens = vit(pixels, layers=blocks)
     assert tokens.grid == tuple(case.config[side] // case.config["patch_size"] for side in ("height", "width"))
-    everything = torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
-    case.close("output.tokens", everything, rel=1e-5)
+    tokens_out = torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
+    case.close("output.tokens", tokens_out, rel=1e-5)
     for block, intermediate in zip(blocks, tokens.layers, strict=True):
         case.close(f"output.tokens_after_block{block}_normed", intermediate, rel=1e-5)
     others = {
@@ -56,7 +56,7 @@ def dino_vit(case: Case) -> None:
     }
     for key in others.keys() & case.under("output.").keys():
         case.close(f"output.{key}", others[key], rel=1e-5)
-    everything.backward(case["input.grad_output.tokens"])
+    tokens_out.backward(case["input.grad_output.tokens"])
     close_gradients(case, vit, pixels)
 
 
@@ -65,9 +65,9 @@ def ibot_vit(case: Case) -> None:
     vit = recorded_vit(case, class_token=True)
     pixels = case["input.images"].requires_grad_()
     tokens = vit(pixels, case["input.mask"].flatten(1))
-    everything = torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
-    case.close("output.tokens", everything, rel=1e-5)
-    everything.backward(case["input.grad_output.tokens"])
+    tokens_out = torch.cat([tokens.cls[:, None], tokens.patches], dim=1)
+    case.close("output.tokens", tokens_out, rel=1e-5)
+    tokens_out.backward(case["input.grad_output.tokens"])
     close_gradients(case, vit, pixels)
 
 

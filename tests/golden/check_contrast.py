@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from harness import Case, check, not_offered
+from harness import Case, check, skip_unsupported
 from objective_cases import (
     clock_of,
     moco_loss_and_gradient,
@@ -13,7 +13,7 @@ from objective_cases import (
     recorded_in_processes,
     views_of,
 )
-from rounding import ZeroOnPaper
+from rounding import RoundingBounds
 from torch import Tensor, nn
 
 from patchlight.backbones.vit import VisionTransformer
@@ -32,7 +32,7 @@ FORWARD, LOSS, GRADIENT = 2e-5, 1e-5, 5e-4
 
 
 def our_name(recorded: str, layers: int) -> str:
-    """Within a head: MoCo v3 counts its modules as we do, MoBY's begin with an unused one and end in one of their own."""
+    """Within a head: MoCo v3 numbers its modules as we do; MoBY has an unused first module and another name for the last."""
     if recorded[0].isdigit():
         return f"mlp.{recorded}"
     recorded = re.sub(r"linear_hidden\.(\d+)", lambda found: f"mlp.{int(found[1]) - 1}", recorded)
@@ -58,7 +58,7 @@ def contrast_head(case: Case) -> None:
         last_norm=case.meta.get("last_bn") == "true",
     )
     head.load_state_dict(weights, strict=True)
-    zero = ZeroOnPaper(head)
+    bounds = RoundingBounds(head)
     x = case["x"].clone().requires_grad_()
     y = head(x.unsqueeze(0))[0]
     case.close("y", y, rel=FORWARD)
@@ -68,15 +68,15 @@ def contrast_head(case: Case) -> None:
     recorded = {our_name(name, layers): f"grad.{name}" for name in case.under("grad.")}
     assert gradients.keys() == recorded.keys()
     for name, key in recorded.items():
-        compare(case, key, gradients[name], FORWARD, zero.get(name))
+        compare(case, key, gradients[name], FORWARD, bounds.get(name))
     for name in case.under("after."):
         ours = our_name(name, layers)
-        case.close(f"after.{name}", head.state_dict()[ours], rel=FORWARD, floor=zero.get(ours, 0.0))
+        case.close(f"after.{name}", head.state_dict()[ours], rel=FORWARD, floor=bounds.get(ours, 0.0))
 
 
-def compare(case: Case, key: str, gradient: Tensor, rel: float, zero: Tensor | None) -> None:
-    """To rel; what is zero on paper to the rounding of its sums alone."""
-    case.close(key, gradient, rel=rel if zero is None else 0.0, floor=0.0 if zero is None else zero)
+def compare(case: Case, key: str, gradient: Tensor, rel: float, bound: Tensor | None) -> None:
+    """Within rel; a gradient that exact arithmetic makes zero within the bound of its rounding alone."""
+    case.close(key, gradient, rel=rel if bound is None else 0.0, floor=0.0 if bound is None else bound)
 
 
 @check("mocov3_loss")
@@ -98,11 +98,11 @@ def moby_loss(case: Case) -> None:
     width, length = case["queue"].shape
     objective = Moby(MobyOptions(queue=length, out=width, temperature=float(case.meta["T"])))
     objective.queue.copy_(case["queue"].T)
-    given = {"q": lambda x: x, "q_unnormalized": unit_rows}
-    assert any(name in case for name in given)
-    for name in filter(case.__contains__, given):
+    normalize = {"q": lambda x: x, "q_unnormalized": unit_rows}
+    assert any(name in case for name in normalize)
+    for name in filter(case.__contains__, normalize):
         q = case[name].clone().requires_grad_()
-        loss = one_direction(objective, given[name](q), case["k"])
+        loss = one_direction(objective, normalize[name](q), case["k"])
         loss.backward()
         case.close("loss", loss, rel=LOSS)
         case.close(f"grad_{name}", q.grad, rel=FORWARD)
@@ -129,7 +129,7 @@ def moco_schedule(case: Case) -> None:
 def moco_positions(case: Case) -> None:
     side, width = int(case.meta["grid_h"]), int(case.meta["dim"])
     if side != int(case.meta["grid_w"]):
-        not_offered("a table of positions is made for square images only")
+        skip_unsupported("a table of positions for an image that is not square")
     vit = VisionTransformer(width, depth=1, heads=1, patch_size=1, image_size=side, positions="sincos_rows_first")
     case.close("pos_embed", vit.pos_embed, rel=0.0, floor=1e-6)
     assert not vit.pos_embed.requires_grad
@@ -148,9 +148,9 @@ class Vectors(nn.Module):
 
 
 class RecordedSteps:
-    """Both branches around the recorded encoder; a recorded step; the recorded SGD between steps.
+    """Both branches with the recorded encoder, the recorded steps, and the recorded SGD between them.
 
-    names: prefixes of recorded names, and what they are called in the branches, whose own name comes first.
+    names: prefixes of recorded names, and ours, which begin with the name of the branch.
     """
 
     def __init__(self, case: Case, objective: Objective, encoder: str, names: dict[str, str]) -> None:
@@ -160,20 +160,23 @@ class RecordedSteps:
         self.student = Student(
             Vectors(width, out), ClassTokenSummary(), {objective.name: head}, {objective.name: predictor}
         )
-        twins = {objective.name: objective.head(out)}
-        self.teacher = Teacher(Vectors(width, out), ClassTokenSummary(), twins).requires_grad_(False)
+        teacher_heads = {objective.name: objective.head(out)}
+        self.teacher = Teacher(Vectors(width, out), ClassTokenSummary(), teacher_heads).requires_grad_(False)
         self.objectives = WeightedObjectives([objective])
         weights = {name: value for name, value in case.under("weight.").items() if not name.startswith("queue")}
         for branch in (self.student, self.teacher):
-            ours = {self.place(name)[1]: value for name, value in weights.items() if self.place(name)[0] is branch}
+            ours = {self.locate(name)[1]: value for name, value in weights.items() if self.locate(name)[0] is branch}
             state = branch.load_state_dict(ours, strict=False)
             assert not state.unexpected_keys
             assert all("running" in key or "tracked" in key for key in state.missing_keys)
         last = max(number for number, part in enumerate(head.mlp) if isinstance(part, nn.Linear))
         into_predictor = {f"heads.{objective.name}.mlp.{last}": f"predictors.{objective.name}.mlp.0"}
-        self.zero = {self.student: ZeroOnPaper(self.student, into_predictor), self.teacher: ZeroOnPaper(self.teacher)}
+        self.bounds = {
+            self.student: RoundingBounds(self.student, into_predictor),
+            self.teacher: RoundingBounds(self.teacher),
+        }
 
-    def place(self, recorded: str) -> tuple[nn.Module, str]:
+    def locate(self, recorded: str) -> tuple[nn.Module, str]:
         """The branch of a recorded tensor, and its name there."""
         prefix = next(old for old in self.names if recorded.startswith(old))
         branch, _, path = self.names[prefix].partition(".")
@@ -182,8 +185,8 @@ class RecordedSteps:
             return getattr(self, branch), path + rest
         return getattr(self, branch), path + our_name(rest, len(matrices(self.case.under(f"weight.{prefix}"))))
 
-    def take(self, number: int) -> None:
-        """One step: the loss, the gradients that are recorded, then SGD."""
+    def run_step(self, number: int) -> None:
+        """A step: the loss, the gradients that are recorded, then SGD."""
         case, clock = self.case, clock_of(0)
         pixels = torch.stack(list(case.numbered(f"step{number}.x")))
         shape = views_of(pixels.shape[1], len(pixels))
@@ -194,12 +197,12 @@ class RecordedSteps:
         case.close(f"step{number}.loss", loss, rel=LOSS)
         loss.backward()
         parameters = dict(self.student.named_parameters())
-        zero = self.zero[self.student]
+        bounds = self.bounds[self.student]
         for recorded in case.under(f"step{number}.grad."):
-            _, ours = self.place(recorded)
-            compare(case, f"step{number}.grad.{recorded}", parameters[ours].grad, GRADIENT, zero.get(ours))
+            _, ours = self.locate(recorded)
+            compare(case, f"step{number}.grad.{recorded}", parameters[ours].grad, GRADIENT, bounds.get(ours))
             self.compared += 1
-        zero.forget_gradients()
+        bounds.clear_gradients()
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter -= float(case.meta["sgd_lr_between_steps"]) * parameter.grad
@@ -210,12 +213,12 @@ class RecordedSteps:
     def compare(self, prefix: str) -> None:
         """Everything recorded under the prefix against ours."""
         for recorded in self.case.under(prefix):
-            branch, ours = self.place(recorded)
-            floor = self.zero[branch].get(ours, 0.0) if ours.endswith("running_mean") else 0.0
+            branch, ours = self.locate(recorded)
+            floor = self.bounds[branch].get(ours, 0.0) if ours.endswith("running_mean") else 0.0
             self.case.close(prefix + recorded, branch.state_dict()[ours], rel=FORWARD, floor=floor)
             self.compared += 1
 
-    def end(self) -> None:
+    def compare_final(self) -> None:
         self.compare("final.")
         assert self.compared, f"{self.case.name}: no gradient and no weight is recorded"
 
@@ -241,9 +244,9 @@ def moco_steps(case: Case) -> None:
     )
     steps = RecordedSteps(case, MocoV3(options), "base_encoder.trunk", names)
     for number, momentum in enumerate(json.loads(case.meta["momentum"])):
-        steps.teacher.follow(steps.student, momentum)  # the release moves the teacher at the start of a step
-        steps.take(number)
-    steps.end()
+        steps.teacher.follow(steps.student, momentum)  # the released code moves the teacher at the start of a step
+        steps.run_step(number)
+    steps.compare_final()
 
 
 @check("moby_step")
@@ -271,10 +274,10 @@ def moby_steps(case: Case) -> None:
     steps = RecordedSteps(case, objective, "encoder.fc", names)
     objective.queue.copy_(queues)
     total, base = int(case["total_iters_K"]), float(case.meta["contrast_momentum"])
-    for number in range(case.steps()):
+    for number in range(case.step_count()):
         steps.teacher.follow(steps.student, cosine(number, total, base, 1.0))
-        steps.take(number)
+        steps.run_step(number)
         for view in range(len(queues)):
             case.close(f"step{number}.queue{view + 1}", objective.queue[view].T, rel=FORWARD)
         case.equal(f"step{number}.queue_ptr", objective.oldest[None])
-    steps.end()
+    steps.compare_final()

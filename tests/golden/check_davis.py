@@ -9,7 +9,7 @@ from patchlight.evaluation.davis.propagation import PropagationProtocol, propaga
 from patchlight.evaluation.davis.resizing import first_labels, resize_frame, resize_labels
 from patchlight.evaluation.davis.scores import contour, contour_accuracy, region_similarity, score_frames
 
-SOFT = 2e-5  # of the soft maps
+SOFT_MAPS = 2e-5
 
 
 @check("davis_propagation")
@@ -23,43 +23,43 @@ def propagation(case: Case) -> None:
     )
     features = case["features"].unflatten(1, (height, width))
     soft = torch.stack(list(propagate(features, case["first_seg"][0].permute(1, 2, 0), protocol)))
-    case.close("soft_seg", soft.permute(0, 3, 1, 2), rel=SOFT)
-    rounding = 8 * torch.finfo(torch.float32).eps  # half of it for each of eight operations, here and there
+    case.close("soft_seg", soft.permute(0, 3, 1, 2), rel=SOFT_MAPS)
+    rounding = 8 * torch.finfo(torch.float32).eps  # half of it for each of eight operations, in both runs
     same_labels(case, case["soft_seg"].permute(0, 2, 3, 1), patch, rel=rounding)
-    same_labels(case, soft, patch, rel=SOFT)
+    same_labels(case, soft, patch, rel=SOFT_MAPS)
 
 
 def same_labels(case: Case, soft: torch.Tensor, patch: int, rel: float) -> None:
-    """Wherever soft maps that are off by `rel` cannot have another winner."""
+    """The labels are equal wherever an error of `rel` in the soft maps cannot change the best class."""
     size = int(case.meta["original_height"]), int(case.meta["original_width"])
     labels = np.stack([resize_labels(to_label_map(frame, patch).numpy(), size) for frame in soft])
     same = torch.from_numpy(labels) == case["labels_full_resolution"]
-    certain = np.stack([resize_labels(has_clear_winner(frame, patch, rel).byte().numpy(), size) for frame in soft])
+    certain = np.stack([resize_labels(is_certain(frame, patch, rel).byte().numpy(), size) for frame in soft])
     same = same[torch.from_numpy(certain) > 0].double().mean() if certain.any() else torch.ones(())
     assert same >= 0.999, f"{case.name}: {same:.4%} of the pixels agree"
 
 
-def has_clear_winner(soft: torch.Tensor, patch: int, rel: float) -> torch.Tensor:
-    """[h * patch, w * patch] whether the best class is ahead by more than the maps are off by, once stretched.
+def is_certain(soft: torch.Tensor, patch: int, rel: float) -> torch.Tensor:
+    """[h * patch, w * patch] whether the best class leads by more than the error of the stretched maps.
 
-    (map - lowest) / (highest - lowest) is off by up to four times what a map is. A class that is 1 everywhere up to
-    rounding is stretched from its lowest to its highest rounding error, and has no meaning.
+    (map - lowest) / (highest - lowest) has up to four times the error of a map. A class that is 1 everywhere up to
+    rounding is stretched from its lowest to its highest rounding error, and decides nothing.
     """
     maps = interpolate(soft.double().permute(2, 0, 1)[None], scale_factor=float(patch), mode="bilinear")[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     spread = torch.where(high > 0, high - low, 1.0)
-    off = 4 * rel * high / spread  # infinite where a class is the same everywhere
+    error = 4 * rel * high / spread  # infinite where a class is the same everywhere
     stretched = torch.where(high > 0, (maps - low) / spread, maps)
     best = stretched.argmax(0, keepdim=True)
-    ahead = stretched.gather(0, best) - stretched - (off + off.expand_as(stretched).gather(0, best))
+    ahead = stretched.gather(0, best) - stretched - (error + error.expand_as(stretched).gather(0, best))
     return (ahead.scatter(0, best, torch.inf) > 0).all(0)
 
 
 @check("davis_read_frame")
 def reading(case: Case) -> None:
-    """In 8-bit levels, of which bilinear rounding may move a value by one."""
+    """In 8-bit levels, of which rounding in bilinear resizing may change a value by 1."""
     patch = int(case.meta["factor"])
-    mean, std = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)  # constants of the release
+    mean, std = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)  # constants of the released code
     image = case["image_rgb"].numpy()
     pixels = resize_frame(image, int(case.meta["scale_size"]), patch, mean=mean, std=std)
     levels, recorded = (

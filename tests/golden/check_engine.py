@@ -7,9 +7,9 @@ import json
 from dataclasses import replace
 
 import torch
-from harness import Case, check, linear_layers, not_offered, renamed
+from harness import Case, check, linear_layers, renamed, skip_unsupported
 from objective_cases import schedule
-from rounding import ZeroOnPaper
+from rounding import RoundingBounds
 from torch import Tensor, nn
 
 from patchlight.data.policy import dino_policy
@@ -33,14 +33,16 @@ CPU = Mesh(torch.device("cpu"))
 
 @check("dino_schedules")
 def schedules(case: Case) -> None:
-    for name, of in case.config.items():
+    for name, values in case.config.items():
         if name.startswith("teacher_temp"):
-            rule = TeacherTemperature(of["warmup_teacher_temp"], of["teacher_temp"], of["warmup_teacher_temp_epochs"])
-            ours = [rule.at(Clock(epoch, of["nepochs"], 0, 1)) for epoch in range(of["nepochs"])]
+            rule = TeacherTemperature(
+                values["warmup_teacher_temp"], values["teacher_temp"], values["warmup_teacher_temp_epochs"]
+            )
+            ours = [rule.at(Clock(epoch, values["nepochs"], 0, 1)) for epoch in range(values["nepochs"])]
         else:
-            total, warmup = (of.get(epochs, 0) * of["niter_per_ep"] for epochs in ("epochs", "warmup_epochs"))
-            start = of.get("start_warmup_value", 0.0)
-            ours = [cosine(i, total, of["base_value"], of["final_value"], warmup, start) for i in range(total)]
+            total, warmup = (values.get(epochs, 0) * values["niter_per_ep"] for epochs in ("epochs", "warmup_epochs"))
+            start = values.get("start_warmup_value", 0.0)
+            ours = [cosine(i, total, values["base_value"], values["final_value"], warmup, start) for i in range(total)]
         case.close(f"output.{name}", torch.tensor(ours, dtype=torch.float64), rel=0.0, floor=1e-12)
 
 
@@ -64,7 +66,7 @@ def parameter_groups(case: Case) -> None:
 
 @check("mocov3_lars")
 def lars(case: Case) -> None:
-    """Of one matrix and one vector."""
+    """For a matrix and a vector."""
     recorded = {key: float(case.meta[key]) for key in ("lr", "weight_decay", "momentum")}
     model = nn.ParameterDict({"weight": case["w0"].clone(), "bias": case["b0"].clone()})
     update = Update(model, Optim(name="lars", momentum=recorded["momentum"], clip=0), CPU)
@@ -86,24 +88,24 @@ OUR_NAMES = {
     r"ca_head\.cls_blocks\.": "summary.blocks.",
     r"ca_head\.": "summary.",
 }
-IN_A_HEAD = {
+HEAD_PARTS = {
     ".last_layer.": ".prototypes.",
     ".last_layer2.": ".own_patch_prototypes.",
-    "head.mlp.weight": "head.mlp.0.weight",  # a head of one layer, which has no list of them there
+    "head.mlp.weight": "head.mlp.0.weight",  # a head with a single layer has no list of layers there
     "head.mlp.bias": "head.mlp.0.bias",
 }
 
 
 def our_name(recorded: str, first: str) -> str:
     """The name in our branches of a recorded parameter; `first` is the objective that owns "head"."""
-    for theirs, ours in IN_A_HEAD.items():
+    for theirs, ours in HEAD_PARTS.items():
         recorded = recorded.replace(theirs, ours)
     (name,) = renamed({recorded: None}, OUR_NAMES)
     return name.format(first=first)
 
 
 class RecordedViews:
-    """Hands out the recorded crops, step by step."""
+    """Returns the recorded crops, step by step."""
 
     dataset_size = 1
     stall_seconds = 0.0
@@ -124,8 +126,8 @@ def crops_of(pixels: list[Tensor]) -> Crops:
     return Crops(torch.stack(pixels), torch.zeros(*shape, 4), torch.zeros(shape) > 0)
 
 
-class Silent:
-    """Metrics of the last step."""
+class LastMetrics:
+    """Keeps the terms of the last step."""
 
     def add(self, terms: dict[str, Tensor]) -> None:
         self.terms = terms
@@ -139,7 +141,7 @@ class RecordedTrainer:
 
     def __init__(self, run: Run, case: Case) -> None:
         self.case, self.number = case, 0
-        self.trainer = assembly.build_trainer(run, CPU, RecordedViews(case), Silent())
+        self.trainer = assembly.build_trainer(run, CPU, RecordedViews(case), LastMetrics())
         self.trainer.rates = self.recorded_rates
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
         self.objectives, self.metrics, self.update = self.trainer.objectives, self.trainer.metrics, self.trainer.update
@@ -166,16 +168,16 @@ class RecordedTrainer:
 
 
 def recorded_run(case: Case, options: tuple, weights: dict[str, float] | None = None, summary: str = "cls") -> Run:
-    case.only(layernorm_eps=1e-6, drop_path=0.0, initial_center="zeros", act="gelu")
-    config, weights_there = case.config, case.under("step0.weight.student.")
+    case.skip_unless(layernorm_eps=1e-6, drop_path=0.0, initial_center="zeros", act="gelu")
+    config, recorded_weights = case.config, case.under("step0.weight.student.")
     if config["adamw"]["eps"] != 1e-8:
-        not_offered("an eps of AdamW other than 1e-8")
+        skip_unsupported("an eps of AdamW other than 1e-8")
     sizes = {
         "width": config["embed_dim"],
         "depth": config["depth"],
         "heads": config["num_heads"],
         "mlp_ratio": config["mlp_ratio"],
-        "qkv_bias": "backbone.blocks.0.attn.qkv.bias" in weights_there,
+        "qkv_bias": "backbone.blocks.0.attn.qkv.bias" in recorded_weights,
     }
     model = Model(
         patch_size=config["patch_size"], image_size=config["img_size"], drop_path=0.0, summary=summary, sizes=sizes
@@ -227,10 +229,10 @@ def load(trainer: RecordedTrainer, case: Case, first: str) -> None:
     trainer.teacher.start_from(trainer.student)
 
 
-def follow_recorded_steps(case: Case, trainer: RecordedTrainer, first: str, outputs: dict) -> None:
+def compare_steps(case: Case, trainer: RecordedTrainer, first: str, outputs: dict) -> None:
     """Every step: terms, centers, gradients and their norms before clipping; then the final weights of both branches."""
     order = [our_name(name, first) for name in json.loads(case.meta["param_order"])]
-    rounding = ZeroOnPaper(trainer.student)
+    bounds = RoundingBounds(trainer.student)
     for number, epoch in enumerate(case.config["epoch_of_step"]):
         trainer.step(number, epoch)
         for key in outputs.keys() & case.under(f"step{number}.output.").keys():
@@ -241,9 +243,9 @@ def follow_recorded_steps(case: Case, trainer: RecordedTrainer, first: str, outp
         case.close(f"step{number}.output.grad_norms_before_clip", torch.stack(norms), rel=1e-5)
         for name in case.under(f"step{number}.grad.student."):
             ours = our_name(name, first)
-            rel = 0.0 if ours in rounding else 1e-4
-            case.close(f"step{number}.grad.student.{name}", gradients[ours], rel, floor=rounding.get(ours, 0.0))
-        rounding.forget_gradients()
+            rel = 0.0 if ours in bounds else 1e-4
+            case.close(f"step{number}.grad.student.{name}", gradients[ours], rel, floor=bounds.get(ours, 0.0))
+        bounds.clear_gradients()
     for branch in (trainer.student, trainer.teacher):
         ours = branch.state_dict()
         prefix = f"final.weight.{type(branch).__name__.lower()}."
@@ -252,7 +254,7 @@ def follow_recorded_steps(case: Case, trainer: RecordedTrainer, first: str, outp
 
 
 def check_weight(case: Case, key: str, ours: Tensor) -> None:
-    """To 5e-6; a key's bias has no gradient on paper, and Adam turns its rounding noise into whole steps, here and there."""
+    """Within 5e-6; for a key's bias, whose gradient is rounding noise, Adam makes whole steps of it, in both runs."""
     noise = 2 * sum(case.config["lr"])
     allowed = torch.full_like(ours, 5e-6)
     if key.endswith("attn.k.bias"):
@@ -268,13 +270,13 @@ def dino_steps(case: Case) -> None:
     load(trainer, case, "dino")
     (dino,) = trainer.objectives.objectives()
     outputs = {"loss": lambda t: t.metrics.terms["dino/cls"], "center": lambda t: dino.target.center[None]}
-    follow_recorded_steps(case, trainer, "dino", outputs)
+    compare_steps(case, trainer, "dino", outputs)
 
 
 def ibot_options(case: Case) -> IbotOptions:
     config = case.config
     if config["shared_head_student"] and not config["shared_head_teacher"]:
-        not_offered("a teacher with patch prototypes of its own beside a student without")
+        skip_unsupported("a teacher with patch prototypes of its own beside a student without")
     return IbotOptions(
         **head_options(case),
         patch_prototypes=None if config["shared_head_student"] else config["patch_out_dim"],
@@ -289,13 +291,13 @@ class RecordedMasks:
     """The recorded masks, step by step."""
 
     def __init__(self, case: Case) -> None:
-        masks = (list(case.numbered(f"step{number}.input.mask_crop")) for number in range(case.steps()))
+        masks = (list(case.numbered(f"step{number}.input.mask_crop")) for number in range(case.step_count()))
         self.steps = [torch.stack(of_crops).flatten(2) for of_crops in masks]
 
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         return self.steps[0].numel()
 
-    def __call__(self, *about: object) -> Tensor:
+    def __call__(self, *arguments: object) -> Tensor:
         return self.steps.pop(0)
 
 
@@ -310,12 +312,12 @@ def ibot_steps(case: Case) -> None:
         share_the_teachers_prototypes(case, trainer, ibot)
     outputs = {
         "loss": lambda t: t.metrics.terms["loss"],
-        "loss_cls": lambda t: t.metrics.terms["ibot/cls"] * weights["ibot/cls"],  # the release records them weighted
+        "loss_cls": lambda t: t.metrics.terms["ibot/cls"] * weights["ibot/cls"],  # recorded with their weights
         "loss_patch": lambda t: t.metrics.terms["ibot/patch"] * weights["ibot/patch"],
         "center_cls": lambda t: ibot.target.center[None],
         "center_patch": lambda t: ibot.patch_target.center[None, None],
     }
-    follow_recorded_steps(case, trainer, "ibot", outputs)
+    compare_steps(case, trainer, "ibot", outputs)
 
 
 def share_the_teachers_prototypes(case: Case, trainer: RecordedTrainer, ibot: nn.Module) -> None:
@@ -337,7 +339,7 @@ def share_the_teachers_prototypes(case: Case, trainer: RecordedTrainer, ibot: nn
 @check("selfpatch_train_step")
 def selfpatch_steps(case: Case) -> None:
     config = case.config
-    case.only(mlp_ratio=4)  # of the class attention, too, which a run builds with this one
+    case.skip_unless(mlp_ratio=4)  # a run builds its class attention with the same ratio
     common = head_options(case, "c_head")
     patch = SelfPatchOptions(
         **{**head_options(case, "p_head"), "prototypes": config["out_dim_patch"]},
@@ -356,5 +358,5 @@ def selfpatch_steps(case: Case) -> None:
         "center_cls": lambda t: dino.target.center[None, None],
         "center_patch": lambda t: selfpatch.target.center[None],
     }
-    with force(neighbor_topk="reference"):  # the op has its own cases
-        follow_recorded_steps(case, trainer, "dino", outputs)
+    with force(neighbor_topk="reference"):  # the op has cases of its own
+        compare_steps(case, trainer, "dino", outputs)

@@ -1,8 +1,8 @@
 """Projection heads and the class-attention summary against the recorded DINO, iBOT and SelfPatch ones."""
 
 import torch
-from harness import IN_A_HEAD, IN_A_SUMMARY, Case, check, linear_layers, not_offered, renamed, summary_depth
-from rounding import ZeroOnPaper
+from harness import HEAD_NAMES, SUMMARY_NAMES, Case, check, linear_layers, renamed, skip_unsupported, summary_depth
+from rounding import RoundingBounds
 
 from patchlight.heads.projection import ACTIVATIONS, ProjectionHead
 from patchlight.heads.prototypes import Prototypes
@@ -12,34 +12,34 @@ from patchlight.records import Tokens
 from patchlight_kernels import class_attention, force
 
 FORWARD, GRADIENT = 1e-5, 2e-5
-IN_A_BLOCK = {r"attn\.": ""}
+BLOCK_NAMES = {r"attn\.": ""}
 HIDDEN_NORMS = {None: None, "ln": "layer", "bn": "batch", "syncbn": "batch"}
 
 
 def close_gradients(
-    case: Case, module: torch.nn.Module, names: dict[str, str], zero: ZeroOnPaper, group: str = "grad.weight."
+    case: Case, module: torch.nn.Module, names: dict[str, str], bounds: RoundingBounds, group: str = "grad.weight."
 ) -> None:
-    """Every recorded gradient of a group against ours, none more and none less; clears ours.
+    """Compares exactly the recorded gradients of a group with ours, and clears ours.
 
-    What is zero on paper, as the gradient of a key's bias is, is held to the rounding of its sums alone.
+    A gradient that exact arithmetic makes zero, as of a key's bias, is held to the bound of its rounding alone.
     """
     theirs = {ours: recorded for recorded in case.under(group) for ours in renamed({recorded: None}, names)}
     ours = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
     assert set(ours) == set(theirs), f"{case.name}: {set(ours) ^ set(theirs)}"
     for name, gradient in ours.items():
-        case.close(group + theirs[name], gradient, rel=0.0 if name in zero else GRADIENT, floor=zero.get(name, 0.0))
-    zero.forget_gradients()
+        case.close(group + theirs[name], gradient, rel=0.0 if name in bounds else GRADIENT, floor=bounds.get(name, 0.0))
+    bounds.clear_gradients()
     module.zero_grad()
 
 
 def recorded_head(case: Case, hidden_norm: str | None) -> ProjectionHead:
-    case.only(last_norm=None, normalize_eps=1e-12, bn_eps=1e-5, bn_momentum=0.1)
+    case.skip_unless(last_norm=None, normalize_eps=1e-12, bn_eps=1e-5, bn_momentum=0.1)
     config, weights = case.config, case.under("weight.")
     width, train_norm = config["bottleneck_dim"], not config["norm_last_layer"]
     if not width:
-        not_offered("a head without a bottleneck")
+        skip_unsupported("a head without a bottleneck")
     if (activation := config.get("act", "gelu")) not in ACTIVATIONS:
-        not_offered(f"the activation {activation} in a head")
+        skip_unsupported(f"the activation {activation} in a head")
     separate = not config.get("shared_head", True)
     head = ProjectionHead(
         config["in_dim"],
@@ -52,69 +52,69 @@ def recorded_head(case: Case, hidden_norm: str | None) -> ProjectionHead:
         activation=activation,
     )
     assert (head.patch_prototypes is head.prototypes) == (not separate)
-    head.load_state_dict(renamed(weights, IN_A_HEAD), strict=True)
+    head.load_state_dict(renamed(weights, HEAD_NAMES), strict=True)
     return head
 
 
 @check("dino_head")
 def dino_head(case: Case) -> None:
     head = recorded_head(case, "batch" if case.config.get("use_bn") else None)
-    zero, x = ZeroOnPaper(head), case["input.x"].requires_grad_()
+    bounds, x = RoundingBounds(head), case["input.x"].requires_grad_()
     logits = head.prototypes.logits(head(x))
     case.close("output.logits", logits, rel=FORWARD)
     for name, buffer in head.named_buffers():
-        case.close(f"output.buffer_after.{name}", buffer, rel=FORWARD, floor=zero.get(name, 0.0))
+        case.close(f"output.buffer_after.{name}", buffer, rel=FORWARD, floor=bounds.get(name, 0.0))
     logits.backward(case["input.grad_output"])
     case.close("grad.input.x", x.grad, rel=GRADIENT)
-    close_gradients(case, head, IN_A_HEAD, zero)
+    close_gradients(case, head, HEAD_NAMES, bounds)
 
 
 @check("ibot_head")
 def ibot_head(case: Case) -> None:
     norm, layers = case.config.get("norm"), linear_layers(case.under("weight."), "mlp.")
     if norm not in HIDDEN_NORMS:
-        not_offered(f"the norm {norm} in a head")
+        skip_unsupported(f"the norm {norm} in a head")
     if HIDDEN_NORMS[norm] == "batch" and layers > 2:
-        not_offered("a BatchNorm that several hidden layers share")
+        skip_unsupported("a BatchNorm that several hidden layers share")
     head = recorded_head(case, HIDDEN_NORMS[norm])
-    zero, tokens = ZeroOnPaper(head), case["input.tokens"].requires_grad_()
+    bounds, tokens = RoundingBounds(head), case["input.tokens"].requires_grad_()
     z = head(tokens)
     cls, patch = head.prototypes.logits(z[:, 0]), head.patch_prototypes.logits(z[:, 1:])
     case.close("output.cls", cls, rel=FORWARD)
     case.close("output.patch", patch, rel=FORWARD)
     torch.autograd.backward([cls, patch], [case["input.grad_output.cls"], case["input.grad_output.patch"]])
     case.close("grad.input.tokens", tokens.grad, rel=GRADIENT)
-    close_gradients(case, head, IN_A_HEAD, zero)
+    close_gradients(case, head, HEAD_NAMES, bounds)
     if "input.local_cls" in case:
         local = case["input.local_cls"].requires_grad_()
         logits = head.prototypes.logits(head(local))
         case.close("output.local_cls", logits, rel=FORWARD)
         logits.backward(case["input.grad_output.local_cls"])
         case.close("grad.input.local_cls", local.grad, rel=GRADIENT)
-        close_gradients(case, head, IN_A_HEAD, zero, "grad_local.weight.")
+        close_gradients(case, head, HEAD_NAMES, bounds, "grad_local.weight.")
 
 
 @check("selfpatch_ca_block")
 def class_attention_block(case: Case) -> None:
-    case.only(qkv_bias=True, layernorm_eps=1e-6, gelu="erf")
+    case.skip_unless(qkv_bias=True, layernorm_eps=1e-6, gelu="erf")
     block = ClassAttentionBlock(case.config["dim"], case.config["num_heads"], case.config["mlp_ratio"])
-    block.load_state_dict(renamed(case.under("weight."), IN_A_BLOCK), strict=True)
-    zero = ZeroOnPaper(block)
+    block.load_state_dict(renamed(case.under("weight."), BLOCK_NAMES), strict=True)
+    bounds = RoundingBounds(block)
     cls, patches = case["input.cls"].requires_grad_(), case["input.patches"].requires_grad_()
-    out, nothing = block(patches, cls)
-    assert nothing is None
+    out, aggregated = block(patches, cls)
+    assert aggregated is None
     case.close("output.cls", out, rel=FORWARD)
     out.backward(case["input.grad_output"])
     case.close("grad.input.cls", cls.grad, rel=GRADIENT)
     case.close("grad.input.patches", patches.grad, rel=GRADIENT)
-    close_gradients(case, block, IN_A_BLOCK, zero)
+    close_gradients(case, block, BLOCK_NAMES, bounds)
     if "output.attention" in case:
         case.close("output.attention", attention_of(block, cls, patches), rel=FORWARD)
 
 
 @torch.no_grad()
 def attention_of(block: ClassAttentionBlock, cls: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-    """The block's probabilities [M, H, 1, 1+N], read out by giving every key a one-hot value, a head's width at a time."""
+    """The block's probabilities [M, H, 1, 1+N], from one-hot values of the keys, as many at a time as a head is wide."""
     state, x = block.norm1(cls), block.norm1(patches)
     q, k_self, k = (block._split(project) for project in (block.q(state), block.k(state), block.k(x)))
     keys, width = 1 + x.shape[1], q.shape[-1]
@@ -125,29 +125,29 @@ def attention_of(block: ClassAttentionBlock, cls: torch.Tensor, patches: torch.T
 
 def recorded_summary(case: Case, weights: dict[str, torch.Tensor]) -> ClassAttentionSummary:
     """As many blocks as there are weights for."""
-    case.only(qkv_bias=True, layernorm_eps=1e-6)
+    case.skip_unless(qkv_bias=True, layernorm_eps=1e-6)
     config = case.config
     head = ClassAttentionSummary(config["dim"], config["num_heads"], summary_depth(weights), config["mlp_ratio"])
-    head.load_state_dict(renamed(weights, IN_A_SUMMARY), strict=True)
+    head.load_state_dict(renamed(weights, SUMMARY_NAMES), strict=True)
     return head
 
 
 @check("selfpatch_head_loc")
 def aggregation_head(case: Case) -> None:
     config, head = case.config, recorded_summary(case, case.under("weight."))
-    zero = ZeroOnPaper(head)
+    bounds = RoundingBounds(head)
     for k in config["k"] or [None]:
         suffix = "" if k is None else f".k{k}"
         rule = None if k is None else NeighborRule(radius=config.get("window", 3) // 2, k=k)
         patches = case["input.patches"].clone().requires_grad_()
-        with force(neighbor_topk="reference"):  # the op has its own cases
+        with force(neighbor_topk="reference"):  # the op has cases of its own
             result = head(Tokens(None, patches, (config["grid"],) * 2), rule)
-        normalised = result.patches if k is None else result.aggregated
-        tokens = torch.cat([result.summary[:, None], normalised], dim=1)
+        patches_out = result.patches if k is None else result.aggregated
+        tokens = torch.cat([result.summary[:, None], patches_out], dim=1)
         case.close(f"output.tokens{suffix}", tokens, rel=FORWARD)
         tokens.backward(case["input.grad_output"])
         case.close(f"grad.input.patches{suffix}", patches.grad, rel=GRADIENT)
         if case.under(f"grad.weight{suffix}."):  # not recorded for every k
-            close_gradients(case, head, IN_A_SUMMARY, zero, f"grad.weight{suffix}.")
+            close_gradients(case, head, SUMMARY_NAMES, bounds, f"grad.weight{suffix}.")
         head.zero_grad()
-        zero.forget_gradients()
+        bounds.clear_gradients()

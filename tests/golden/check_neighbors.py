@@ -34,8 +34,8 @@ def selections(case: Case) -> None:
 
 
 def compare(case: Case, grid_name: str, grid: tuple[int, int], x: torch.Tensor) -> None:
-    """The gaps between similarities are recorded to be wide, so the order of the selected is the recorded one."""
-    radius = case.config.get("window", 3) // 2  # as the release has it where nothing is said
+    """The recorded gaps between similarities are wide, so the same patches are selected."""
+    radius = case.config.get("window", 3) // 2  # the released value, if none is recorded
     for key, expected in case.under(f"output.topk_patch_index.{grid_name}.").items():
         index, score = (t.cpu() for t in neighbor_topk(x, grid, int(key[1:]), radius=radius, return_scores=True))
         assert torch.equal(index.sort(-1).values, expected.int().sort(-1).values), f"{grid_name} {key}"

@@ -2,8 +2,8 @@
 
 import objective_cases as cases
 import torch
-from harness import IN_A_HEAD, IN_A_SUMMARY, Case, check, linear_layers, not_offered, renamed, summary_depth
-from rounding import ZeroOnPaper
+from harness import HEAD_NAMES, SUMMARY_NAMES, Case, check, linear_layers, renamed, skip_unsupported, summary_depth
+from rounding import RoundingBounds
 from torch import nn
 
 from patchlight.data.masking import MaskRule, ReleasedMasks, unpack_bits
@@ -14,7 +14,7 @@ from patchlight.objectives.selfpatch import SelfPatch, SelfPatchOptions
 from patchlight.records import Cues, Features, Side, Tokens
 
 FP32 = 1e-5
-OUR_NAMES = IN_A_SUMMARY | IN_A_HEAD
+OUR_NAMES = SUMMARY_NAMES | HEAD_NAMES
 
 
 def compare(case: Case, prefix: str, results: dict, rel: float = FP32) -> None:
@@ -43,7 +43,7 @@ def dino_loss_in_two_processes(case: Case) -> None:
 
 
 def compare_ranks(case: Case, results: list[dict]) -> None:
-    """What is the same on all ranks was recorded once."""
+    """Values that are the same on all ranks are recorded once."""
     for rank, result in enumerate(results):
         for key, value in result.items():
             case.close(key if key in case else f"rank{rank}.{key}", value, FP32)
@@ -83,7 +83,7 @@ def selfpatch_loss_in_two_processes(case: Case) -> None:
 
 
 class Branch:
-    """Summary head and both projection heads of one recorded branch, on recorded backbone patches."""
+    """Summary head and both projection heads of a recorded branch, on recorded patches of its backbone."""
 
     def __init__(self, case: Case, name: str, objectives: tuple[Dino, SelfPatch]):
         config = case.config
@@ -95,7 +95,7 @@ class Branch:
         }
         for part, module in self.parts.items():
             module.load_state_dict(renamed(case.under(f"weight.{name}.{part}."), OUR_NAMES), strict=True)
-        self.zero = {part: ZeroOnPaper(module) for part, module in self.parts.items()}
+        self.bounds = {part: RoundingBounds(module) for part, module in self.parts.items()}
         self.patches = {
             size: case[f"input.{name}_{size}"].clone().requires_grad_(name == "student")
             for size in ("global", "local")
@@ -103,12 +103,12 @@ class Branch:
         }
 
     def features(self, rule: NeighborRule | None, batch: int) -> list[Features]:
-        """Of global and local crops; those of one image follow each other as their patches do."""
+        """Of global, then local crops."""
         result = []
         for x in self.patches.values():
             grid = cases.square(x.shape[1])
-            said = self.parts["ca_head"](Tokens(None, x, grid), rule)
-            parts = (said.summary, said.patches, said.aggregated)
+            output = self.parts["ca_head"](Tokens(None, x, grid), rule)
+            parts = (output.summary, output.patches, output.aggregated)
             by_crop = [None if y is None else cases.by_crop(y, batch) for y in parts]
             result.append(Features(*by_crop[:2], grid, neighbors=by_crop[2]))
         return result
@@ -116,23 +116,23 @@ class Branch:
 
 @check("selfpatch_heads_loss")
 def selfpatch_from_patches_to_loss(case: Case) -> None:
-    case.only(layernorm_eps=1e-6)
+    case.skip_unless(layernorm_eps=1e-6)
     for k in case.config["k"]:
-        one_neighborhood(case, k)
+        compare_neighborhood(case, k)
 
 
-def one_neighborhood(case: Case, k: int) -> None:
-    objectives, batch = whole_objectives(case, k), case.config["batch"]
+def compare_neighborhood(case: Case, k: int) -> None:
+    objectives, batch = objectives_of(case, k), case.config["batch"]
     cases.start(objectives[0].target, case["input.center_cls"])
     cases.start(objectives[1].target, case["input.center_patch"])
     student, teacher = (Branch(case, name, objectives) for name in ("student", "teacher"))
     with torch.no_grad():
-        taught_by = teacher.features(objectives[1].needs().neighbors, batch)
-    seen = student.features(None, batch)
+        teacher_features = teacher.features(objectives[1].needs().neighbors, batch)
+    student_features = student.features(None, batch)
     terms, clock = {}, cases.clock_of(0)
     for objective, part in zip(objectives, ("c_head", "p_head"), strict=True):
-        sides = Side(*seen, head=student.parts[part]), Side(*taught_by, head=teacher.parts[part])
-        terms |= objective(*sides, cases.views_of(batch, len(seen[0].summary)), Cues(), clock)
+        sides = Side(*student_features, head=student.parts[part]), Side(*teacher_features, head=teacher.parts[part])
+        terms |= objective(*sides, cases.views_of(batch, len(student_features[0].summary)), Cues(), clock)
         objective.after_step(clock)
     loss = terms["dino/cls"] + case.config["patch_weight"] * terms["selfpatch/patch"]
     case.close(f"output.loss_cls.k{k}", terms["dino/cls"], FP32)
@@ -145,7 +145,7 @@ def one_neighborhood(case: Case, k: int) -> None:
         check_gradients(case, student, k)
 
 
-def whole_objectives(case: Case, k: int) -> tuple[Dino, SelfPatch]:
+def objectives_of(case: Case, k: int) -> tuple[Dino, SelfPatch]:
     config, weights = case.config, case.under("weight.student.")
     same = {
         "bottleneck": config["bottleneck_dim"],
@@ -169,16 +169,16 @@ def whole_objectives(case: Case, k: int) -> tuple[Dino, SelfPatch]:
 
 
 def check_gradients(case: Case, student: Branch, k: int, rel: float = 2e-5) -> None:
-    """All recorded gradients and no others. What is zero on paper is held to the rounding of its sums alone."""
+    """Exactly the recorded gradients; those that exact arithmetic makes zero within the bound of their rounding alone."""
     for size, x in student.patches.items():
         case.close(f"grad.input.student_{size}.k{k}", x.grad, rel)
     for part, module in student.parts.items():
-        prefix, zero = f"grad.weight.student.k{k}.{part}.", student.zero[part]
+        prefix, bounds = f"grad.weight.student.k{k}.{part}.", student.bounds[part]
         theirs = {name: prefix + old for old in case.under(prefix) for name in renamed({old: None}, OUR_NAMES)}
         ours = gradients(module)
         assert set(ours) == set(theirs), f"{case.name}: {set(ours) ^ set(theirs)}"
         for name, gradient in ours.items():
-            case.close(theirs[name], gradient, 0.0 if name in zero else rel, floor=zero.get(name, 0.0))
+            case.close(theirs[name], gradient, 0.0 if name in bounds else rel, floor=bounds.get(name, 0.0))
 
 
 def gradients(module: nn.Module) -> dict:
@@ -186,19 +186,19 @@ def gradients(module: nn.Module) -> dict:
 
 
 def recorded_rule(config: dict) -> MaskRule:
-    """Ratios are one number or a list, from which each crop takes one."""
+    """A ratio is a number, or a list from which each crop draws."""
     means, spreads = (
         config[name] if isinstance(config[name], list) else [config[name]] for name in ("pred_ratio", "pred_ratio_var")
     )
     shapes = {"block": "block", "rand": "random"}
     if config["pred_shape"] not in shapes:
-        not_offered(f"masks of the shape {config['pred_shape']}")
+        skip_unsupported(f"masks of the shape {config['pred_shape']}")
     return MaskRule(tuple(zip(means, spreads, strict=True)), shapes[config["pred_shape"]])
 
 
 @check("ibot_masks")
 def ibot_masks(case: Case) -> None:
-    """The same law from another random stream: four standard errors of the difference of two samples."""
+    """The same distribution, other random numbers: within four standard errors of the difference of two samples."""
     for name, config in case.config.items():
         side, samples = config["grid"], config["samples"]
         masks = ReleasedMasks(recorded_rule(config))
@@ -214,10 +214,10 @@ def ibot_masks(case: Case) -> None:
         empty = recorded[f"empty_fraction.{name}"]
         assert abs((counts == 0).double().mean() - empty) <= error * (empty * (1 - empty)).sqrt() + rounding, name
         frequency = recorded[f"position_frequency.{name}"].double()
-        deviation = (frequency * (1 - frequency)).sqrt().clamp(min=1 / samples)  # a place may have never been masked
-        off = (drawn.double().mean(dim=0).view(side, side) - frequency) / deviation
-        worst = off.abs().max() / error * 4
-        assert worst <= 5, f"{name}: {worst:.1f}"  # standard errors, as it is the worst of all places
+        deviation = (frequency * (1 - frequency)).sqrt().clamp(min=1 / samples)  # a patch may never have been masked
+        errors = (drawn.double().mean(dim=0).view(side, side) - frequency) / deviation
+        worst = errors.abs().max() / error * 4
+        assert worst <= 5, f"{name}: {worst:.1f}"  # standard errors, as it is the worst of all patches
         check_histogram(name, torch.bincount(counts, minlength=side**2 + 1), recorded[f"count_histogram.{name}"])
 
 

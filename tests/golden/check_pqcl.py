@@ -21,7 +21,7 @@ from patchlight.run import Data, Model, Objectives, Run
 OUR_NAMES = {
     r"backbone\.masked_embed": "backbone.mask_token",
     r"head\.last_layer\.": "heads.ibot.prototypes.",
-    r"head\.mlp\.(?=weight|bias)": "heads.ibot.mlp.0.",  # a head of one layer, which has no list of them there
+    r"head\.mlp\.(?=weight|bias)": "heads.ibot.mlp.0.",  # a head with a single layer has no list of layers there
     r"head\.": "heads.ibot.",
 }
 
@@ -46,18 +46,18 @@ def position_tables(case: Case) -> None:
         case.close(f"local{number}", sincos(positions, int(width)), rel=0, floor=1e-5)
 
 
-def positions_of(case: Case, flips: Tensor, **reading) -> Tensor:
+def positions_of(case: Case, flips: Tensor, **options) -> Tensor:
     """[cases, Q, 2] of as many pairs of a global and a query crop."""
     grids = [(int(case.meta[name]),) * 2 for name in ("query_grid", "global_grid")]
     crops, queries = (
         boxes(case[f"rect_{kind}"][None], flips[None, :, n]) for n, kind in enumerate(("global", "query"))
     )
-    return relative_positions(queries, crops, *grids, **reading)[0]
+    return relative_positions(queries, crops, *grids, **options)[0]
 
 
 @check("pqcl_official_relpos")
 def released_positions(case: Case) -> None:
-    """The crops' flips are unknown to the released code, so any must do."""
+    """The released code ignores the flips of crops, so any flips give its result."""
     flips = torch.randint(2, (len(case["rect_global"]), 2))
     positions = positions_of(case, flips, flip_aware=False)
     case.close("pos_embed", sincos(positions, case["pos_embed"].shape[-1]), rel=0, floor=5e-5)
@@ -81,7 +81,7 @@ def positions_under_flips(case: Case) -> None:
 @check("pqcl_official_block")
 def block_with_two_streams(case: Case) -> None:
     width, hidden = case["weight.mlp.fc2.weight"].shape
-    norm = partial(LayerNorm, eps=float(case.meta.get("layernorm_eps", 1e-5)))  # 1e-5 by the folder's README
+    norm = partial(LayerNorm, eps=float(case.meta.get("layernorm_eps", 1e-5)))  # 1e-5 according to the folder's README
     bias = "weight.attn.qkv.bias" in case
     block = Block(width, int(case.meta["num_heads"]), (hidden + 0.5) / width, qkv_bias=bias, norm_layer=norm)
     block.load_state_dict(case.under("weight."), strict=True)
@@ -156,7 +156,7 @@ def features(logits: Tensor, batch: int, queries: Tensor | None = None) -> Featu
 
 
 def check_terms(case: Case, terms: dict[str, Tensor], weights: list[float]) -> Tensor:
-    """Each term and their weighted sum, which is returned. The release records its terms weighted."""
+    """Compares each term and the weighted sum, which is returned. Terms are recorded with their weights."""
     recorded = ("loss_cls", "loss_patch", "loss_query")
     weighted = [w * terms[name] for w, name in zip(weights, ("ibot/cls", "ibot/patch", "pqcl/query"), strict=True)]
     for key, term in zip(recorded, weighted, strict=True):
@@ -166,8 +166,8 @@ def check_terms(case: Case, terms: dict[str, Tensor], weights: list[float]) -> T
 
 
 def recorded_run(case: Case) -> Run:
-    """A run of the recorded sizes; its only crops that matter are the recorded ones."""
-    case.only(drop_path=0, layernorm_eps=1e-6, centers_before="zeros")
+    """A run of the recorded sizes; of its crops only number and sizes matter."""
+    case.skip_unless(drop_path=0, layernorm_eps=1e-6, centers_before="zeros")
     meta, weights = case.meta, case.under("student.")
     count, bottleneck = weights["head.last_layer.weight_v"].shape
     temperature, momentum = float(meta["teacher_temp_epoch1"]), float(meta.get("center_momentum", 0.9))  # as released
@@ -175,7 +175,7 @@ def recorded_run(case: Case) -> Run:
     ibot = IbotOptions(
         prototypes=count,
         bottleneck=bottleneck,
-        hidden=len(weights.get("head.mlp.0.weight", weights["head.last_layer.weight_v"])),  # one layer has none
+        hidden=len(weights.get("head.mlp.0.weight", weights["head.last_layer.weight_v"])),  # one layer: not used
         layers=linear_layers(weights, "head.mlp."),
         student_temperature=float(meta["student_temp"]),
         teacher_temperature=temperature,
@@ -201,7 +201,7 @@ def recorded_run(case: Case) -> Run:
 
 
 def load(branch: torch.nn.Module, recorded: dict[str, Tensor]) -> None:
-    """The recorded weights under our names; the teacher's has no mask token, and needs none."""
+    """Loads the recorded weights under our names; for the teacher no mask token is recorded, and none is needed."""
     ours = renamed(recorded, OUR_NAMES)
     ours.setdefault("backbone.mask_token", branch.backbone.mask_token.detach())
     torch.testing.assert_close(ours["backbone.pos_embed"], branch.backbone.pos_embed, rtol=0, atol=1e-5)
@@ -218,7 +218,7 @@ def whole_step(case: Case) -> None:
     ibot, pqcl = objectives.objectives()
     ibot.masks = cases.GivenMasks(masks_of(case, "mask_"))
     pixels, query_pixels = (torch.stack(list(case.numbered(f"image_{kind}_"))) for kind in ("global", "query"))
-    flip = torch.randint(2, pixels.shape[:2])  # ignored, as in the release
+    flip = torch.randint(2, pixels.shape[:2])  # ignored, as in the released code
     crops, queries = boxes(case["rect_global"], flip, pixels), boxes(case["rect_query"], pixels=query_pixels)
     views = Views(crops, None, queries, torch.arange(pixels.shape[1]))
     clock = cases.clock_of(0)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from harness import Case, check
 from parity import HAS_GPU, running
-from rounding import key_roundings, key_terms, off_by
+from rounding import key_roundings, key_terms, rounding_bound
 from torch import Tensor, cat
 
 from patchlight_kernels import query_attention
@@ -32,20 +32,20 @@ def compare(case: Case, query_keys: str) -> None:
         if key != "weight.qkv.bias":
             case.close(recorded, leaf.grad, REL)
             continue
-        rel = (REL * case[recorded].abs().max().item()) * torch.ones(3, leaf.shape[0] // 3, dtype=torch.float64)
-        rel[1] = of_keys_bias(qkv, attended.grad, raw, query_keys)  # zero on paper
-        case.close(recorded, leaf.grad, rel=0.0, floor=rel.flatten())
+        floor = (REL * case[recorded].abs().max().item()) * torch.ones(3, leaf.shape[0] // 3, dtype=torch.float64)
+        floor[1] = key_bias_bound(qkv, attended.grad, raw, query_keys)  # zero in exact arithmetic
+        case.close(recorded, leaf.grad, rel=0.0, floor=floor.flatten())
 
 
-def of_keys_bias(qkv: Tensor, dout: Tensor, raw: int, query_keys: str) -> Tensor:
-    """What rounding may leave of the gradient of the keys' bias, [H * E]."""
+def key_bias_bound(qkv: Tensor, dout: Tensor, raw: int, query_keys: str) -> Tensor:
+    """How large rounding may make the gradient of the keys' bias, [H * E]."""
     images, tokens, *_, width = qkv.shape
     q, k, v = qkv.detach().transpose(1, 3).unbind(2)  # [M, H, T, E]
-    everywhere = lambda x: x.unsqueeze(2).expand(-1, -1, tokens, -1, -1)
+    per_query = lambda x: x.unsqueeze(2).expand(-1, -1, tokens, -1, -1)
     is_raw = torch.arange(tokens) < raw
     visible = is_raw | (~is_raw.unsqueeze(1) if query_keys == "all" else is_raw)
-    terms = key_terms(q, everywhere(k), everywhere(v), dout.transpose(1, 2), visible)
-    return off_by(terms.sum(dim=(0, 2)).flatten(), key_roundings(images * tokens, tokens, width), dout.dtype)
+    terms = key_terms(q, per_query(k), per_query(v), dout.transpose(1, 2), visible)
+    return rounding_bound(terms.sum(dim=(0, 2)).flatten(), key_roundings(images * tokens, tokens, width), dout.dtype)
 
 
 def in_every_implementation(case: Case, query_keys: str) -> None:
@@ -60,5 +60,5 @@ def as_released(case: Case) -> None:
 
 
 @check("pqcl_derived_attention_rawonly")
-def the_narrow_reading(case: Case) -> None:
+def raw_keys_only(case: Case) -> None:
     in_every_implementation(case, "raw")

@@ -1,7 +1,7 @@
 """SERE's grids, sampling, heads and whole steps against the recorded ones of the released code."""
 
 import torch
-from harness import Case, check, parsed
+from harness import Case, check, parse_value
 from objective_cases import clock_of, square
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ def matrices_of(grid: Tensor, cells: tuple[int, int]) -> SamplingMatrices:
 
 
 def sampled_twice(relation: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """A relation [B, M, N, N] with its rows at some points and its columns at others: [B, M, Q, K]."""
+    """A relation [B, M, N, N], its rows sampled at points Q, its columns at points K: [B, M, Q, K]."""
     grid = square(relation.shape[-1])
     for points in (queries, keys):  # sample the third dimension, then turn
         rows = relation.permute(0, 2, 1, 3)
@@ -75,7 +75,7 @@ def heads(case: Case) -> None:
     load(*parts.values(), case.under("weight."))
     z = head(x.unsqueeze(0))
     p = prediction(z)
-    relations = [relation_of(getattr(some, kind).squeeze(0), case, kind) for some in (z, p)]
+    relations = [relation_of(getattr(part, kind).squeeze(0), case, kind) for part in (z, p)]
     for name, relation in zip("zp", relations, strict=True):
         case.close(f"relation_{name}", relation, REL)
     torch.autograd.backward(relations, [case["cotangent_z"], case["cotangent_p"]])
@@ -97,10 +97,10 @@ def relation_of(features: Tensor, case: Case, kind: str) -> Tensor:
 
 
 class RecordedSere(Sere):
-    """With the sides that the release divides by whatever the grid."""
+    """Divides by the recorded sides; the released code uses them for every grid."""
 
     def __init__(self, case: Case) -> None:
-        values = {name: parsed(value) for name, value in case.meta.items()}
+        values = {name: parse_value(value) for name, value in case.meta.items()}
         recorded = {name: value for name, value in values.items() if isinstance(value, int | float)}
         options = SereOptions(
             teacher_spatial_temperature=recorded["temperature_pixel"],
@@ -124,7 +124,7 @@ def steps(case: Case) -> None:
     globals_ = [f"x_student_global_{number}" for number in range(len(case["rects_global"][0]))]
     leaves = {name: case[name].requires_grad_() for name in globals_ + locals_}
     width = leaves[globals_[0]].shape[-1]
-    head, taught = objective.head(width), objective.head(width).requires_grad_(False)
+    head, teacher_head = objective.head(width), objective.head(width).requires_grad_(False)
     predictor = RelationPredictor(width, asymmetric=True, local=bool(locals_))
     modules = {"student.pixel_sere": ("spatial", head, predictor.prediction)}
     modules["student.channel_sere"] = ("channel", head, predictor.prediction)
@@ -132,8 +132,8 @@ def steps(case: Case) -> None:
         modules["student.pixel_sere_local"] = ("spatial", predictor.local_head, predictor.local_prediction)
         modules["student.channel_sere_local"] = ("channel", predictor.local_head, predictor.local_prediction)
     modules["teacher.pixel_sere"], modules["teacher.channel_sere"] = (
-        ("spatial", taught, None),
-        ("channel", taught, None),
+        ("spatial", teacher_head, None),
+        ("channel", teacher_head, None),
     )
     parts = {
         name: (getattr(projection, kind), prediction and getattr(prediction, kind))
@@ -148,7 +148,7 @@ def steps(case: Case) -> None:
         head=head,
         predictor=predictor,
     )
-    teacher = Side(features(list(case.numbered("x_teacher_global_"))), head=taught)
+    teacher = Side(features(list(case.numbered("x_teacher_global_"))), head=teacher_head)
     for crops, kind in ((student.global_crops, "global"), (student.local_crops, "local")):
         if crops is not None:
             objective.sides[crops.grid] = objective.recorded[size[kind]]
@@ -165,9 +165,11 @@ def steps(case: Case) -> None:
     for ours, theirs in (("spatial", "pixel"), ("channel", "channel")):
         case.close(f"loss_{theirs}", terms[f"sere/{ours}"], STEP_LOSS)
         group = f"grad_{theirs}."
-        wanted = leaves | parameters
-        found = torch.autograd.grad(terms[f"sere/{ours}"], list(wanted.values()), retain_graph=True, allow_unused=True)
-        for name, gradient in zip(wanted, found, strict=True):
+        inputs = leaves | parameters
+        gradients = torch.autograd.grad(
+            terms[f"sere/{ours}"], list(inputs.values()), retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(inputs, gradients, strict=True):
             if group + name not in case:
                 assert gradient is None or not gradient.any(), f"{case.name} {group + name}: not recorded, not zero"
                 continue

@@ -1,4 +1,4 @@
-"""Reads recorded numbers of the released code. Each file is one case; a check registers for a name prefix.
+"""Reads recorded numbers of the released code. Each file is a case; a check is registered for a prefix of names.
 
     @check("dino_loss")
     def dino_loss(case): case.close("output.loss", my_loss(case["input.student"]), rel=1e-5)
@@ -24,12 +24,12 @@ from safetensors import safe_open
 FOLDER = Path(os.environ.get("PATCHLIGHT_GOLDEN", Path(__file__).parent))
 Value = TypeVar("Value")
 # Beginnings of names in the released heads, and in ours, for `renamed`.
-IN_A_HEAD = {
+HEAD_NAMES = {
     r"last_layer\.": "prototypes.",
     r"last_layer2\.": "own_patch_prototypes.",
-    r"mlp\.(?=weight|bias)": "mlp.0.",  # a head of one layer, which has no list of them there
+    r"mlp\.(?=weight|bias)": "mlp.0.",  # a head with a single layer has no list of layers there
 }
-IN_A_SUMMARY = {r"cls_blocks\.(\d+)\.attn\.": r"blocks.\1.", r"cls_blocks\.": "blocks."}
+SUMMARY_NAMES = {r"cls_blocks\.(\d+)\.attn\.": r"blocks.\1.", r"cls_blocks\.": "blocks."}
 CHECKS: dict[str, Callable[[Case], None]] = {}
 
 
@@ -53,12 +53,12 @@ class Case:
         """The tensors whose key starts with `prefix`, without it."""
         return {key[len(prefix) :]: value for key, value in self.tensors.items() if key.startswith(prefix)}
 
-    def only(self, **offered: object) -> None:
-        """Reports the case as not covered if it says another value than the only one that the product has."""
-        for name, value in offered.items():
-            said = self.config.get(name, parsed(self.meta[name]) if name in self.meta else value)
-            if said != value:
-                not_offered(f"{name} is {said} there and always {value} here")
+    def skip_unless(self, **supported: object) -> None:
+        """Skips the case if an option of its configuration has another value than the only one that we support."""
+        for name, value in supported.items():
+            recorded = self.config.get(name, parse_value(self.meta[name]) if name in self.meta else value)
+            if recorded != value:
+                skip_unsupported(f"{name} is {recorded} in the recording and always {value} here")
 
     def numbered(self, prefix: str) -> Iterator[torch.Tensor]:
         """The tensors called `prefix` and a number, in the order of their numbers."""
@@ -66,7 +66,7 @@ class Case:
         assert numbers, f"{self.name}: no {prefix}<number>"
         return (self.tensors[f"{prefix}{number}"] for number in numbers)
 
-    def steps(self) -> int:
+    def step_count(self) -> int:
         """How many consecutive calls are recorded, as step0., step1. and so on."""
         return len({key.partition(".")[0] for key in self.tensors if re.match(r"step\d+\.", key)})
 
@@ -93,8 +93,8 @@ class Case:
         assert torch.equal(actual.to(recorded.dtype), recorded), f"{self.name} {key}: differs"
 
 
-def parsed(text: str) -> object:
-    """A string of the metadata as the number it may be."""
+def parse_value(text: str) -> object:
+    """The number that a string of the metadata stands for, if it does."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -102,7 +102,7 @@ def parsed(text: str) -> object:
 
 
 def renamed(tensors: dict[str, Value], names: dict[str, str]) -> dict[str, Value]:
-    """The same tensors under our names: `names` are regular expressions for the beginning, of which the first counts."""
+    """The same tensors under our names: `names` maps regular expressions for beginnings to ours; the first match counts."""
     result = {}
     for name, value in tensors.items():
         pattern = next((old for old in names if re.match(old, name)), "")
@@ -112,7 +112,7 @@ def renamed(tensors: dict[str, Value], names: dict[str, str]) -> dict[str, Value
 
 
 def linear_layers(weights: dict[str, torch.Tensor], prefix: str) -> int:
-    """How many matrices there are under a prefix; a head of one layer has no numbers."""
+    """How many matrices there are under a prefix; a head with a single layer has no numbers."""
     return sum(name.startswith(prefix) and value.ndim == 2 for name, value in weights.items())
 
 
@@ -123,7 +123,7 @@ def summary_depth(weights: dict[str, torch.Tensor], prefix: str = "") -> int:
 
 @cache
 def load_checks() -> None:
-    """Runs every check_*.py, once."""
+    """Imports every check_*.py, once."""
     for module in sorted(Path(__file__).parent.glob("check_*.py")):
         spec = importlib.util.spec_from_file_location(module.stem, module)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -134,15 +134,15 @@ def check(*prefixes: str) -> Callable:
 
     def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
         for prefix in prefixes:
-            assert prefix not in CHECKS, f"two checks claim {prefix}"
+            assert prefix not in CHECKS, f"two checks are registered for {prefix}"
             CHECKS[prefix] = function
         return function
 
     return register
 
 
-def not_offered(what: str) -> NoReturn:
-    """For an option of the released code that the product does not have: the case is reported, and not as passed."""
+def skip_unsupported(what: str) -> NoReturn:
+    """For an option of the released code that we do not have: the case is reported as skipped, not as passed."""
     pytest.skip(f"not covered: {what}")
 
 

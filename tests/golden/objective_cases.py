@@ -1,6 +1,6 @@
-"""Recorded logits turned into what an objective sees, in one process or, as it can be imported, in two.
+"""Runs objectives on recorded logits. It can be imported, so that other processes can run it too.
 
-The features are the logits, the head lets them through, and the prototypes are unit vectors: what is left to compute is
+The features are the logits, the head returns its input, and the prototypes are unit vectors: what remains to compute is
 what the objective, its targets and `Prototypes.forward` do.
 """
 
@@ -29,7 +29,7 @@ STEPS_PER_EPOCH = 7
 
 
 class LogitsHead(nn.Module):
-    """The head whose logits are its input."""
+    """A head whose logits are its input."""
 
     def __init__(self, width: int, count: int, patch_count: int | None = None):
         super().__init__()
@@ -41,7 +41,7 @@ class LogitsHead(nn.Module):
 
 
 def unit_prototypes(width: int, count: int) -> Prototypes:
-    """Prototype k reads coordinate k."""
+    """Prototype k is the unit vector of coordinate k."""
     prototypes = Prototypes(width, count).requires_grad_(False)
     prototypes.weight_v.copy_(torch.eye(count, width))
     return prototypes
@@ -49,7 +49,7 @@ def unit_prototypes(width: int, count: int) -> Prototypes:
 
 @dataclass
 class GivenMasks:
-    """Hands out masks [V, B, N] made before, with room for a few patches more than there are."""
+    """Returns given masks [V, B, N]; rows() has room for a few patches more than they mask."""
 
     mask: Tensor
     padding: int = 3
@@ -74,7 +74,7 @@ def by_crop(x: Tensor, batch: int, width: int | None = None) -> Tensor:
 
 
 def views_of(batch: int, crops: int = 2) -> Views:
-    """Views of which only the shape matters."""
+    """Views whose shape alone matters."""
     global_crops = Crops(
         torch.zeros(crops, batch, 3, 1, 1), torch.zeros(crops, batch, 4), torch.zeros(crops, batch) > 0
     )
@@ -111,7 +111,7 @@ def schedule(config: dict) -> dict:
 
 
 def dino_step(tensors: dict, objective: Dino, batch: int, epoch: int = 0) -> dict:
-    """One step on recorded `input.*` logits: what must equal the recorded values, by their keys."""
+    """A step on recorded `input.*` logits; returns by key what must equal the recorded values."""
     logits = tensors["input.student_logits"].clone().requires_grad_()
     teacher_logits = by_crop(tensors["input.teacher_logits"], batch)
     views = by_crop(logits, batch)
@@ -135,7 +135,7 @@ def dino_step(tensors: dict, objective: Dino, batch: int, epoch: int = 0) -> dic
 
 def ibot_objective(case: harness.Case) -> Ibot:
     config = case.config
-    shared = config["out_dim"] == config["patch_out_dim"]  # the loss sees logits, not which head they are from
+    shared = config["out_dim"] == config["patch_out_dim"]  # the loss gets logits, whichever head they are from
     options = IbotOptions(
         prototypes=config["out_dim"],
         patch_prototypes=None if shared else config["patch_out_dim"],
@@ -236,7 +236,7 @@ def selfpatch_step(
 
 
 def recorded_features(logits: dict, name: str, batch: int) -> Features:
-    """Patch logits serve as patches and as neighbors: the student reads the one, the teacher the other."""
+    """Patch logits serve as patches and as neighbors: the student uses the former, the teacher the latter."""
     summary = by_crop(logits[f"{name}_cls"].squeeze(1), batch)
     patches = by_crop(logits[f"{name}_patch"], batch)
     return Features(summary, patches, square(patches.shape[2]), neighbors=patches)
@@ -247,7 +247,7 @@ def with_head(side: Side, head: nn.Module) -> Side:
 
 
 def start(target: Center, center: Tensor) -> None:
-    """Begins from a recorded center; later steps carry on from their own."""
+    """Sets the recorded center; later steps continue from their own."""
     target.center.copy_(center.flatten())
 
 
@@ -266,7 +266,7 @@ def selfpatch_on_a_rank(case: harness.Case, rank: int) -> dict:
 
 
 def one_direction(objective: MocoV3 | Moby, queries: Tensor, keys: Tensor) -> Tensor:
-    """The sum over both directions is twice that of one, when both views are the same."""
+    """When both views are the same, the sum over both directions is twice one direction."""
     return objective.contrast(queries.expand(2, -1, -1), keys.expand(2, -1, -1)) / 2
 
 
@@ -295,7 +295,7 @@ def in_two_processes(work, *arguments) -> list:
 
 
 def in_processes(world: int, work, *arguments) -> list:
-    """As `in_two_processes`, of any number."""
+    """As `in_two_processes`, in `world` processes."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_one_process, (world, folder, work, arguments), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]

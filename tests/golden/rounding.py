@@ -1,4 +1,4 @@
-"""How far rounding may leave from zero what is zero on paper, from the magnitudes of the terms that cancel there."""
+"""Bounds for results that exact arithmetic makes zero: how large rounding may make them, from the terms that cancel."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,17 +12,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from patchlight.heads.summary import ClassAttentionBlock, gather_patches
 
 
-def off_by(terms: Tensor, roundings: int, dtype: torch.dtype) -> Tensor:
-    """Terms of this magnitude, added up over a chain of so many roundings, in two runs.
+def rounding_bound(terms: Tensor, roundings: int, dtype: torch.dtype) -> Tensor:
+    """How far two sums of terms of this magnitude may differ after so many roundings each.
 
     Roundings are up to half an eps and of random sign: n of them add up to sqrt(n) halves, and hardly ever to 4 times
-    that (Higham and Mary, 2019). The recording is as far off as we are, which makes the halves whole.
+    that (Higham and Mary, 2019). The recording has an error of the same size as ours, which makes the halves whole.
     """
     return 4 * roundings**0.5 * torch.finfo(dtype).eps * terms
 
 
 def norm_terms(norm: _BatchNorm, x: Tensor, dy: Tensor) -> Tensor:
-    """[C] of the bias in front of a BatchNorm, whose gradient is the sum of dx over rows [R, C].
+    """Magnitude [C] of the terms of a bias in front of a BatchNorm: its gradient is the sum of dx over rows [R, C].
 
     dx = gamma / sigma * (dy - mean(dy) - z * mean(dy * z)) with z = (x - mean(x)) / sigma: both means are sums over the
     same rows, so each of their terms appears twice, once below the mean.
@@ -35,7 +35,7 @@ def norm_terms(norm: _BatchNorm, x: Tensor, dy: Tensor) -> Tensor:
 
 
 def key_terms(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Tensor | None = None) -> Tensor:
-    """[..., E] of a key's bias from queries and output gradients [..., E] and their keys and values [..., n, E].
+    """Magnitude [..., E] of the terms of a key's bias: q and dout are [..., E], k and v [..., n, E].
 
     A query's row of scores adds q * sum_j P_j (dP_j - D) to it, where dP_j = dout . v_j and D = sum_j P_j dP_j.
     """
@@ -48,17 +48,17 @@ def key_terms(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Tensor | N
 
 
 def key_roundings(rows: int, keys: int, width: int) -> int:
-    """Rows of keys into the bias; dP over the width; the softmax, D and its row over the keys; and a few of each term."""
+    """How many: the sum over rows of keys, dP over the width, the softmax, D and its row over the keys, a few per term."""
     return rows + width + 3 * keys + 8
 
 
-class ZeroOnPaper(dict[str, Tensor]):
-    """What rounding may leave, by the names in a module: built before its forward, filled by forward and backward.
+class RoundingBounds(dict[str, Tensor]):
+    """Bounds by name of parameter or buffer: made before a module's forward, filled by its forward and backward.
 
-    - the gradient of a bias in front of a BatchNorm, which is subtracted with the mean. through: linear layers whose
-      output only such a layer reads, by name;
+    - the gradient of a bias in front of a BatchNorm, which is subtracted with the mean. through: names of
+      linear layers whose output goes only into such a layer, and of that layer;
     - the gradient of a key's bias in class attention, which shifts all scores alike;
-    - the running mean of a BatchNorm: no mean is more exact than its terms.
+    - the running mean of a BatchNorm, which is not more exact than its terms.
     """
 
     def __init__(self, module: nn.Module, through: dict[str, str] | None = None) -> None:
@@ -70,64 +70,64 @@ class ZeroOnPaper(dict[str, Tensor]):
                 for (before, layer), (after, norm) in pairwise(part.named_children()):
                     if isinstance(layer, nn.Linear) and isinstance(norm, _BatchNorm):
                         layer.register_forward_hook(self._keep_terms)
-                        norm.register_forward_hook(partial(self._mean, f"{name}.{after}.running_mean", layer))
-                        norm.register_forward_hook(partial(self._bias, f"{name}.{before}", layer))
+                        norm.register_forward_hook(partial(self._bound_mean, f"{name}.{after}.running_mean", layer))
+                        norm.register_forward_hook(partial(self._bound_bias, f"{name}.{before}", layer))
             elif isinstance(part, ClassAttentionBlock):
-                KeysOf(part, partial(self._add, f"{name}.k.bias".lstrip(".")))
+                KeyBiasBounds(part, partial(self._add, f"{name}.k.bias".lstrip(".")))
 
-    def _add(self, name: str, allowed: Tensor) -> None:
-        self[name] = self.get(name, 0.0) + allowed
+    def _add(self, name: str, bound: Tensor) -> None:
+        self[name] = self.get(name, 0.0) + bound
 
-    def forget_gradients(self) -> None:
-        """For the next backward; running means run on."""
+    def clear_gradients(self) -> None:
+        """Before the next backward; the bounds of running means stay."""
         for name in [name for name in self if name.endswith("bias")]:
             del self[name]
 
     def _keep_terms(self, layer: nn.Linear, inputs: tuple[Tensor], out: Tensor) -> None:
-        """The largest of any row, as BatchNorm may get the rows in parts."""
+        """The maximum over rows, as BatchNorm may get the rows in parts."""
         terms = inputs[0].detach().double().abs().flatten(0, -2) @ layer.weight.detach().double().abs().T
         self.terms[layer] = terms.amax(dim=0) + (0.0 if layer.bias is None else layer.bias.detach().double().abs())
 
-    def _mean(self, name: str, layer: nn.Linear, norm: _BatchNorm, inputs: tuple[Tensor], out: Tensor) -> None:
-        now = norm.momentum * off_by(self.terms[layer], len(out) + layer.in_features + 8, out.dtype)
+    def _bound_mean(self, name: str, layer: nn.Linear, norm: _BatchNorm, inputs: tuple[Tensor], out: Tensor) -> None:
+        now = norm.momentum * rounding_bound(self.terms[layer], len(out) + layer.in_features + 8, out.dtype)
         self[name] = (1 - norm.momentum) * self.get(name, 0.0) + now
 
-    def _bias(self, name: str, layer: nn.Linear, norm: _BatchNorm, inputs: tuple[Tensor], out: Tensor) -> None:
+    def _bound_bias(self, name: str, layer: nn.Linear, norm: _BatchNorm, inputs: tuple[Tensor], out: Tensor) -> None:
         if layer.bias is None or not out.requires_grad:
             return
 
         def backward(dy: Tensor) -> None:
             terms, roundings = norm_terms(norm, inputs[0], dy), 2 * len(dy) + 8
-            self._add(f"{name}.bias", off_by(terms, roundings, dy.dtype))
+            self._add(f"{name}.bias", rounding_bound(terms, roundings, dy.dtype))
             for earlier in (earlier for earlier, later in self.through.items() if later == name):
                 reached = terms @ layer.weight.detach().double().abs()
-                self._add(f"{earlier}.bias", off_by(reached, roundings + len(terms), dy.dtype))
+                self._add(f"{earlier}.bias", rounding_bound(reached, roundings + len(terms), dy.dtype))
 
         out.register_hook(backward)
 
 
-class KeysOf:
-    """Follows a class-attention block: its states in their order, each with the gradient of what it has found."""
+class KeyBiasBounds:
+    """Reports the bound of the key's bias for each state of a class-attention block, from the gradient of its attention."""
 
     def __init__(self, block: ClassAttentionBlock, report: Callable[[Tensor], None]) -> None:
         self.block, self.report = block, report
-        block.register_forward_pre_hook(self.begin)
-        block.proj.register_forward_pre_hook(self.found)
+        block.register_forward_pre_hook(self.before_block)
+        block.proj.register_forward_pre_hook(self.before_projection)
 
-    def begin(self, block: nn.Module, inputs: tuple) -> None:
+    def before_block(self, block: nn.Module, inputs: tuple) -> None:
         patches, summary, aggregated, index = (*inputs, None, None)[:4]
         every = torch.arange(patches.shape[1]).expand(len(patches), 1, -1)
         self.patches, self.states = patches, [(summary, every), (aggregated, index)]
 
-    def found(self, proj: nn.Module, inputs: tuple[Tensor]) -> None:
+    def before_projection(self, proj: nn.Module, inputs: tuple[Tensor]) -> None:
         (state, index), patches = self.states.pop(0), self.patches
         if inputs[0].requires_grad:
-            inputs[0].register_hook(lambda dout: self.report(self.allowed(patches, state, index, dout)))
+            inputs[0].register_hook(lambda dout: self.report(self.bound(patches, state, index, dout)))
 
-    def allowed(self, patches: Tensor, state: Tensor, index: Tensor, dout: Tensor) -> Tensor:
-        x, own = (self.exactly(self.block.norm1, t) for t in (patches, state))
-        q, k_self, v_self = (self.exactly(part, own) for part in (self.block.q, self.block.k, self.block.v))
-        k, v = (gather_patches(self.exactly(part, x), index) for part in (self.block.k, self.block.v))
+    def bound(self, patches: Tensor, state: Tensor, index: Tensor, dout: Tensor) -> Tensor:
+        x, own = (self.in_float64(self.block.norm1, t) for t in (patches, state))
+        q, k_self, v_self = (self.in_float64(part, own) for part in (self.block.q, self.block.k, self.block.v))
+        k, v = (gather_patches(self.in_float64(part, x), index) for part in (self.block.k, self.block.v))
         images, queries, width = dout.shape
         k, v = (
             torch.cat([own.unsqueeze(2).expand(images, queries, 1, width), read], dim=2)
@@ -137,10 +137,10 @@ class KeysOf:
         terms = key_terms(by_head(q), *(by_head(t).transpose(2, 3) for t in (k, v)), by_head(dout))
         keys = k.shape[2]
         roundings = key_roundings(images * queries * keys, keys, width // self.block.heads)
-        return off_by(terms.flatten(2).expand(images, queries, -1).sum(dim=(0, 1)), roundings, dout.dtype)
+        return rounding_bound(terms.flatten(2).expand(images, queries, -1).sum(dim=(0, 1)), roundings, dout.dtype)
 
     @torch.no_grad()
-    def exactly(self, part: nn.Module, x: Tensor) -> Tensor:
+    def in_float64(self, part: nn.Module, x: Tensor) -> Tensor:
         """A linear layer or a LayerNorm in float64."""
         weight, bias = part.weight.double(), part.bias.double()
         if isinstance(part, nn.Linear):

@@ -1,8 +1,8 @@
-"""The checks of recorded cases read their sizes from the file: recordings of other sizes pass, and planted errors fail.
+"""The checks of recorded cases read their sizes from the file: recordings of other sizes pass, and changed values fail.
 
-A recording is an existing one with parts left out, or made here from inputs of other sizes. Where our own product plays
-the released code, a `Recorder` keeps what a check computes in place of comparing it: whether that is right is for the
-real recordings to say.
+A recording here is an existing one with parts left out, or made from inputs of other sizes. For the latter, our own code
+takes the place of the released code: a `Recorder` keeps what a check computes instead of comparing it. That these
+values are right is tested by the real recordings.
 """
 
 import json
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.golden
 
 
 class Recorder(Case):
-    """Keeps what a check computes, in fp32 as the training steps are recorded too."""
+    """Keeps what a check computes, in fp32, as training steps are recorded in too."""
 
     def close(self, key: str, actual: Tensor, rel: float, floor: float | Tensor = 0.0) -> None:
         self.tensors[key] = actual.detach().float().clone()
 
 
 class Collector(Case):
-    """Notes which keys differ, in place of stopping at the first."""
+    """Collects the keys that differ instead of stopping at the first."""
 
     def close(self, key: str, actual: Tensor, rel: float, floor: float | Tensor = 0.0) -> None:
         try:
@@ -44,7 +44,7 @@ def path_of(name: str) -> Path:
 
 
 def without(name: str, *parts: str) -> Case:
-    """An existing recording without the tensors that have one of the parts in their key."""
+    """An existing recording without the tensors whose key has one of the parts."""
     case = Case(path_of(name))
     case.tensors = {key: value for key, value in case.tensors.items() if not any(part in key for part in parts)}
     return case
@@ -63,7 +63,7 @@ def run(case: Case) -> None:
 
 
 def record(name: str, change: Callable[[Case], None]) -> Case:
-    """A recording by our product of the existing one's inputs, after a change to them."""
+    """A recording by our code, from the inputs of an existing one after a change."""
     case = Recorder(path_of(name))
     change(case)
     run(case)
@@ -71,7 +71,7 @@ def record(name: str, change: Callable[[Case], None]) -> Case:
 
 
 def one_local_crop(case: Case) -> None:
-    for step in range(case.steps()):
+    for step in range(case.step_count()):
         key = f"step{step}.input.student_logits"
         case.tensors[key] = case[key][: 3 * case.config["batch"]]
     case.config["local_crops"] = 1
@@ -83,7 +83,7 @@ def no_local_crops(case: Case) -> None:
 
 
 def a_third_global_crop(case: Case) -> None:
-    for step in range(case.steps()):
+    for step in range(case.step_count()):
         for kind in ("student_cls", "student_patch", "teacher_cls", "teacher_patch"):
             rows = case[f"step{step}.input.{kind}"]
             case.tensors[f"step{step}.input.{kind}"] = torch.cat([rows, rows[: case.config["batch"]].flip(-1)])
@@ -93,8 +93,8 @@ def a_third_global_crop(case: Case) -> None:
 def a_single_local_view(case: Case) -> None:
     case.meta["n_local"] = "1"
     case.tensors["rects_local"] = case["rects_local"][:1]
-    gone = ("x_student_local_1", "x_student_local_2")
-    case.tensors = {key: value for key, value in case.tensors.items() if not key.endswith(gone)}
+    removed = ("x_student_local_1", "x_student_local_2")
+    case.tensors = {key: value for key, value in case.tensors.items() if not key.endswith(removed)}
 
 
 def three_steps(case: Case, local_crops: int) -> None:
@@ -104,18 +104,18 @@ def three_steps(case: Case, local_crops: int) -> None:
         case.config[name] = [*case.config[name], case.config[name][0] / 2]
     for key in [key for key in case.tensors if key.startswith("step1.")]:
         case.tensors[key.replace("step1", "step2")] = case[key].flip(-1) if ".input." in key else case[key]
-    there, side = case.config["local_crops"], case.config["local_size"]
+    recorded, side = case.config["local_crops"], case.config["local_size"]
     for step in range(3):
         for crop in range(local_crops):
             shape = case.config["batch"], 3, side, side
             case.tensors[f"step{step}.input.crop{2 + crop}"] = torch.randn(shape)
-        for crop in range(local_crops, there):
+        for crop in range(local_crops, recorded):
             del case.tensors[f"step{step}.input.crop{2 + crop}"]
     case.config["local_crops"] = local_crops
 
 
 def masks_from_epoch_one(case: Case) -> None:
-    """iBOT's steps, the first in an epoch in which nothing is masked yet; its loss has weights."""
+    """Steps of iBOT, the first in an epoch without masks; its loss has weights."""
     three_steps(case, 3)
     case.config |= {"mim_start_epoch": 1, "lambda1": 0.5, "lambda2": 2.0}
     for crop in range(2):
@@ -134,10 +134,10 @@ def separate_heads_in_both(case: Case) -> None:
 
 
 def one_layer_without_qkv_bias(case: Case) -> None:
-    """A head of one layer, whose names there have no number."""
-    gone = ("head.mlp.", "qkv.bias")
-    case.tensors = {key: value for key, value in case.tensors.items() if not any(part in key for part in gone)}
-    order = [name for name in json.loads(case.meta["param_order"]) if not any(part in name for part in gone)]
+    """A head with a single layer, whose names in the released code have no number."""
+    removed = ("head.mlp.", "qkv.bias")
+    case.tensors = {key: value for key, value in case.tensors.items() if not any(part in key for part in removed)}
+    order = [name for name in json.loads(case.meta["param_order"]) if not any(part in name for part in removed)]
     case.meta["param_order"] = json.dumps([*order, "head.mlp.weight", "head.mlp.bias"])
     out = case.config["bottleneck_dim"]
     for name, shape in {"weight": (out, case.config["embed_dim"]), "bias": (out,)}.items():
@@ -146,14 +146,14 @@ def one_layer_without_qkv_bias(case: Case) -> None:
 
 
 def later_schedule(case: Case) -> None:
-    """The released schedule of the patches' temperature: it waits, then warms up."""
+    """The released schedule of the patches' temperature: constant, then a warm-up."""
     c = case.config
     c |= {"mim_start_epoch": 2, "lambda1": 0.5, "epoch_of_step": [0, 20]}
     ends = c["warmup_teacher_patch_temp"], c["teacher_patch_temp"]
-    wait, warmup = c["mim_start_epoch"], c["warmup_teacher_temp_epochs"]
+    constant, warmup = c["mim_start_epoch"], c["warmup_teacher_temp_epochs"]
     full = lambda count, value: torch.full((count,), value, dtype=torch.float64)
     rising = torch.linspace(*ends, warmup, dtype=torch.float64)
-    schedule = torch.cat([full(wait, ends[0]), rising, full(c["nepochs"] - wait - warmup, ends[1])])
+    schedule = torch.cat([full(constant, ends[0]), rising, full(c["nepochs"] - constant - warmup, ends[1])])
     case.tensors["output.teacher_patch_temp_schedule"] = schedule
     for step, epoch in enumerate(c["epoch_of_step"]):
         case.tensors[f"step{step}.input.teacher_patch_temp"] = schedule[epoch]
@@ -168,12 +168,12 @@ def wider_window(case: Case) -> None:
     case.config |= {"window": 5, "k": [3, 11]}
 
 
-RECORDED_HERE = {  # what is other, the existing recording, the change, and a key to plant an error in
+RECORDED_HERE = {  # what differs: the existing recording, the change, and a key whose value is then changed
     "one local crop": ("dino_loss_2g3l", one_local_crop, "step2.output.center"),
     "three global crops": ("ibot_loss_2g3l_4x4", a_third_global_crop, "step1.grad.input.student_patch"),
     "no local crops in SelfPatch": ("selfpatch_loss_4x4_2x2", no_local_crops, "step1.output.loss_patch"),
     "one local view in SERE": ("sere_step_locals_a", a_single_local_view, "grad_pixel.x_student_local_0"),
-    "patch temperature that waits": ("ibot_loss_2g3l_4x4", later_schedule, "step1.output.loss"),
+    "patch temperature with a late warm-up": ("ibot_loss_2g3l_4x4", later_schedule, "step1.output.loss"),
     "three steps, three local crops": (
         "dino_train_step",
         lambda case: three_steps(case, 3),
@@ -209,7 +209,7 @@ def test_recordings_of_other_sizes(what, tmp_path):
     name, change, key = RECORDED_HERE[what]
     path = write(record(name, change), tmp_path)
     run(Case(path))
-    assert_plant_is_found(path, key)
+    assert_a_changed_value_fails(path, key)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_recordings_of_other_sizes(what, tmp_path):
         "freeze_last_layer_epochs": 0,
     }.items(),
 )
-def test_what_the_metadata_says_counts(name, other):
+def test_the_metadata_is_used(name, other):
     case = Case(path_of("dino_train_step"))
     assert case.config[name] != other
     case.config[name] = other
@@ -231,7 +231,7 @@ def test_what_the_metadata_says_counts(name, other):
         run(case)
 
 
-def assert_plant_is_found(path: Path, key: str) -> None:
+def assert_a_changed_value_fails(path: Path, key: str) -> None:
     case = Case(path)
     assert case[key].any(), f"{key} is zero"
     case.tensors[key] = case[key] * 1.01
@@ -239,14 +239,14 @@ def assert_plant_is_found(path: Path, key: str) -> None:
         run(case)
 
 
-PARTS = {  # what is left of an existing recording, and a key to plant an error in
+PARTS = {  # what remains: the part of a recording, and a key whose value is then changed
     "two steps": (lambda: without("moby_step_a", "step2.", "step3.", "final."), "step1.queue2"),
     "one step": (lambda: without("mocov3_lars_a", "gw1", "gb1", "w2", "b2", "gw2", "gb2", "w3", "b3"), "w1"),
     "two target grids": (lambda: without("dino_pos_embed_interp", "10x7"), "output.pos_embed.6x6"),
     "no maps of boundaries": (lambda: without("davis_jf_pairs_a", "boundary_"), "J"),
     "no attention": (lambda: without("dino_vit_32x32", "last_attention", "after_block"), "output.cls"),
     "one anchor": (lambda: without("pqcl_derived_relpos_flips_b", "_centre"), "pos_embed_top_left"),
-    "no unnormalised queries": (lambda: without("moby_loss_b", "_unnormalized"), "grad_q"),
+    "no queries before normalization": (lambda: without("moby_loss_b", "_unnormalized"), "grad_q"),
 }
 
 
@@ -255,13 +255,13 @@ def test_parts_of_recordings(what, tmp_path):
     build, key = PARTS[what]
     path = write(build(), tmp_path)
     run(Case(path))
-    assert_plant_is_found(path, key)
+    assert_a_changed_value_fails(path, key)
 
 
 def test_mask_statistics_under_another_name(tmp_path):
     case = Case(path_of("ibot_masks"))
-    of_one = {key: value for key, value in case.tensors.items() if key.endswith("block_0.3_6x6")}
-    case.tensors = {key.replace("block_0.3_6x6", "any"): value for key, value in of_one.items()}
+    of_size = {key: value for key, value in case.tensors.items() if key.endswith("block_0.3_6x6")}
+    case.tensors = {key.replace("block_0.3_6x6", "any"): value for key, value in of_size.items()}
     case.config = {"any": {**case.config["block_0.3_6x6"]}}
     path = write(case, tmp_path)
     run(Case(path))
@@ -289,7 +289,7 @@ def test_a_table_of_another_window(tmp_path):
 
 
 def released_head(layers: int, norm: str | None, act: str, out: int) -> nn.Module:
-    """A head with the released names, written anew: in_dim 7, hidden 9, bottleneck 5."""
+    """A head with the released names, in plain PyTorch: in_dim 7, hidden 9, bottleneck 5."""
     shared = {"ln": nn.LayerNorm, "bn": nn.BatchNorm1d}[norm](9) if norm else None
     parts: list[nn.Module] = []
     for number in range(layers - 1):
@@ -314,7 +314,7 @@ HEADS = {
 
 @pytest.mark.parametrize(("layers", "norm", "act"), HEADS.values(), ids=HEADS)
 def test_heads_of_other_layers(layers, norm, act, tmp_path):
-    """The recording is by plain PyTorch."""
+    """The recording is made with plain PyTorch."""
     head, tokens = released_head(layers, norm, act, 11), torch.randn(3, 5, 7, requires_grad=True)
     weights = {f"weight.{name}": value.clone() for name, value in head.state_dict().items()}
     last, directions = head.last_layer, F.normalize(head.last_layer.weight_v, dim=1) * head.last_layer.weight_g
@@ -346,7 +346,7 @@ def test_heads_of_other_layers(layers, norm, act, tmp_path):
     assert last.weight_g.grad.any()
     path = write(case, tmp_path)
     run(Case(path))
-    assert_plant_is_found(path, "output.patch")
+    assert_a_changed_value_fails(path, "output.patch")
     case = Case(path)
     case.config["act"] = "relu" if act == "gelu" else "gelu"
     if layers > 1:
@@ -354,7 +354,7 @@ def test_heads_of_other_layers(layers, norm, act, tmp_path):
             run(case)
 
 
-NOT_OFFERED = {
+UNSUPPORTED = {
     "norm": ("ibot_head_ln", {"norm": "csyncbn"}),
     "BatchNorm": ("ibot_head_ln", {"norm": "bn"}),
     "activation": ("ibot_head_ln", {"act": "silu"}),
@@ -368,30 +368,30 @@ NOT_OFFERED = {
 }
 
 
-@pytest.mark.parametrize("what", NOT_OFFERED)
-def test_an_option_that_is_not_offered_is_not_passed(what):
-    name, other = NOT_OFFERED[what]
+@pytest.mark.parametrize("what", UNSUPPORTED)
+def test_an_unsupported_option_skips_the_case(what):
+    name, other = UNSUPPORTED[what]
     case = Case(path_of(name))
     case.config |= other
     with pytest.raises(pytest.skip.Exception, match="not covered: .*" + what.split("_")[0]):
         run(case)
 
 
-def batch_norm_that_forgets(self: nn.BatchNorm1d, x: Tensor) -> Tensor:
-    """Its backward forgets a thousandth of the mean's subtraction."""
+def batch_norm_with_an_error(self: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    """Its backward leaves out a thousandth of the gradient through the mean."""
     mean, var = x.mean(dim=0), x.var(dim=0, correction=0)
     mean = mean - 1e-3 * (mean - mean.detach())
     z = (x - mean) / (var + self.eps).sqrt()
     return z if self.weight is None else z * self.weight + self.bias
 
 
-def softmax_that_forgets(self: Tensor, dim: int) -> Tensor:
-    """Its backward forgets a thousandth of the normalisation's gradient."""
+def softmax_with_an_error(self: Tensor, dim: int) -> Tensor:
+    """Its backward leaves out a thousandth of the gradient through the normalization."""
     total = self.logsumexp(dim=dim, keepdim=True)
     return (self - total + 1e-3 * (total - total.detach())).exp()
 
 
-IN_FRONT_OF_A_NORM = {
+BIASES_BEFORE_A_NORM = {
     "moby_head_2layer_a": ["grad.linear_hidden.1.bias"],
     "moby_head_3layer_b": ["grad.linear_hidden.1.bias", "grad.linear_hidden.4.bias"],
     "dino_head_bn": ["grad.weight.mlp.0.bias", "grad.weight.mlp.3.bias"],
@@ -401,7 +401,7 @@ IN_FRONT_OF_A_NORM = {
         for bias in ("projector.linear_hidden.1", "projector.linear_out", "predictor.linear_hidden.1")
     ],
 }
-OF_A_KEY = {
+KEY_BIASES = {
     "selfpatch_ca_block": ["grad.weight.attn.k.bias"],
     "selfpatch_head_loc_false_14x14": [f"grad.weight.cls_blocks.{block}.attn.k.bias" for block in (0, 1)],
     "selfpatch_head_loc_false_6x6": [f"grad.weight.cls_blocks.{block}.attn.k.bias" for block in (0, 1)],
@@ -409,21 +409,21 @@ OF_A_KEY = {
 }
 
 
-@pytest.mark.parametrize("name", [*IN_FRONT_OF_A_NORM, *OF_A_KEY])
-def test_a_thousandth_of_what_cancels_is_found(name):
-    """Each gradient that is zero on paper differs, when a thousandth of one of the terms that cancel is missing."""
+@pytest.mark.parametrize("name", [*BIASES_BEFORE_A_NORM, *KEY_BIASES])
+def test_a_missing_thousandth_of_a_canceling_term_fails(name):
+    """Each gradient that exact arithmetic makes zero differs when a thousandth of a term that cancels is missing."""
     case = Collector(path_of(name))
     with (
-        mock.patch.object(nn.BatchNorm1d, "forward", batch_norm_that_forgets),
-        mock.patch.object(Tensor, "softmax", softmax_that_forgets),
+        mock.patch.object(nn.BatchNorm1d, "forward", batch_norm_with_an_error),
+        mock.patch.object(Tensor, "softmax", softmax_with_an_error),
     ):
         run(case)
-    assert set((IN_FRONT_OF_A_NORM | OF_A_KEY)[name]) <= case.differing
+    assert set((BIASES_BEFORE_A_NORM | KEY_BIASES)[name]) <= case.differing
 
 
 @pytest.mark.parametrize("name", ["pqcl_official_attention_b", "pqcl_derived_attention_rawonly_a"])
-def test_a_thousandth_of_what_cancels_is_found_in_query_attention(name):
-    """Planted in the recording: the op's backward is its own."""
+def test_a_missing_thousandth_of_a_canceling_term_fails_in_query_attention(name):
+    """The error is put into the recording, as the op computes its own backward."""
     case = Case(path_of(name))
     heads, raw, bias = int(case.meta["num_heads"]), case["x"].shape[1], case["weight.qkv.bias"].requires_grad_()
     qkv = F.linear(torch.cat([case["x"], case["y"]], dim=1), case["weight.qkv.weight"], bias)
@@ -431,17 +431,17 @@ def test_a_thousandth_of_what_cancels_is_found_in_query_attention(name):
     is_raw = torch.arange(q.shape[2]) < raw
     visible = is_raw | (~is_raw[:, None] if "official" in name else is_raw)
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
-    forgets, exact = (
+    with_error, exact = (
         torch.autograd.grad(
             F.linear((p @ v).transpose(1, 2).flatten(2), case["weight.proj.weight"], case["weight.proj.bias"]),
             bias,
             torch.cat([case["cotangent_x"], case["cotangent_y"]], dim=1),
             retain_graph=True,
         )[0]
-        for p in (softmax_that_forgets(scores, -1), scores.softmax(-1))
+        for p in (softmax_with_an_error(scores, -1), scores.softmax(-1))
     )
-    of_keys = case["grad.qkv.bias"].chunk(3)[1]
-    of_keys += (forgets - exact).chunk(3)[1]
+    key_bias = case["grad.qkv.bias"].chunk(3)[1]
+    key_bias += (with_error - exact).chunk(3)[1]
     bias.requires_grad_(False)
     with pytest.raises(AssertionError, match=r"grad\.qkv\.bias"):
         run(case)
