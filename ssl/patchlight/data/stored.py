@@ -14,7 +14,19 @@ from PIL import Image, UnidentifiedImageError
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 
 
-class Source(Protocol):
+class Images(Protocol):
+    """Images by number."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The image's name in messages."""
+
+    def read(self, index: int) -> np.ndarray:
+        """The image, [H, W, 3] uint8 RGB."""
+
+
+class Source(Images, Protocol):
     """Numbered images. Labels are optional and used by evaluation only."""
 
     @property
@@ -29,16 +41,8 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Differs when the images or their order differ."""
 
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """The image's name in messages."""
-
     def encoded(self, index: int) -> bytes:
         """The image as it is stored: a whole file of any format that Pillow knows."""
-
-    def read(self, index: int) -> np.ndarray:
-        """The image, [H, W, 3] uint8 RGB."""
 
 
 class StoredImages(ABC):

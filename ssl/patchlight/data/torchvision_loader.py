@@ -15,7 +15,7 @@ from ..records import Views
 from .interface import Loader, Position, host_tensors
 from .policy import IMAGENET_MEAN, IMAGENET_STD, CropPolicy, CropTable, sample_crops
 from .reading import Replacement, read_samples
-from .stored import Source
+from .stored import Images, Source
 
 
 class TorchvisionLoader(Loader):
@@ -105,7 +105,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def plain_batches(
-    source: Source,
+    source: Images,
     size: int,
     batch: int,
     device: torch.device | str = "cpu",

@@ -37,6 +37,9 @@ class Subset:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.ids[index]))
+
     def read(self, index: int) -> np.ndarray:
         return self.source.read(int(self.ids[index]))
 

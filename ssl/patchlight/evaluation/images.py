@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,19 +12,9 @@ from torchvision.transforms.v2 import functional as tv
 from ..checks import sentence
 from ..data.procedural import ProceduralSource
 from ..data.sources import open_source
-from ..data.stored import Source
+from ..data.stored import Images, Source
 
 PROCEDURAL = "procedural"  # in place of a path: images that are drawn instead of read
-
-
-class Images(Protocol):
-    """What evaluation needs of a source: images by number."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str: ...
-
-    def read(self, index: int) -> np.ndarray: ...
 
 
 def open_images(path: str, procedural_images: int = 512) -> Source:
