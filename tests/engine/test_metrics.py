@@ -17,6 +17,7 @@ from patchlight.engine.metrics import Metrics
 from patchlight.engine.parallel import Mesh, processes
 from patchlight.engine.sentinels import Diagnosis
 from patchlight.records import Clock
+from patchlight.report import journal as journal_module
 from patchlight.report.console import Display
 from patchlight.report.journal import Journal
 from patchlight.report.run_folder import append_line, read_lines
@@ -91,7 +92,7 @@ def test_one_bad_step_does_not_hide_the_others(tmp_path):
 def test_speed_waiting_and_use_of_the_device(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(metrics_module, "write_report", lambda folder: None)
+    monkeypatch.setattr(journal_module, "write_report", lambda folder: None)
     metrics = Metrics(ALONE, Journal(tmp_path), cost=Cost(flops_per_image=1e9, peak_flops=1e11))
     now[0] = 160.0  # building and compiling
     for _ in range(5):
@@ -142,7 +143,7 @@ def test_a_resumed_run_drops_the_lines_of_its_lost_future(tmp_path):
         first.log(clock(step), {})
         first.diagnose(clock(step), Diagnosis("uniform collapse", "Lower the temperature."))
     seconds = lines(tmp_path)[1]["seconds"]
-    second = Metrics(tmp_path, ALONE)  # resumed from step 10
+    second = Metrics(ALONE, Journal(tmp_path))  # resumed from step 10
     assert len(lines(tmp_path)) == 4, "nothing happens before the first line"
     add(second, *[7.0] * 5)
     second.log(clock(15), {})

@@ -293,9 +293,10 @@ class RecordedMasks:
     def __init__(self, case: Case) -> None:
         masks = (list(case.numbered(f"step{number}.input.mask_crop")) for number in range(case.step_count()))
         self.steps = [torch.stack(of_crops).flatten(2) for of_crops in masks]
+        self.patches = self.steps[0].numel()
 
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
-        return self.steps[0].numel()
+        return self.patches
 
     def __call__(self, *arguments: object) -> Tensor:
         return self.steps.pop(0)

@@ -42,9 +42,7 @@ class Toy(Objective):
         super().__init__()
         self.options = options
         self.register_buffer("mean", torch.zeros(options.out))  # in checkpoints
-        self.register_buffer(
-            "total", torch.zeros(options.out + 1), persistent=False
-        )  # of this step; the last is a count
+        self.register_buffer("total", torch.zeros(options.out + 1), persistent=False)  # sums and count of a step
 
     def needs(self) -> Needs:
         return Needs(global_crops=2)
