@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -43,6 +44,23 @@ class Source(Images, Protocol):
 
     def encoded(self, index: int) -> bytes:
         """The image as it is stored: a whole file of any format that Pillow knows."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some images of a source, by their ids there."""
+
+    source: Images
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.ids[index]))
+
+    def read(self, index: int) -> np.ndarray:
+        return self.source.read(int(self.ids[index]))
 
 
 class StoredImages(ABC):

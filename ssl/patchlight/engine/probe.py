@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from ..data.crop_picture import draw_crops as draw_crop_picture
 from ..data.procedural import ProceduralSource
-from ..data.stored import Source
+from ..data.stored import Source, Subset
 from ..data.torchvision_loader import plain_batches
 from ..evaluation.pictures.attention import class_attention_maps, draw_attention, summary_attention_maps
 from ..evaluation.probes.knn import knn_accuracy
+from ..evaluation.probes.labeled import LabeledImages
 from ..records import Clock, Crops, Views
 from ..report.run_folder import KNN_FILE, PICTURES_FOLDER, append_line, rewind
 from ..run import Run
@@ -25,27 +25,6 @@ from .precision import autocast
 
 NEIGHBORS = (10, 20)
 MOST_GALLERY, MOST_QUERIES, PICTURES, BATCH = 2048, 512, 4, 64
-
-
-@dataclass(frozen=True)
-class Subset:
-    """Some images of a source, as a source."""
-
-    source: Source
-    ids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.ids[index]))
-
-    def read(self, index: int) -> np.ndarray:
-        return self.source.read(int(self.ids[index]))
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.from_numpy(np.asarray(self.source.labels)[self.ids])
 
 
 class TeacherProbe:
@@ -91,7 +70,9 @@ class TeacherProbe:
         if self.labelled:
             gallery, queries = (self._features(teacher, part) for part in (self.gallery, self.queries))
             k = [count for count in NEIGHBORS if count <= len(gallery)] or [len(gallery)]
-            found = knn_accuracy(gallery, self.gallery.labels, queries, self.queries.labels, k)
+            found = knn_accuracy(
+                gallery, torch.from_numpy(self.gallery.labels), queries, torch.from_numpy(self.queries.labels), k
+            )
             accuracies = {f"k{count}": accuracy for count, accuracy in found.items()}
             if self.writes:
                 append_line(self.folder / KNN_FILE, {"step": clock.step, **accuracies})
@@ -142,11 +123,19 @@ class TeacherProbe:
         picture.save(self.pictures / f"{kind}-{step:07d}.png")
 
 
-def split(source: Source, seed: int) -> tuple[Subset, Subset]:
+def split(source: Source, seed: int) -> tuple[LabeledImages, LabeledImages]:
     """Gallery and queries."""
     if isinstance(source, ProceduralSource):
         unseen = ProceduralSource(MOST_QUERIES, source.size, seed=source.seed + 1)
-        return Subset(source, np.arange(min(len(source), MOST_GALLERY))), Subset(unseen, np.arange(MOST_QUERIES))
+        gallery = np.arange(min(len(source), MOST_GALLERY))
+        return labeled_part(source, gallery), labeled_part(unseen, np.arange(MOST_QUERIES))
     order = np.random.default_rng(seed).permutation(len(source))
     held_out = min(MOST_QUERIES, max(1, len(order) // 5))
-    return Subset(source, np.sort(order[held_out:][:MOST_GALLERY])), Subset(source, np.sort(order[:held_out]))
+    gallery, queries = np.sort(order[held_out:][:MOST_GALLERY]), np.sort(order[:held_out])
+    return labeled_part(source, gallery), labeled_part(source, queries)
+
+
+def labeled_part(source: Source, ids: np.ndarray) -> LabeledImages:
+    """Some images of a source, with their labels if it has any."""
+    labels = np.zeros(0, np.int64) if source.labels is None else np.asarray(source.labels)[ids]
+    return LabeledImages(source, ids, labels, source.classes)

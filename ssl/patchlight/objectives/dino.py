@@ -13,7 +13,7 @@ from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Side, SoftTarget, Views
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, local_crops_of
-from .targets import TeacherTemperature, build_target
+from .targets import build_target, temperature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,7 @@ class Dino(Objective):
     def __init__(self, options: DinoOptions | None = None) -> None:
         super().__init__()
         self.options = o = options or DinoOptions()
-        self.temperature = TeacherTemperature(
-            o.warmup_teacher_temperature, o.teacher_temperature, o.warmup_epochs, o.warmup_by
-        )
+        self.temperature = temperature_of(o)
         self.target = build_target(o.target, o.prototypes, o.center_momentum)
 
     def needs(self) -> Needs:
@@ -72,9 +70,7 @@ class Dino(Objective):
         return {"dino/cls": self.options.prototypes}
 
     def head(self, width: int) -> nn.Module:
-        o = self.options
-        prototypes = Prototypes(o.bottleneck, o.prototypes, o.train_norm)
-        return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, hidden_norm=o.hidden_norm)
+        return prototype_head(width, self.options)
 
     def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
         head, teacher_head = heads_of(self.name, student, teacher)
@@ -97,6 +93,19 @@ class Dino(Objective):
 
     def after_step(self, clock: Clock) -> None:
         self.target.after_step()
+
+
+def prototype_head(width: int, options: Any) -> ProjectionHead:
+    """The head of DINO and SelfPatch by the options' fields for it."""
+    prototypes = Prototypes(options.bottleneck, options.prototypes, options.train_norm)
+    return ProjectionHead(
+        width,
+        options.bottleneck,
+        options.hidden,
+        options.layers,
+        prototypes=prototypes,
+        hidden_norm=options.hidden_norm,
+    )
 
 
 def other_views(teacher_views: int, z_SRD: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Side, SoftTarget, Views
 from .dino import other_views
 from .interface import BuildContext, Masks, Needs, Objective, ObjectiveOptions, heads_of
-from .targets import TeacherTemperature, build_target
+from .targets import TeacherTemperature, build_target, temperature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,7 @@ class Ibot(Objective):
         super().__init__()
         self.masks = masks
         self.options = o = options or IbotOptions()
-        self.temperature = TeacherTemperature(
-            o.warmup_teacher_temperature, o.teacher_temperature, o.warmup_epochs, o.warmup_by
-        )
+        self.temperature = temperature_of(o)
         self.patch_temperature = TeacherTemperature(
             o.warmup_patch_teacher_temperature,
             o.patch_teacher_temperature,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +69,10 @@ class Moby(Objective):
         return Needs(global_crops=2, separate_views=True, batch_norm=True, batch_divides=self.options.queue)
 
     def head(self, width: int) -> nn.Module:
-        o = self.options
-        return ContrastHead(width, o.hidden, o.out, o.layers, bias=True, last_norm=False)
+        return moby_head(width, self.options.layers, self.options)
 
     def predictor(self, width: int) -> nn.Module:
-        o = self.options
-        return ContrastHead(o.out, o.hidden, o.out, o.predictor_layers, bias=True, last_norm=False)
+        return moby_head(self.options.out, self.options.predictor_layers, self.options)
 
     def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
         queries, keys = queries_and_keys(self.name, student, teacher)
@@ -110,3 +109,8 @@ class Moby(Objective):
         self.queue.index_copy_(1, place, torch.where(is_new, self.new_keys, self.queue[:, place]))
         self.oldest.copy_((self.oldest + self.new_count) % self.options.queue)
         self.new_count.zero_()
+
+
+def moby_head(width: int, layers: int, options: Any) -> ContrastHead:
+    """MoBY's projection or prediction, also for SelfPatch beside it: with biases, no norm at the end."""
+    return ContrastHead(width, options.hidden, options.out, layers, bias=True, last_norm=False)

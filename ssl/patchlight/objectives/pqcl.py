@@ -17,7 +17,7 @@ from .dino import DinoOptions
 from .geometry import ANCHORS, relative_positions
 from .ibot import IbotOptions
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of
-from .targets import TeacherTemperature, build_target
+from .targets import build_target, temperature_of
 
 HEADS = ("shared", "semi", "vanilla")
 QUERY_KEYS = ("all", "crop", "raw")
@@ -70,9 +70,7 @@ class Pqcl(Objective):
         o, self.prototypes = self.options, host.prototypes  # as many as the host has for patches
         if isinstance(host, IbotOptions) and host.patch_prototypes:
             self.prototypes = host.patch_prototypes
-        self.temperature = TeacherTemperature(
-            o.warmup_teacher_temperature, o.teacher_temperature, o.warmup_epochs, o.warmup_by
-        )
+        self.temperature = temperature_of(o)
         self.target = build_target(o.target, self.prototypes, o.center_momentum)
 
     def needs(self) -> Needs:

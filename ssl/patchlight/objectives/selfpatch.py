@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice
-from ..heads.projection import ProjectionHead
-from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Features, NeighborRule, Side, SoftTarget, Views
+from .dino import prototype_head
 from .interface import (
     BuildContext,
     Needs,
@@ -21,7 +20,7 @@ from .interface import (
     local_crops_of,
     neighbors_of,
 )
-from .targets import TeacherTemperature, build_target
+from .targets import build_target, temperature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +74,7 @@ class SelfPatch(Objective):
     def __init__(self, options: SelfPatchOptions | None = None) -> None:
         super().__init__()
         self.options = o = options or SelfPatchOptions()
-        self.temperature = TeacherTemperature(
-            o.warmup_teacher_temperature, o.teacher_temperature, o.warmup_epochs, o.warmup_by
-        )
+        self.temperature = temperature_of(o)
         self.target = build_target(o.target, o.prototypes, o.center_momentum)
 
     def needs(self) -> Needs:
@@ -89,9 +86,7 @@ class SelfPatch(Objective):
         return {"selfpatch/patch": self.options.prototypes}
 
     def head(self, width: int) -> nn.Module:
-        o = self.options
-        prototypes = Prototypes(o.bottleneck, o.prototypes, o.train_norm)
-        return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, hidden_norm=o.hidden_norm)
+        return prototype_head(width, self.options)
 
     def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
         head, teacher_head = heads_of(self.name, student, teacher)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_positive
-from ..heads.contrast import ContrastHead
 from ..records import Clock, Cues, Features, NeighborRule, Side, Views
 from .contrast import cross_entropy, gather_rows, unit_rows
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, neighbors_of, predictor_of
+from .moby import moby_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,10 @@ class SelfPatchContrast(Objective):
         return Needs(neighbors=rule, summary=summary, separate_views=True, batch_norm=True)
 
     def head(self, width: int) -> nn.Module:
-        o = self.options
-        return ContrastHead(width, o.hidden, o.out, o.layers, bias=True, last_norm=False)
+        return moby_head(width, self.options.layers, self.options)
 
     def predictor(self, width: int) -> nn.Module:
-        o = self.options
-        return ContrastHead(o.out, o.hidden, o.out, o.predictor_layers, bias=True, last_norm=False)
+        return moby_head(self.options.out, self.options.predictor_layers, self.options)
 
     def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
         head, teacher_head = heads_of(self.name, student, teacher)

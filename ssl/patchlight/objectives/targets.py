@@ -7,6 +7,7 @@ count and returns that bias; `after_step` updates its state, once per optimizer 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,12 @@ class TeacherTemperature:
             return self.final
         now = max(now, 0)
         return self.warmup + (self.final - self.warmup) * now / max(length - 1, 1)
+
+
+def temperature_of(options: Any) -> TeacherTemperature:
+    """The teacher's temperature by the options' four fields for it."""
+    warmup, final = options.warmup_teacher_temperature, options.teacher_temperature
+    return TeacherTemperature(warmup, final, options.warmup_epochs, options.warmup_by)
 
 
 class Center(nn.Module):

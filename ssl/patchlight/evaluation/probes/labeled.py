@@ -10,28 +10,18 @@ import numpy as np
 from ...checks import sentence
 from ...data.procedural import ProceduralSource
 from ...data.sources import FileList, Files, ImageFolder
-from ..images import PROCEDURAL, Images
+from ...data.stored import Images, Subset
+from ..images import PROCEDURAL
 
 _IMAGENET = (1000, 50_000)  # classes, images of its validation set
 
 
 @dataclass(frozen=True)
-class LabeledImages:
+class LabeledImages(Subset):
     """Some images of a source with their classes."""
 
-    source: Images
-    ids: np.ndarray
     labels: np.ndarray  # [n] int64
     classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.ids[index]))
-
-    def read(self, index: int) -> np.ndarray:
-        return self.source.read(int(self.ids[index]))
 
 
 @dataclass(frozen=True)
