@@ -64,9 +64,9 @@ class Kernel(NamedTuple):
     """All that reaches the machine code, but for the architecture."""
 
     jit: JITFunction
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    divisible: tuple[int, ...]  # places of the arguments that are multiples of 16
+    signature: tuple[tuple[str, object], ...]  # a type for each argument, a tuple of them for a tuple
+    constants: tuple[tuple[object, object], ...]
+    divisible: tuple[tuple[int, ...], ...]  # places of the arguments that are multiples of 16
     config: triton.Config
 
 
@@ -74,23 +74,28 @@ def kernel_of(jit: JITFunction, bound: dict, config: triton.Config) -> Kernel:
     """What Triton would compile for these arguments."""
     constexpr = {p.name for p in jit.params if p.is_constexpr}
     values = {**{name: value for name, value in bound.items() if name in constexpr}, **config.kwargs}
-    signature, divisible = {}, []
-    for position, name in enumerate(jit.arg_names):
-        value = bound.get(name)
-        if name in values or value is None:
-            signature[name] = "constexpr"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            divisible.append(position)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1:
-            signature[name], values[name] = "constexpr", 1
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible.append(position)
-    return Kernel(jit, tuple(signature.items()), tuple(values.items()), tuple(divisible), config)
+    divisible = []
+
+    def type_of(value, place):
+        if isinstance(value, tuple):
+            return tuple(type_of(item, (*place, i)) for i, item in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            divisible.append(place)
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or value == 1:
+            values[place] = value
+            return "constexpr"
+        if value % 16 == 0:
+            divisible.append(place)
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    types = [
+        (name, "constexpr" if name in values else type_of(bound.get(name), (position,)))
+        for position, name in enumerate(jit.arg_names)
+    ]
+    return Kernel(jit, tuple(types), tuple(values.items()), tuple(divisible), config)
 
 
 def needs(kernel: Kernel, arch: int) -> dict:
@@ -108,7 +113,7 @@ def needs(kernel: Kernel, arch: int) -> dict:
 
 def compile_kernel(kernel: Kernel, arch: int) -> dict:
     """Machine code for one architecture, and its registers, stack and shared memory."""
-    attributes = {(position,): [["tt.divisibility", 16]] for position in kernel.divisible}
+    attributes = {place: [["tt.divisibility", 16]] for place in kernel.divisible}
     source = ASTSource(
         fn=kernel.jit, signature=dict(kernel.signature), constexprs=dict(kernel.constants), attrs=attributes
     )

@@ -1,25 +1,26 @@
-"""Triton kernels of class_attention. Two ways to read patches, few by index or all in a stream, and for the backward two
-directions: states gather from patches, then patches gather from the states that read them.
+"""Triton kernels of class_attention. States read a few patches by index, or all of them; the backward runs in two steps:
+first each state gathers from the patches that it reads, then each patch gathers from the states that read it.
 
-The second direction needs what the first one found: each weight, and the gradient by that weight. They pass through
-memory as fp32 [M, Q, H, K], a tenth of the traffic of the rows, and spare every product a second time.
+The second step needs each weight of the first one, and the gradient by that weight. They pass through memory as fp32
+[M, Q, H, K], a tenth of the traffic of the rows, so that no product is computed twice.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import hardware
+from ...triton_functions import append, store
 from ...tuning import autotune
 from .reference import accumulator, scale_of, state_shape
 
-_INTERPRETED = tl.constexpr(hardware.triton_interpreted())
 KEY = ["HEADS", "WIDTH"]
 
-# A block of states, and the neighbors whose loads are in flight together.
+# A block of states, and the neighbors that are loaded at the same time.
 INDEX_CONFIGS = [
     triton.Config({"BLOCK_Q": 32, "TOGETHER": 4}, num_warps=4),
     triton.Config({"BLOCK_Q": 16, "TOGETHER": 4}, num_warps=2),
@@ -41,37 +42,59 @@ PATCH_CONFIGS = [
 
 
 @triton.jit
-def _load_rows(x_ptr, offsets, offs_e, mask):
-    """Rows [BLOCK, BLOCK_E] in fp32, zeros where masked."""
-    return tl.load(x_ptr + offsets[:, None] + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
+def _block(count, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's image and head, and the numbers of its BLOCK out of `count` states or patches."""
+    blocks = tl.cdiv(count, BLOCK)
+    head = (tl.program_id(0) // blocks) % HEADS
+    image = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
+    return image, head, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
-def _store(ptr, x, mask):
-    """Stores fp32 values in the tensor's dtype. The interpreter would cut bf16 off, so there it is rounded by hand."""
-    if _INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
+def _state(states, HEADS: tl.constexpr):
+    """The program's image, head and state."""
+    head = tl.program_id(0) % HEADS
+    state = ((tl.program_id(0) // HEADS) % states).to(tl.int64)
+    return (tl.program_id(0) // (HEADS * states)).to(tl.int64), head, state
+
+
+@triton.jit
+def _starts(pointers, strides, image, head, state):
+    """Where the rows of one head begin, from `state` on, in each tensor. A stride is 0 where a size of 1 stands for all."""
+    starts = ()
+    for i in tl.static_range(len(pointers)):
+        offset = image * strides[i][0] + state * strides[i][1] + head * strides[i][2]
+        starts = append(starts, pointers[i] + offset)
+    return starts
+
+
+@triton.jit
+def _load_row(ptr, offs_e, mask_e):
+    """One row in fp32, zeros where masked."""
+    return tl.load(ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_rows(ptr, offsets, offs_e, mask):
+    """Rows [BLOCK, BLOCK_E] in fp32, zeros where masked."""
+    return tl.load(ptr + offsets[:, None] + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_indices(index_ptr, patches, mask_q):
+    """The patch that each state reads, and whether it exists."""
+    patch = tl.load(index_ptr, mask=mask_q, other=-1).to(tl.int64)
+    return patch, (patch >= 0) & (patch < patches)
 
 
 @autotune(INDEX_CONFIGS, key=[*KEY, "K"])
 @triton.jit
 def _index_fwd_kernel(
-    q_ptr,  # [M or 1, Q or 1, HEADS, WIDTH]; a stride is 0 where a size of 1 stands for all
-    k_self_ptr,
-    v_self_ptr,
-    k_ptr,  # [M, N, HEADS, WIDTH]
-    v_ptr,
+    read,  # q, k_self, v_self: [M or 1, Q or 1, HEADS, WIDTH]; k, v: [M, N, HEADS, WIDTH]
     index_ptr,  # [M, Q, K] int32
-    out_ptr,  # [M, Q, HEADS, WIDTH]
-    lse_ptr,  # [M, Q, HEADS] fp32
-    q_stride_m, q_stride_q, q_stride_h,
-    k_self_stride_m, k_self_stride_q, k_self_stride_h,
-    v_self_stride_m, v_self_stride_q, v_self_stride_h,
-    k_stride_m, k_stride_n, k_stride_h,
-    v_stride_m, v_stride_n, v_stride_h,
+    out_ptr,  # out: [M, Q, HEADS, WIDTH]
+    lse_ptr,  # out: [M, Q, HEADS] fp32
+    strides,  # of image, state or patch, and head, for each tensor of `read`
     states,
     patches,
     scale,
@@ -81,37 +104,29 @@ def _index_fwd_kernel(
     K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     TOGETHER: tl.constexpr,
-):  # fmt: skip
+):
     """BLOCK_Q states of one head: the softmax runs along the neighbors, keys and values of each loaded once."""
-    blocks = tl.cdiv(states, BLOCK_Q)
-    head = (tl.program_id(0) // blocks) % HEADS
-    image = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
-    offs_q = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_strides, k_self_strides, v_self_strides, k_strides, v_strides = strides
+    image, head, offs_q = _block(states, HEADS, BLOCK_Q)
     mask_q = offs_q < states
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
     mask = mask_q[:, None] & mask_e[None, :]
     offs_q = offs_q.to(tl.int64)
-    q_ptr += image * q_stride_m + head * q_stride_h
-    k_self_ptr += image * k_self_stride_m + head * k_self_stride_h
-    v_self_ptr += image * v_self_stride_m + head * v_self_stride_h
-    k_ptr += image * k_stride_m + head * k_stride_h
-    v_ptr += image * v_stride_m + head * v_stride_h
+    q_ptr, k_self_ptr, v_self_ptr, k_ptr, v_ptr = _starts(read, strides, image, head, 0)
     index_ptr += (image * states + offs_q) * K
 
-    q = _load_rows(q_ptr, offs_q * q_stride_q, offs_e, mask)
-    k = _load_rows(k_self_ptr, offs_q * k_self_stride_q, offs_e, mask)
-    acc = _load_rows(v_self_ptr, offs_q * v_self_stride_q, offs_e, mask)
-
-    top = tl.sum(q * k, axis=1) * scale  # the own key counts 1 from the start
+    q = _load_rows(q_ptr, offs_q * q_strides[1], offs_e, mask)
+    k = _load_rows(k_self_ptr, offs_q * k_self_strides[1], offs_e, mask)
+    acc = _load_rows(v_self_ptr, offs_q * v_self_strides[1], offs_e, mask)
+    top = tl.sum(q * k, axis=1) * scale  # a state's own key has weight 1 at the start
     total = tl.full((BLOCK_Q,), 1.0, tl.float32)
     for s in tl.range(0, K, loop_unroll_factor=TOGETHER):
-        patch = tl.load(index_ptr + s, mask=mask_q, other=-1).to(tl.int64)
-        there = (patch >= 0) & (patch < patches)
-        mask_k = there[:, None] & mask_e[None, :]
-        k = _load_rows(k_ptr, patch * k_stride_n, offs_e, mask_k)
-        v = _load_rows(v_ptr, patch * v_stride_n, offs_e, mask_k)
-        score = tl.where(there, tl.sum(q * k, axis=1) * scale, -float("inf"))
+        patch, exists = _load_indices(index_ptr + s, patches, mask_q)
+        mask_k = exists[:, None] & mask_e[None, :]
+        k = _load_rows(k_ptr, patch * k_strides[1], offs_e, mask_k)
+        v = _load_rows(v_ptr, patch * v_strides[1], offs_e, mask_k)
+        score = tl.where(exists, tl.sum(q * k, axis=1) * scale, -float("inf"))
         new_top = tl.maximum(top, score)
         shrink = tl.exp(top - new_top)
         weight = tl.exp(score - new_top)
@@ -121,25 +136,17 @@ def _index_fwd_kernel(
 
     row = (image * states + offs_q) * HEADS + head
     out = acc / total[:, None]
-    _store(out_ptr + row[:, None] * WIDTH + offs_e[None, :], out, mask)
+    store(out_ptr + row[:, None] * WIDTH + offs_e[None, :], out, mask)
     tl.store(lse_ptr + row, top + tl.log(total), mask=mask_q)
 
 
 @autotune(ALL_CONFIGS, key=[*KEY, "PATCHES"])
 @triton.jit
 def _all_fwd_kernel(
-    q_ptr,  # [M or 1, Q or 1, HEADS, WIDTH]; a stride is 0 where a size of 1 stands for all
-    k_self_ptr,
-    v_self_ptr,
-    k_ptr,  # [M, PATCHES, HEADS, WIDTH]
-    v_ptr,
-    out_ptr,  # [M, Q, HEADS, WIDTH]
-    lse_ptr,  # [M, Q, HEADS] fp32
-    q_stride_m, q_stride_q, q_stride_h,
-    k_self_stride_m, k_self_stride_q, k_self_stride_h,
-    v_self_stride_m, v_self_stride_q, v_self_stride_h,
-    k_stride_m, k_stride_n, k_stride_h,
-    v_stride_m, v_stride_n, v_stride_h,
+    read,  # as above, N = PATCHES
+    out_ptr,
+    lse_ptr,
+    strides,
     states,
     scale,
     HEADS: tl.constexpr,
@@ -147,30 +154,26 @@ def _all_fwd_kernel(
     BLOCK_E: tl.constexpr,
     PATCHES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """One state of one head against all patches, BLOCK_N at a time."""
-    head = tl.program_id(0) % HEADS
-    state = ((tl.program_id(0) // HEADS) % states).to(tl.int64)
-    image = (tl.program_id(0) // (HEADS * states)).to(tl.int64)
+    k_strides, v_strides = strides[3:]
+    image, head, state = _state(states, HEADS)
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
-    q_ptr += image * q_stride_m + state * q_stride_q + head * q_stride_h
-    k_self_ptr += image * k_self_stride_m + state * k_self_stride_q + head * k_self_stride_h
-    v_self_ptr += image * v_self_stride_m + state * v_self_stride_q + head * v_self_stride_h
-    k_ptr += image * k_stride_m + head * k_stride_h
-    v_ptr += image * v_stride_m + head * v_stride_h
+    q_ptr, k_self_ptr, v_self_ptr = _starts(read[:3], strides[:3], image, head, state)
+    k_ptr, v_ptr = _starts(read[3:], strides[3:], image, head, 0)
 
-    q = tl.load(q_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
-    k_self = tl.load(k_self_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
-    acc = tl.load(v_self_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+    q = _load_row(q_ptr, offs_e, mask_e)
+    k_self = _load_row(k_self_ptr, offs_e, mask_e)
+    acc = _load_row(v_self_ptr, offs_e, mask_e)
     top = tl.sum(q * k_self, axis=0) * scale
     total = 1.0
     for first in range(0, PATCHES, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < PATCHES
         mask = mask_n[:, None] & mask_e[None, :]
-        k = _load_rows(k_ptr, offs_n.to(tl.int64) * k_stride_n, offs_e, mask)
-        v = _load_rows(v_ptr, offs_n.to(tl.int64) * v_stride_n, offs_e, mask)
+        k = _load_rows(k_ptr, offs_n.to(tl.int64) * k_strides[1], offs_e, mask)
+        v = _load_rows(v_ptr, offs_n.to(tl.int64) * v_strides[1], offs_e, mask)
         score = tl.where(mask_n, tl.sum(q[None, :] * k, axis=1) * scale, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, axis=0))
         shrink = tl.exp(top - new_top)
@@ -180,33 +183,23 @@ def _all_fwd_kernel(
         top = new_top
 
     row = (image * states + state) * HEADS + head
-    _store(out_ptr + row * WIDTH + offs_e, acc / total, mask_e)
+    store(out_ptr + row * WIDTH + offs_e, acc / total, mask_e)
     tl.store(lse_ptr + row, top + tl.log(total))
 
 
 @autotune(INDEX_CONFIGS, key=[*KEY, "K"])
 @triton.jit
 def _index_states_bwd_kernel(
-    grad_ptr,  # [M, Q, HEADS, WIDTH]
-    q_ptr,  # [M or 1, Q or 1, HEADS, WIDTH]
-    k_self_ptr,
-    v_self_ptr,
-    k_ptr,  # [M, N, HEADS, WIDTH]
-    v_ptr,
+    read,  # grad: [M, Q, HEADS, WIDTH]; q, k_self, v_self: [M or 1, Q or 1, HEADS, WIDTH]; k, v: [M, N, HEADS, WIDTH]
     index_ptr,  # [M, Q, K] int32
     lse_ptr,  # [M, Q, HEADS] fp32
-    dq_ptr,  # [M, Q, HEADS, WIDTH]
+    dq_ptr,  # out: [M, Q, HEADS, WIDTH]
     dk_self_ptr,
     dv_self_ptr,
-    weight_ptr,  # [M, Q, HEADS, K] fp32
+    weight_ptr,  # out: [M, Q, HEADS, K] fp32
     d_weight_ptr,
-    mean_ptr,  # [M, Q, HEADS] fp32, the mean of d_weight
-    grad_stride_m, grad_stride_q, grad_stride_h,
-    q_stride_m, q_stride_q, q_stride_h,
-    k_self_stride_m, k_self_stride_q, k_self_stride_h,
-    v_self_stride_m, v_self_stride_q, v_self_stride_h,
-    k_stride_m, k_stride_n, k_stride_h,
-    v_stride_m, v_stride_n, v_stride_h,
+    mean_ptr,  # out: [M, Q, HEADS] fp32, the mean of d_weight
+    strides,  # of image, state or patch, and head, for each tensor of `read`
     states,
     patches,
     scale,
@@ -216,44 +209,35 @@ def _index_states_bwd_kernel(
     K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     TOGETHER: tl.constexpr,
-):  # fmt: skip
+):
     """BLOCK_Q states of one head. dq = sum w (dw - mean) k is kept as two sums, as the mean is known at the end only."""
-    blocks = tl.cdiv(states, BLOCK_Q)
-    head = (tl.program_id(0) // blocks) % HEADS
-    image = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
-    offs_q = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    grad_strides, q_strides, k_self_strides, v_self_strides, k_strides, v_strides = strides
+    image, head, offs_q = _block(states, HEADS, BLOCK_Q)
     mask_q = offs_q < states
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
     mask = mask_q[:, None] & mask_e[None, :]
     offs_q = offs_q.to(tl.int64)
     row = (image * states + offs_q) * HEADS + head
-    grad_ptr += image * grad_stride_m + head * grad_stride_h
-    q_ptr += image * q_stride_m + head * q_stride_h
-    k_self_ptr += image * k_self_stride_m + head * k_self_stride_h
-    v_self_ptr += image * v_self_stride_m + head * v_self_stride_h
-    k_ptr += image * k_stride_m + head * k_stride_h
-    v_ptr += image * v_stride_m + head * v_stride_h
+    grad_ptr, q_ptr, k_self_ptr, v_self_ptr, k_ptr, v_ptr = _starts(read, strides, image, head, 0)
     index_ptr += (image * states + offs_q) * K
 
-    grad = _load_rows(grad_ptr, offs_q * grad_stride_q, offs_e, mask)
-    q = _load_rows(q_ptr, offs_q * q_stride_q, offs_e, mask)
-    k = _load_rows(k_self_ptr, offs_q * k_self_stride_q, offs_e, mask)
-    v = _load_rows(v_self_ptr, offs_q * v_self_stride_q, offs_e, mask)
+    grad = _load_rows(grad_ptr, offs_q * grad_strides[1], offs_e, mask)
+    q = _load_rows(q_ptr, offs_q * q_strides[1], offs_e, mask)
+    k = _load_rows(k_self_ptr, offs_q * k_self_strides[1], offs_e, mask)
+    v = _load_rows(v_self_ptr, offs_q * v_self_strides[1], offs_e, mask)
     lse = tl.load(lse_ptr + row, mask=mask_q, other=0.0)
-
     own_weight = tl.exp(tl.sum(q * k, axis=1) * scale - lse)
     own_d_weight = tl.sum(grad * v, axis=1)
     mean = own_weight * own_d_weight
     weighted_k = own_weight[:, None] * k
     d_weighted_k = mean[:, None] * k
     for s in tl.range(0, K, loop_unroll_factor=TOGETHER):
-        patch = tl.load(index_ptr + s, mask=mask_q, other=-1).to(tl.int64)
-        there = (patch >= 0) & (patch < patches)
-        mask_k = there[:, None] & mask_e[None, :]
-        k = _load_rows(k_ptr, patch * k_stride_n, offs_e, mask_k)
-        v = _load_rows(v_ptr, patch * v_stride_n, offs_e, mask_k)
-        weight = tl.where(there, tl.exp(tl.sum(q * k, axis=1) * scale - lse), 0.0)
+        patch, exists = _load_indices(index_ptr + s, patches, mask_q)
+        mask_k = exists[:, None] & mask_e[None, :]
+        k = _load_rows(k_ptr, patch * k_strides[1], offs_e, mask_k)
+        v = _load_rows(v_ptr, patch * v_strides[1], offs_e, mask_k)
+        weight = tl.where(exists, tl.exp(tl.sum(q * k, axis=1) * scale - lse), 0.0)
         d_weight = tl.sum(grad * v, axis=1)
         product = weight * d_weight
         mean += product
@@ -266,34 +250,24 @@ def _index_states_bwd_kernel(
     dk_self = (own_weight * (own_d_weight - mean) * scale)[:, None] * q
     dv_self = own_weight[:, None] * grad
     at = row[:, None] * WIDTH + offs_e[None, :]
-    _store(dq_ptr + at, dq, mask)
-    _store(dk_self_ptr + at, dk_self, mask)
-    _store(dv_self_ptr + at, dv_self, mask)
+    store(dq_ptr + at, dq, mask)
+    store(dk_self_ptr + at, dk_self, mask)
+    store(dv_self_ptr + at, dv_self, mask)
     tl.store(mean_ptr + row, mean, mask=mask_q)
 
 
 @autotune(ALL_CONFIGS, key=[*KEY, "PATCHES"])
 @triton.jit
 def _all_states_bwd_kernel(
-    grad_ptr,  # [M, Q, HEADS, WIDTH]
-    q_ptr,  # [M or 1, Q or 1, HEADS, WIDTH]
-    k_self_ptr,
-    v_self_ptr,
-    k_ptr,  # [M, PATCHES, HEADS, WIDTH]
-    v_ptr,
-    lse_ptr,  # [M, Q, HEADS] fp32
-    dq_ptr,  # [M, Q, HEADS, WIDTH]
+    read,  # as above, N = K = PATCHES
+    lse_ptr,
+    dq_ptr,
     dk_self_ptr,
     dv_self_ptr,
-    weight_ptr,  # [M, Q, HEADS, PATCHES] fp32
+    weight_ptr,
     d_weight_ptr,
-    mean_ptr,  # [M, Q, HEADS] fp32
-    grad_stride_m, grad_stride_q, grad_stride_h,
-    q_stride_m, q_stride_q, q_stride_h,
-    k_self_stride_m, k_self_stride_q, k_self_stride_h,
-    v_self_stride_m, v_self_stride_q, v_self_stride_h,
-    k_stride_m, k_stride_n, k_stride_h,
-    v_stride_m, v_stride_n, v_stride_h,
+    mean_ptr,
+    strides,
     states,
     scale,
     HEADS: tl.constexpr,
@@ -301,25 +275,20 @@ def _all_states_bwd_kernel(
     BLOCK_E: tl.constexpr,
     PATCHES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """One state of one head, as above with all patches for neighbors."""
-    head = tl.program_id(0) % HEADS
-    state = ((tl.program_id(0) // HEADS) % states).to(tl.int64)
-    image = (tl.program_id(0) // (HEADS * states)).to(tl.int64)
+    k_strides, v_strides = strides[4:]
+    image, head, state = _state(states, HEADS)
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
     row = (image * states + state) * HEADS + head
-    grad_ptr += image * grad_stride_m + state * grad_stride_q + head * grad_stride_h
-    q_ptr += image * q_stride_m + state * q_stride_q + head * q_stride_h
-    k_self_ptr += image * k_self_stride_m + state * k_self_stride_q + head * k_self_stride_h
-    v_self_ptr += image * v_self_stride_m + state * v_self_stride_q + head * v_self_stride_h
-    k_ptr += image * k_stride_m + head * k_stride_h
-    v_ptr += image * v_stride_m + head * v_stride_h
+    grad_ptr, q_ptr, k_self_ptr, v_self_ptr = _starts(read[:4], strides[:4], image, head, state)
+    k_ptr, v_ptr = _starts(read[4:], strides[4:], image, head, 0)
 
-    grad = tl.load(grad_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
-    q = tl.load(q_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
-    k_self = tl.load(k_self_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
-    v_self = tl.load(v_self_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+    grad = _load_row(grad_ptr, offs_e, mask_e)
+    q = _load_row(q_ptr, offs_e, mask_e)
+    k_self = _load_row(k_self_ptr, offs_e, mask_e)
+    v_self = _load_row(v_self_ptr, offs_e, mask_e)
     lse = tl.load(lse_ptr + row)
     own_weight = tl.exp(tl.sum(q * k_self, axis=0) * scale - lse)
     own_d_weight = tl.sum(grad * v_self, axis=0)
@@ -330,8 +299,8 @@ def _all_states_bwd_kernel(
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < PATCHES
         mask = mask_n[:, None] & mask_e[None, :]
-        k = _load_rows(k_ptr, offs_n.to(tl.int64) * k_stride_n, offs_e, mask)
-        v = _load_rows(v_ptr, offs_n.to(tl.int64) * v_stride_n, offs_e, mask)
+        k = _load_rows(k_ptr, offs_n.to(tl.int64) * k_strides[1], offs_e, mask)
+        v = _load_rows(v_ptr, offs_n.to(tl.int64) * v_strides[1], offs_e, mask)
         weight = tl.where(mask_n, tl.exp(tl.sum(q[None, :] * k, axis=1) * scale - lse), 0.0)
         d_weight = tl.sum(grad[None, :] * v, axis=1)
         product = weight * d_weight
@@ -345,26 +314,24 @@ def _all_states_bwd_kernel(
     dk_self = own_weight * (own_d_weight - mean) * scale * q
     dv_self = own_weight * grad
     at = row * WIDTH + offs_e
-    _store(dq_ptr + at, dq, mask_e)
-    _store(dk_self_ptr + at, dk_self, mask_e)
-    _store(dv_self_ptr + at, dv_self, mask_e)
+    store(dq_ptr + at, dq, mask_e)
+    store(dk_self_ptr + at, dk_self, mask_e)
+    store(dv_self_ptr + at, dv_self, mask_e)
     tl.store(mean_ptr + row, mean)
 
 
 @autotune(PATCH_CONFIGS, key=[*KEY, "K", "HAS_INDEX"])
 @triton.jit
 def _patches_bwd_kernel(
-    grad_ptr,  # [M, Q, HEADS, WIDTH]
-    q_ptr,  # [M or 1, Q or 1, HEADS, WIDTH]
+    read,  # grad: [M, Q, HEADS, WIDTH]; q: [M or 1, Q or 1, HEADS, WIDTH]
     weight_ptr,  # [M, Q, HEADS, K] fp32
     d_weight_ptr,
     mean_ptr,  # [M, Q, HEADS] fp32
     slot_ptr,  # [M, Q * K] int64: the slots of an image ordered by the patch they hold, if HAS_INDEX
     begin_ptr,  # [M, N + 1] int32: where each patch's slots begin, if HAS_INDEX
-    dk_ptr,  # [M, N, HEADS, WIDTH]
+    dk_ptr,  # out: [M, N, HEADS, WIDTH]
     dv_ptr,
-    grad_stride_m, grad_stride_q, grad_stride_h,
-    q_stride_m, q_stride_q, q_stride_h,
+    strides,  # of image, state and head, for each tensor of `read`
     states,
     patches,
     scale,
@@ -374,17 +341,14 @@ def _patches_bwd_kernel(
     K: tl.constexpr,  # N without an index
     HAS_INDEX: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """BLOCK_N patches of one head gather from the states that read them, in the order of the states."""
-    blocks = tl.cdiv(patches, BLOCK_N)
-    head = (tl.program_id(0) // blocks) % HEADS
-    image = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
-    offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    grad_strides, q_strides = strides
+    image, head, offs_n = _block(patches, HEADS, BLOCK_N)
     mask_n = offs_n < patches
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
-    grad_ptr += image * grad_stride_m + head * grad_stride_h
-    q_ptr += image * q_stride_m + head * q_stride_h
+    grad_ptr, q_ptr = _starts(read, strides, image, head, 0)
     first_row = image * states * HEADS + head
 
     if HAS_INDEX:
@@ -413,25 +377,30 @@ def _patches_bwd_kernel(
         weight = tl.load(weight_ptr + row * K + column, mask=reads, other=0.0)
         d_weight = tl.load(d_weight_ptr + row * K + column, mask=reads, other=0.0)
         mean = tl.load(mean_ptr + row, mask=reads, other=0.0)
-        q = _load_rows(q_ptr, state * q_stride_q, offs_e, mask)
-        grad = _load_rows(grad_ptr, state * grad_stride_q, offs_e, mask)
+        q = _load_rows(q_ptr, state * q_strides[1], offs_e, mask)
+        grad = _load_rows(grad_ptr, state * grad_strides[1], offs_e, mask)
         dk += (weight * (d_weight - mean) * scale)[:, None] * q
         dv += weight[:, None] * grad
         r += 1
 
     at = ((image * patches + offs_n) * HEADS + head)[:, None] * WIDTH + offs_e[None, :]
     mask = mask_n[:, None] & mask_e[None, :]
-    _store(dk_ptr + at, dk, mask)
-    _store(dv_ptr + at, dv, mask)
+    store(dk_ptr + at, dk, mask)
+    store(dv_ptr + at, dv, mask)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     """Outer strides of [rows, rows, heads, width] tensors, 0 where a size of 1 stands for all."""
-    return [0 if x.shape[dim] == 1 else x.stride(dim) for x in tensors for dim in (0, 1, 2)]
+    return tuple(tuple(0 if x.shape[dim] == 1 else x.stride(dim) for dim in (0, 1, 2)) for x in tensors)
 
 
 def _constants(shape: tuple[int, ...]) -> dict[str, int]:
     return {"HEADS": shape[2], "WIDTH": shape[3], "BLOCK_E": max(2, triton.next_power_of_2(shape[3]))}
+
+
+def _grid(shape: tuple[int, ...], rows: int, block: str) -> Callable[[dict[str, int]], tuple[int]]:
+    """Blocks of the rows, for every head of every image."""
+    return lambda sizes: (shape[0] * shape[2] * triton.cdiv(rows, sizes[block]),)
 
 
 def class_attention_fwd(
@@ -439,37 +408,23 @@ def class_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Raw arguments as `patchlight::class_attention_fwd`."""
     shape = images, states, heads, width = state_shape(q, k_self, v_self, k_patches, index)
-    patches = k_patches.shape[1]
-    out = q.new_empty(shape)
-    lse = q.new_empty(shape[:-1], dtype=accumulator(q.dtype))
+    patches, scale = k_patches.shape[1], scale_of(width)
+    out, lse = q.new_empty(shape), q.new_empty(shape[:-1], dtype=accumulator(q.dtype))
     read = (q, k_self, v_self, k_patches, v_patches)
-    strides, scale = _strides(*read), scale_of(width)
     if index is None:
         _all_fwd_kernel[(images * states * heads,)](
-            *read, out, lse, *strides, states, scale, **_constants(shape), PATCHES=patches
+            read, out, lse, _strides(*read), states, scale, **_constants(shape), PATCHES=patches
         )
-        return out, lse
-
-    def grid(meta):
-        return (images * heads * triton.cdiv(states, meta["BLOCK_Q"]),)
-
-    _index_fwd_kernel[grid](
-        *read, index, out, lse, *strides, states, patches, scale, **_constants(shape), K=index.shape[2]
-    )
+    else:
+        _index_fwd_kernel[_grid(shape, states, "BLOCK_Q")](
+            read, index, out, lse, _strides(*read), states, patches, scale, **_constants(shape), K=index.shape[2]
+        )
     return out, lse
 
 
-def class_attention_bwd(
-    grad: Tensor,
-    q: Tensor,
-    k_self: Tensor,
-    v_self: Tensor,
-    k_patches: Tensor,
-    v_patches: Tensor,
-    index: Tensor | None,
-    lse: Tensor,
-) -> tuple[Tensor, ...]:
+def class_attention_bwd(grad: Tensor, *raw) -> tuple[Tensor, ...]:
     """Gradients of the five tensors; those of q, k_self, v_self for every state, in fp32 where they are still to be summed."""
+    q, k_self, v_self, k_patches, v_patches, index, lse = raw
     shape = images, states, heads, width = state_shape(q, k_self, v_self, k_patches, index)
     patches = k_patches.shape[1]
     own = [x.new_empty(shape, dtype=x.dtype if x.shape == shape else accumulator(x.dtype)) for x in (q, k_self, v_self)]
@@ -482,34 +437,26 @@ def class_attention_bwd(
     strides, scale, constants = _strides(*read), scale_of(width), _constants(shape)
 
     if index is None:
-        by_patch = begin = mean  # not looked at
+        by_patch = begin = mean  # not read
         _all_states_bwd_kernel[(images * states * heads,)](
-            *read, lse, *written, *strides, states, scale, **constants, PATCHES=patches
+            read, lse, *written, strides, states, scale, **constants, PATCHES=patches
         )
     else:
-        by_patch, begin = _inverse(index, patches)
-
-        def grid_of_states(meta):
-            return (images * heads * triton.cdiv(states, meta["BLOCK_Q"]),)
-
-        _index_states_bwd_kernel[grid_of_states](
-            *read, index, lse, *written, *strides, states, patches, scale, **constants, K=slots
-        )  # fmt: skip
-
-    def grid_of_patches(meta):
-        return (images * heads * triton.cdiv(patches, meta["BLOCK_N"]),)
-
-    gathered = (grad, q, weight, d_weight, mean, by_patch, begin, dk, dv)
-    _patches_bwd_kernel[grid_of_patches](
-        *gathered, *_strides(grad, q), states, patches, scale, **constants, K=slots, HAS_INDEX=index is not None
+        by_patch, begin = _slots_by_patch(index, patches)
+        _index_states_bwd_kernel[_grid(shape, states, "BLOCK_Q")](
+            read, index, lse, *written, strides, states, patches, scale, **constants, K=slots
+        )
+    gathered = weight, d_weight, mean, by_patch, begin, dk, dv
+    _patches_bwd_kernel[_grid(shape, patches, "BLOCK_N")](
+        read[:2], *gathered, strides[:2], states, patches, scale, **constants, K=slots, HAS_INDEX=index is not None
     )
     return (*own, dk, dv)
 
 
-def _inverse(index: Tensor, patches: int) -> tuple[Tensor, Tensor]:
-    """Which slots hold each patch: the slots [M, Q * K] in order of their patch (then of themselves), where each begins.
+def _slots_by_patch(index: Tensor, patches: int) -> tuple[Tensor, Tensor]:
+    """The slots [M, Q * K] in order of the patch that they hold (then of themselves), and where each patch's begin.
 
-    A stable sort and a search: about six small kernels, nothing waits for the host.
+    A stable sort and a search: about six small kernels, and the host does not wait for any.
     """
     ordered, slot = index.flatten(1).sort(dim=1, stable=True)
     patch = torch.arange(patches + 1, dtype=index.dtype, device=index.device)
