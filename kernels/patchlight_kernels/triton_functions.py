@@ -16,7 +16,7 @@ LOWEST = tl.constexpr(-3.0e38)  # a finite stand-in for the maximum of values th
 
 @triton.jit
 def append(items, item):
-    """The tuple `items` with `item` at its end; kernels know no `(*items, item)`."""
+    """The tuple `items` with `item` at its end: Triton does not take `(*items, item)`."""
     return items + (item,)  # noqa: RUF005
 
 
