@@ -1,27 +1,25 @@
 """Triton kernels of query_attention. A block of rows, or of keys, lies within one segment (the raw tokens, or a crop of queries),
-so that its program knows all that it reads, and nothing else is ever touched.
+so that its program reads only what its rows, or its keys, need.
 
 Scores are in units of log2. The backward computes probabilities again from the saved log-sum-exp: one kernel for the
-gradients of the rows, one whose programs own the keys and values of a block and add up what their readers say.
+gradients of the rows, one for those of keys and values, each block of which sums over the rows that read it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import hardware
+from ...triton_functions import LN2, LOWEST, dot, store
 from ...tuning import autotune
 from .reference import scale_of
 
-_INTERPRETED = tl.constexpr(hardware.triton_interpreted())
 LOG2E = tl.constexpr(1 / math.log(2))
-LN2 = tl.constexpr(math.log(2))
-LOWEST = tl.constexpr(-3.0e38)  # a finite stand-in for the maximum of scores that are all -inf
 ONE_TILE = 256  # keys of a row that fit on chip at once: a softmax without rescaling
 
 
@@ -34,21 +32,9 @@ def _load(ptr, tokens, stride, mask, offs_e, WIDTH: tl.constexpr):
 
 @triton.jit
 def _store(ptr, tokens, stride, mask, offs_e, x, WIDTH: tl.constexpr):
-    """Stores rows in the tensor's dtype. The interpreter would cut bf16 off, so there it is rounded by hand."""
-    if _INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
+    """Stores the rows of some tokens."""
     at = tokens.to(tl.int64)[:, None] * stride + offs_e[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask[:, None] & (offs_e < WIDTH)[None, :])
-
-
-@triton.jit
-def _dot(a, b, FLOAT32_PRODUCTS: tl.constexpr):
-    """a b in fp32. `a` may be fp32 beside a 16-bit b: then it is rounded."""
-    if FLOAT32_PRODUCTS:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a.to(b.dtype), b)
+    store(ptr + at, x, mask[:, None] & (offs_e < WIDTH)[None, :])
 
 
 @triton.jit
@@ -65,51 +51,60 @@ def _segment(block, RAW: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _key_tokens(offs_n, start, RAW: tl.constexpr, OWN: tl.constexpr):
-    """The tokens of the keys that a row reads, in its own order: the raw ones and, if OWN, those of its segment."""
-    if OWN:
-        return tl.where(offs_n < RAW, offs_n, offs_n - RAW + start)
-    return offs_n
+def _head(HEADS: tl.constexpr):
+    """The program's image and head."""
+    return (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+
+
+@triton.jit
+def _keys(first, start, RAW: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens of BLOCK_N of the keys that a row reads, and which of them exist: the raw ones, then those of its segment."""
+    offs_n = first + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < KEYS
+    if KEYS > RAW:
+        return tl.where(offs_n < RAW, offs_n, offs_n - RAW + start), mask_n
+    return offs_n, mask_n
+
+
+@triton.jit
+def _scores(q, k, mask_n, scale):
+    """Scores of the rows for some keys, -inf for keys that do not exist."""
+    return tl.where(mask_n[None, :], dot(q, tl.trans(k), None) * scale, -float("inf"))
 
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, stride_t, start, scale, offs_e,
+    block,
     RAW: tl.constexpr,
     KEYS: tl.constexpr,  # RAW, or RAW + EACH for a query that reads its segment too
     WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FLOAT32_PRODUCTS: tl.constexpr,
-):  # fmt: skip
+):
     """The output of a block of rows, and log2 of the sum of its powers."""
+    q, k_ptr, v_ptr, stride_t, start, scale, offs_e = block
+    scale *= LOG2E
     if KEYS <= BLOCK_N:
-        offs_n = tl.arange(0, BLOCK_N)
-        mask_n = offs_n < KEYS
-        tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
+        tokens, mask_n = _keys(0, start, RAW, KEYS, BLOCK_N)
         k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
-        scores = tl.where(mask_n[None, :], _dot(q, tl.trans(k), FLOAT32_PRODUCTS) * scale, -float("inf"))
+        scores = _scores(q, k, mask_n, scale)
         top = tl.maximum(tl.max(scores, axis=1), LOWEST)
         p = tl.exp2(scores - top[:, None])
         total = tl.sum(p, axis=1)
         v = _load(v_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
-        acc = _dot(p, v, FLOAT32_PRODUCTS)
+        acc = dot(p, v, None)
     else:
-        top = tl.full((BLOCK_M,), LOWEST, tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+        top = tl.full((q.shape[0],), LOWEST, tl.float32)
+        total = tl.zeros((q.shape[0],), tl.float32)
+        acc = tl.zeros(q.shape, tl.float32)
         for first in range(0, KEYS, BLOCK_N):
-            offs_n = first + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < KEYS
-            tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
+            tokens, mask_n = _keys(first, start, RAW, KEYS, BLOCK_N)
             k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
-            scores = tl.where(mask_n[None, :], _dot(q, tl.trans(k), FLOAT32_PRODUCTS) * scale, -float("inf"))
+            scores = _scores(q, k, mask_n, scale)
             higher = tl.maximum(tl.max(scores, axis=1), top)
             p = tl.exp2(scores - higher[:, None])
             shrink = tl.exp2(top - higher)
             v = _load(v_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
-            acc = acc * shrink[:, None] + _dot(p, v, FLOAT32_PRODUCTS)
+            acc = acc * shrink[:, None] + dot(p, v, None)
             total = total * shrink + tl.sum(p, axis=1)
             top = higher
     return acc / total[:, None], top + tl.log2(total)
@@ -118,12 +113,9 @@ def _attend(
 @triton.jit
 def _fwd_kernel(
     qkv_ptr,  # [M, TOKENS, 3, HEADS, WIDTH]
-    out_ptr,  # [M, TOKENS, HEADS, WIDTH]
-    lse_ptr,  # [M, HEADS, TOKENS] fp32
-    stride_m,
-    stride_t,
-    stride_part,
-    stride_h,
+    out_ptr,  # out: [M, TOKENS, HEADS, WIDTH]
+    lse_ptr,  # out: [M, HEADS, TOKENS] fp32
+    strides,  # of image, token, part and head in qkv
     scale,
     TOKENS: tl.constexpr,
     RAW: tl.constexpr,
@@ -132,55 +124,40 @@ def _fwd_kernel(
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    FLOAT32_PRODUCTS: tl.constexpr,  # the interpreter multiplies bf16 wrongly, and fp32 must not become tf32
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M rows of one head."""
-    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    stride_m, stride_t, stride_part, stride_h = strides
+    image, head = _head(HEADS)
     start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_M)
     qkv_ptr += image * stride_m + head * stride_h
     k_ptr, v_ptr = qkv_ptr + stride_part, qkv_ptr + 2 * stride_part
     offs_m, offs_e = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
     mask_m = offs_m < end
     q = _load(qkv_ptr, offs_m, stride_t, mask_m, offs_e, WIDTH)
+    block = q, k_ptr, v_ptr, stride_t, start, scale, offs_e
     if start == 0 or not OWN:
-        out, log2_sum = _attend(
-            q, k_ptr, v_ptr, stride_t, start, scale * LOG2E, offs_e,
-            RAW, RAW, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
-        )  # fmt: skip
+        out, log2_sum = _attend(block, RAW, RAW, WIDTH, BLOCK_N)
     else:
-        out, log2_sum = _attend(
-            q, k_ptr, v_ptr, stride_t, start, scale * LOG2E, offs_e,
-            RAW, RAW + EACH, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
-        )  # fmt: skip
+        out, log2_sum = _attend(block, RAW, RAW + EACH, WIDTH, BLOCK_N)
     _store(out_ptr + (image * TOKENS * HEADS + head) * WIDTH, offs_m, HEADS * WIDTH, mask_m, offs_e, out, WIDTH)
     tl.store(lse_ptr + (image * HEADS + head) * TOKENS + offs_m, log2_sum * LN2, mask=mask_m)
 
 
 @triton.jit
-def _pull(
-    q, g, delta, log2_sum, k_ptr, v_ptr, stride_t, start, scale, offs_e,
-    RAW: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FLOAT32_PRODUCTS: tl.constexpr,
-):  # fmt: skip
+def _sum_over_keys(block, RAW: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
     """The sum of dS k over the keys that a block of rows reads."""
-    dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    q, g, delta, log2_sum, k_ptr, v_ptr, stride_t, start, scale, offs_e = block
+    scale *= LOG2E
+    dq = tl.zeros(q.shape, tl.float32)
     for first in range(0, KEYS, BLOCK_N):
-        offs_n = first + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < KEYS
-        tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
+        tokens, mask_n = _keys(first, start, RAW, KEYS, BLOCK_N)
         k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
         v = _load(v_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
-        scores = tl.where(mask_n[None, :], _dot(q, tl.trans(k), FLOAT32_PRODUCTS) * scale, -float("inf"))
-        p = tl.exp2(scores - log2_sum[:, None])
-        d_scores = p * (_dot(g, tl.trans(v), FLOAT32_PRODUCTS) - delta[:, None])
-        dq += _dot(d_scores, k, FLOAT32_PRODUCTS)
+        p = tl.exp2(_scores(q, k, mask_n, scale) - log2_sum[:, None])
+        d_scores = p * (dot(g, tl.trans(v), None) - delta[:, None])
+        dq += dot(d_scores, k, None)
     return dq
 
 
@@ -192,13 +169,8 @@ def _rows_bwd_kernel(
     lse_ptr,  # [M, HEADS, TOKENS] fp32
     delta_ptr,  # out: [M, HEADS, TOKENS] fp32, sum(g out) = sum(P dP)
     dqkv_ptr,  # out: [M, TOKENS, 3, HEADS, WIDTH], the queries' part
-    stride_m,
-    stride_t,
-    stride_part,
-    stride_h,
-    grad_stride_m,
-    grad_stride_t,
-    grad_stride_h,
+    strides,  # of image, token, part and head in qkv
+    grad_strides,  # of image, token and head
     scale,
     TOKENS: tl.constexpr,
     RAW: tl.constexpr,
@@ -207,53 +179,42 @@ def _rows_bwd_kernel(
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    FLOAT32_PRODUCTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M rows of one head."""
-    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    stride_m, stride_t, stride_part, stride_h = strides
+    image, head = _head(HEADS)
     start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_M)
     qkv_ptr += image * stride_m + head * stride_h
     k_ptr, v_ptr = qkv_ptr + stride_part, qkv_ptr + 2 * stride_part
-    grad_ptr += image * grad_stride_m + head * grad_stride_h
+    grad_ptr += image * grad_strides[0] + head * grad_strides[2]
     out_ptr += (image * TOKENS * HEADS + head) * WIDTH
     dqkv_ptr += (image * TOKENS * 3 * HEADS + head) * WIDTH
     offs_m, offs_e = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
     mask_m = offs_m < end
     at = (image * HEADS + head) * TOKENS + offs_m
     q = _load(qkv_ptr, offs_m, stride_t, mask_m, offs_e, WIDTH)
-    g = _load(grad_ptr, offs_m, grad_stride_t, mask_m, offs_e, WIDTH)
+    g = _load(grad_ptr, offs_m, grad_strides[1], mask_m, offs_e, WIDTH)
     out = _load(out_ptr, offs_m, HEADS * WIDTH, mask_m, offs_e, WIDTH)
     delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), axis=1)
     tl.store(delta_ptr + at, delta, mask=mask_m)
     log2_sum = tl.load(lse_ptr + at, mask=mask_m, other=float("inf")) * LOG2E
+    block = q, g, delta, log2_sum, k_ptr, v_ptr, stride_t, start, scale, offs_e
     if start == 0 or not OWN:
-        dq = _pull(
-            q, g, delta, log2_sum, k_ptr, v_ptr, stride_t, start, scale * LOG2E, offs_e,
-            RAW, RAW, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
-        )  # fmt: skip
+        dq = _sum_over_keys(block, RAW, RAW, WIDTH, BLOCK_N)
     else:
-        dq = _pull(
-            q, g, delta, log2_sum, k_ptr, v_ptr, stride_t, start, scale * LOG2E, offs_e,
-            RAW, RAW + EACH, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
-        )  # fmt: skip
+        dq = _sum_over_keys(block, RAW, RAW + EACH, WIDTH, BLOCK_N)
     _store(dqkv_ptr, offs_m, 3 * HEADS * WIDTH, mask_m, offs_e, dq * scale, WIDTH)
 
 
 @triton.jit
-def _collect(
-    k, v, qkv_ptr, grad_ptr, lse_ptr, delta_ptr, stride_t, grad_stride_t, start, scale, offs_e,
-    ROWS: tl.constexpr,  # from `start` on, that read these keys
-    WIDTH: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FLOAT32_PRODUCTS: tl.constexpr,
-):  # fmt: skip
-    """For a block of keys the sums of dS^T q and P^T g over the rows that read them."""
-    dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+def _sums_over_rows(block, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
+    """For a block of keys the sums of dS^T q and P^T g over the ROWS rows from `start` on, which read them."""
+    k, v, qkv_ptr, grad_ptr, lse_ptr, delta_ptr, stride_t, grad_stride_t, start, scale, offs_e = block
+    scale *= LOG2E
+    dk = tl.zeros(k.shape, tl.float32)
+    dv = tl.zeros(k.shape, tl.float32)
     for first in range(0, ROWS, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         mask_m = offs_m < ROWS
@@ -262,10 +223,10 @@ def _collect(
         g = _load(grad_ptr, offs_m, grad_stride_t, mask_m, offs_e, WIDTH)
         log2_sum = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
-        p = tl.exp2(_dot(k, tl.trans(q), FLOAT32_PRODUCTS) * scale - log2_sum[None, :])  # [keys, rows]
-        dv += _dot(p, g, FLOAT32_PRODUCTS)
-        d_scores = p * (_dot(v, tl.trans(g), FLOAT32_PRODUCTS) - delta[None, :])
-        dk += _dot(d_scores, q, FLOAT32_PRODUCTS)
+        p = tl.exp2(dot(k, tl.trans(q), None) * scale - log2_sum[None, :])  # [keys, rows]
+        dv += dot(p, g, None)
+        d_scores = p * (dot(v, tl.trans(g), None) - delta[None, :])
+        dk += dot(d_scores, q, None)
     return dk, dv
 
 
@@ -276,13 +237,8 @@ def _keys_bwd_kernel(
     lse_ptr,  # [M, HEADS, TOKENS] fp32
     delta_ptr,  # [M, HEADS, TOKENS] fp32
     dqkv_ptr,  # out: [M, TOKENS, 3, HEADS, WIDTH], the parts of keys and values
-    stride_m,
-    stride_t,
-    stride_part,
-    stride_h,
-    grad_stride_m,
-    grad_stride_t,
-    grad_stride_h,
+    strides,  # of image, token, part and head in qkv
+    grad_strides,  # of image, token and head
     scale,
     TOKENS: tl.constexpr,
     RAW: tl.constexpr,
@@ -291,15 +247,15 @@ def _keys_bwd_kernel(
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    FLOAT32_PRODUCTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_N keys of one head: every token reads raw keys, a query's key is read by its segment or by nobody."""
-    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    """BLOCK_N keys of one head: every token reads raw keys, a query's key is read by its segment or not at all."""
+    stride_m, stride_t, stride_part, stride_h = strides
+    image, head = _head(HEADS)
     start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_N)
     qkv_ptr += image * stride_m + head * stride_h
-    grad_ptr += image * grad_stride_m + head * grad_stride_h
+    grad_ptr += image * grad_strides[0] + head * grad_strides[2]
     lse_ptr += (image * HEADS + head) * TOKENS
     delta_ptr += (image * HEADS + head) * TOKENS
     dqkv_ptr += (image * TOKENS * 3 * HEADS + head) * WIDTH
@@ -307,22 +263,17 @@ def _keys_bwd_kernel(
     mask_n = offs_n < end
     k = _load(qkv_ptr + stride_part, offs_n, stride_t, mask_n, offs_e, WIDTH)
     v = _load(qkv_ptr + 2 * stride_part, offs_n, stride_t, mask_n, offs_e, WIDTH)
+    block = k, v, qkv_ptr, grad_ptr, lse_ptr, delta_ptr, stride_t, grad_strides[1], start, scale, offs_e
     if start == 0:
-        dk, dv = _collect(
-            k, v, qkv_ptr, grad_ptr, lse_ptr, delta_ptr, stride_t, grad_stride_t, start, scale * LOG2E, offs_e,
-            TOKENS, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
-        )  # fmt: skip
+        dk, dv = _sums_over_rows(block, TOKENS, WIDTH, BLOCK_M)
     else:
-        dk, dv = _collect(
-            k, v, qkv_ptr, grad_ptr, lse_ptr, delta_ptr, stride_t, grad_stride_t, start, scale * LOG2E, offs_e,
-            EACH if OWN else 0, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N, FLOAT32_PRODUCTS,
-        )  # fmt: skip
+        dk, dv = _sums_over_rows(block, EACH if OWN else 0, WIDTH, BLOCK_M)
     _store(dqkv_ptr + HEADS * WIDTH, offs_n, 3 * HEADS * WIDTH, mask_n, offs_e, dk * scale, WIDTH)
     _store(dqkv_ptr + 2 * HEADS * WIDTH, offs_n, 3 * HEADS * WIDTH, mask_n, offs_e, dv, WIDTH)
 
 
 def _configs(*tiles: tuple[int, int | None, int, int]) -> list[triton.Config]:
-    """Of (BLOCK_M, BLOCK_N or None if the launcher says it, warps, stages)."""
+    """From (BLOCK_M, BLOCK_N or None if the launcher gives it, warps, stages)."""
     return [
         triton.Config({"BLOCK_M": m} | ({"BLOCK_N": n} if n else {}), num_warps=warps, num_stages=stages)
         for m, n, warps, stages in tiles
@@ -352,11 +303,10 @@ def _sizes(qkv: Tensor, raw: int, crop: int) -> dict[str, int]:
         "HEADS": heads,
         "WIDTH": width,
         "BLOCK_E": max(16, triton.next_power_of_2(width)),
-        "FLOAT32_PRODUCTS": qkv.dtype == torch.float32 or hardware.triton_interpreted(),
     }
 
 
-def _grid(qkv: Tensor, sizes: dict[str, int], block: str):
+def _grid(qkv: Tensor, sizes: dict[str, int], block: str) -> Callable[[dict[str, int]], tuple[int, int]]:
     """Blocks of all segments, for every head of every image."""
 
     def grid(meta):
@@ -374,7 +324,7 @@ def query_attention_fwd(qkv: Tensor, raw: int, crop: int) -> tuple[Tensor, Tenso
     sizes = _sizes(qkv, raw, crop)
     out, lse = qkv.new_empty(images, tokens, heads, width), qkv.new_empty(images, heads, tokens, dtype=torch.float32)
     keys = raw + crop
-    arguments = qkv, out, lse, *qkv.stride()[:4], scale_of(width)
+    arguments = qkv, out, lse, qkv.stride()[:4], scale_of(width)
     if qkv.dtype == torch.float32:
         _float32_fwd[_grid(qkv, sizes, "BLOCK_M")](*arguments, **sizes)
     elif keys <= ONE_TILE:
@@ -388,7 +338,7 @@ def query_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw
     """The gradient of qkv, packed like it."""
     sizes = _sizes(qkv, raw, crop)
     dqkv, delta = qkv.new_empty(qkv.shape), torch.empty_like(lse)
-    strides = *qkv.stride()[:4], *grad.stride()[:3], scale_of(qkv.shape[-1])
+    strides = qkv.stride()[:4], grad.stride()[:3], scale_of(qkv.shape[-1])
     rows, keys = (_float32_rows_bwd, _float32_keys_bwd) if qkv.dtype == torch.float32 else (_rows_bwd, _keys_bwd)
     rows[_grid(qkv, sizes, "BLOCK_M")](grad, qkv, out, lse, delta, dqkv, *strides, **sizes)
     keys[_grid(qkv, sizes, "BLOCK_N")](grad, qkv, lse, delta, dqkv, *strides, **sizes)
