@@ -37,7 +37,7 @@ def _relation(features, offs_n, mask_n, offs_m, mask_m, E: tl.constexpr, BLOCK_E
 
 @triton.jit
 def _sample(student_ptr, teacher_ptr, strides, teacher_strides, B, G):
-    """The program's sample, its view, image and head, and the features of student and teacher there."""
+    """The program's sample; its view, image and head; where its features of student and teacher begin."""
     sample = tl.program_id(1).to(tl.int64)
     s, b, g = sample // (B * G), sample // G % B, sample % G
     student_ptr += s * strides[0] + b * strides[1] + g * strides[2]
@@ -188,7 +188,7 @@ _float32_gradient = autotune(FLOAT32_GRADIENT_CONFIGS, key=KEY)(_gradient_kernel
 
 
 def _with_near_rows(x: Tensor) -> Tensor:
-    """The same features, copied if one image and head spans more than 32 bits count."""
+    """The same features, copied if the offsets within one image and head exceed 32 bits."""
     (rows, width), strides = x.shape[-2:], x.stride()[-2:]
     return x if rows * strides[0] + width * strides[1] < 2**31 else x.contiguous()
 
