@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import hardware
+from ...triton_functions import dot
 from ...tuning import autotune
 from .reference import EPS, NAN_RANK, capacity
 
@@ -16,14 +16,29 @@ _NAN_RANK = tl.constexpr(NAN_RANK)
 
 
 @triton.jit
-def _cosine(dot, square, other_square):
+def _block(PATCHES: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's image, and the numbers of its BLOCK patches."""
+    blocks = tl.cdiv(PATCHES, BLOCK)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    return image, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _load(x_ptr, stride, patch, mask, offs_d, CHANNELS: tl.constexpr):
+    """Channels offs_d of some patches [patches, channels], zeros where masked."""
+    mask = mask[:, None] & (offs_d < CHANNELS)[None, :]
+    return tl.load(x_ptr + patch[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _cosine(product, square, other_square):
     """The cosine from a dot product and two squared norms."""
-    return dot / (tl.maximum(tl.sqrt(square), _EPS) * tl.maximum(tl.sqrt(other_square), _EPS))
+    return product / (tl.maximum(tl.sqrt(square), _EPS) * tl.maximum(tl.sqrt(other_square), _EPS))
 
 
 @triton.jit
 def _rank(cosine, present):
-    """What decides: NaN below every cosine, missing candidates below that."""
+    """What candidates are ordered by: NaN below every cosine, missing candidates below that."""
     return tl.where(present, tl.where(cosine == cosine, cosine, _NAN_RANK), -float("inf"))
 
 
@@ -53,15 +68,13 @@ def _window_kernel(
     HAS_SCORE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TOGETHER: tl.constexpr,  # candidates whose loads are in flight together
+    TOGETHER: tl.constexpr,  # candidates that are loaded at the same time
 ):
     """BLOCK_N patches: dot products and squares of the whole window in one pass over the channels, then K rounds of arg max."""
     PATCHES: tl.constexpr = HEIGHT * WIDTH
     SIDE: tl.constexpr = 2 * RADIUS + 1
     CANDIDATES: tl.constexpr = SIDE * SIDE - 1
-    blocks = tl.cdiv(PATCHES, BLOCK_N)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    image, offs_n = _block(PATCHES, BLOCK_N)
     mask_n = offs_n < PATCHES
     y = offs_n // WIDTH
     x = offs_n % WIDTH
@@ -73,8 +86,7 @@ def _window_kernel(
     own_square = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, CHANNELS, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        mask = mask_n[:, None] & (offs_d < CHANNELS)[None, :]
-        own = tl.load(x_ptr + offs_n[:, None] * stride_patch + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        own = _load(x_ptr, stride_patch, offs_n, mask_n, offs_d, CHANNELS).to(tl.float32)
         own_square += tl.sum(own * own, axis=1)
         for c in tl.range(0, CANDIDATES, loop_unroll_factor=TOGETHER):
             cell = tl.where(c < CANDIDATES // 2, c, c + 1)  # the window without its middle
@@ -82,7 +94,7 @@ def _window_kernel(
             near_y = (y + (cell // SIDE - RADIUS) + HEIGHT) % HEIGHT
             near_x = (x + (cell % SIDE - RADIUS) + WIDTH) % WIDTH
             near = near_y * WIDTH + near_x
-            other = tl.load(x_ptr + near[:, None] * stride_patch + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            other = _load(x_ptr, stride_patch, near, mask_n, offs_d, CHANNELS).to(tl.float32)
             dots += tl.where((place == c)[None, :], tl.sum(own * other, axis=1)[:, None], 0.0)
             squares += tl.where((place == c)[None, :], tl.sum(other * other, axis=1)[:, None], 0.0)
 
@@ -109,7 +121,7 @@ def _window_kernel(
         candidate = tl.where(taken, PATCHES + PLACES, candidate)
 
 
-# fp32 products do not use tensor cores and keep their operands in registers: they want short steps.
+# fp32 products do not use tensor cores and keep their operands in registers, so steps are short.
 FLOAT32_GRAM_CONFIGS = [
     triton.Config({"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=4, num_stages=2),
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, num_warps=8, num_stages=2),
@@ -145,17 +157,14 @@ def _gram_kernel(
     RADIUS: tl.constexpr,  # negative: all patches
     WRAP: tl.constexpr,
     HAS_SCORE: tl.constexpr,
-    FLOAT32_PRODUCTS: tl.constexpr,  # the interpreter multiplies bf16 wrongly, and fp32 must not become tf32
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """BLOCK_M patches against all candidates, BLOCK_N at a time; the K best so far stay in registers."""
     PATCHES: tl.constexpr = HEIGHT * WIDTH
-    NOBODY: tl.constexpr = 2 * PATCHES + 2 * BLOCK_N  # above every candidate number
-    blocks = tl.cdiv(PATCHES, BLOCK_M)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    NONE: tl.constexpr = 2 * PATCHES + 2 * BLOCK_N  # above every candidate number
+    image, offs_m = _block(PATCHES, BLOCK_M)
     mask_m = offs_m < PATCHES
     x_ptr += image * stride_image
     slot = tl.arange(0, KEEP)
@@ -163,13 +172,12 @@ def _gram_kernel(
     own_square = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, CHANNELS, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        mask = mask_m[:, None] & (offs_d < CHANNELS)[None, :]
-        own = tl.load(x_ptr + offs_m[:, None] * stride_patch + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        own = _load(x_ptr, stride_patch, offs_m, mask_m, offs_d, CHANNELS).to(tl.float32)
         own_square += tl.sum(own * own, axis=1)
 
     best_rank = tl.full((BLOCK_M, KEEP), -float("inf"), tl.float32)
     best_cosine = tl.full((BLOCK_M, KEEP), -float("inf"), tl.float32)
-    best_index = tl.zeros((BLOCK_M, KEEP), tl.int32) + (NOBODY - KEEP + slot)[None, :]
+    best_index = tl.zeros((BLOCK_M, KEEP), tl.int32) + (NONE - KEEP + slot)[None, :]
     for first in range(0, PATCHES, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < PATCHES
@@ -177,23 +185,11 @@ def _gram_kernel(
         square = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, CHANNELS, BLOCK_D):
             offs_d = start + tl.arange(0, BLOCK_D)
-            mask_d = offs_d < CHANNELS
-            own = tl.load(
-                x_ptr + offs_m[:, None] * stride_patch + offs_d[None, :],
-                mask=mask_m[:, None] & mask_d[None, :],
-                other=0.0,
-            )
-            other = tl.load(
-                x_ptr + offs_n[:, None] * stride_patch + offs_d[None, :],
-                mask=mask_n[:, None] & mask_d[None, :],
-                other=0.0,
-            )
+            own = _load(x_ptr, stride_patch, offs_m, mask_m, offs_d, CHANNELS)
+            other = _load(x_ptr, stride_patch, offs_n, mask_n, offs_d, CHANNELS)
             wide = other.to(tl.float32)
             square += tl.sum(wide * wide, axis=1)
-            if FLOAT32_PRODUCTS:
-                dots = tl.dot(own.to(tl.float32), tl.trans(wide), dots, input_precision="ieee")
-            else:
-                dots = tl.dot(own, tl.trans(other), dots)
+            dots = dot(own, tl.trans(other), dots)
         near = mask_n[None, :] & (offs_n[None, :] != offs_m[:, None])
         if RADIUS >= 0:
             near = near & (_apart(offs_n[None, :] // WIDTH, offs_m[:, None] // WIDTH, HEIGHT, WRAP) <= RADIUS)
@@ -204,8 +200,8 @@ def _gram_kernel(
         new_rank, new_cosine, new_index = best_rank, best_cosine, best_index
         for s in range(K):  # the best of what was kept and of this block, K times
             top = tl.maximum(tl.max(best_rank, axis=1), tl.max(rank, axis=1))
-            kept = tl.min(tl.where(best_rank == top[:, None], best_index, NOBODY), axis=1)
-            fresh = tl.min(tl.where(rank == top[:, None], candidate, NOBODY), axis=1)
+            kept = tl.min(tl.where(best_rank == top[:, None], best_index, NONE), axis=1)
+            fresh = tl.min(tl.where(rank == top[:, None], candidate, NONE), axis=1)
             chosen = tl.minimum(kept, fresh)
             was_kept = best_index == chosen[:, None]
             is_fresh = candidate == chosen[:, None]
@@ -217,9 +213,9 @@ def _gram_kernel(
             new_cosine = tl.where(here, value[:, None], new_cosine)
             new_index = tl.where(here, chosen[:, None], new_index)
             best_rank = tl.where(was_kept, -float("inf"), best_rank)
-            best_index = tl.where(was_kept, NOBODY, best_index)
+            best_index = tl.where(was_kept, NONE, best_index)
             rank = tl.where(is_fresh, -float("inf"), rank)
-            candidate = tl.where(is_fresh, NOBODY, candidate)
+            candidate = tl.where(is_fresh, NONE, candidate)
         best_rank, best_cosine, best_index = new_rank, new_cosine, new_index
 
     out = ((image * PATCHES + offs_m) * K)[:, None] + slot[None, :]
@@ -244,21 +240,15 @@ def neighbor_topk_fwd(
     score = x.new_empty((images, patches, k) if scores else 0, dtype=torch.float32)
     operands = (x, index, score, x.stride(0), x.stride(1), height, width, channels, k)
     side = 2 * radius + 1
-    gathers = 1 <= radius <= 2 and capacity(height, width, radius) == side * side - 1
-    if gathers:
-
-        def grid(meta):
-            return (images * triton.cdiv(patches, meta["BLOCK_N"]),)
-
+    if 1 <= radius <= 2 and capacity(height, width, radius) == side * side - 1:
         places = triton.next_power_of_2(side * side - 1)
-        _window_kernel[grid](*operands, RADIUS=radius, PLACES=places, WRAP=wrap, HAS_SCORE=scores)
-        return index, score
-
-    def grid(meta):
-        return (images * triton.cdiv(patches, meta["BLOCK_M"]),)
-
-    kernel = _float32_gram if x.dtype == torch.float32 else _gram
-    exact = x.dtype == torch.float32 or hardware.triton_interpreted()
-    keep = max(2, triton.next_power_of_2(k))
-    kernel[grid](*operands, KEEP=keep, RADIUS=radius, WRAP=wrap, HAS_SCORE=scores, FLOAT32_PRODUCTS=exact)
+        _window_kernel[lambda sizes: (images * triton.cdiv(patches, sizes["BLOCK_N"]),)](
+            *operands, RADIUS=radius, PLACES=places, WRAP=wrap, HAS_SCORE=scores
+        )
+    else:
+        keep = max(2, triton.next_power_of_2(k))
+        kernel = _float32_gram if x.dtype == torch.float32 else _gram
+        kernel[lambda sizes: (images * triton.cdiv(patches, sizes["BLOCK_M"]),)](
+            *operands, KEEP=keep, RADIUS=radius, WRAP=wrap, HAS_SCORE=scores
+        )
     return index, score
