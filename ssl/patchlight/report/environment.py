@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
+from patchlight_kernels import __version__
+
 from .run_folder import ENVIRONMENT_FILE, write_whole
 
-PACKAGES = ("patchlight", "torch", "torchvision", "timm", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
+PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
 
 
 def write_environment(folder: Path) -> None:
@@ -32,7 +34,7 @@ def describe_environment() -> dict:
         "command": " ".join(sys.argv),
         "commit": git_commit(Path(__file__).parent),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := installed(name))},
+        "packages": {"patchlight": __version__} | {name: found for name in PACKAGES if (found := installed(name))},
         "system": platform.platform(),
         "cpu": cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
