@@ -1,6 +1,6 @@
-"""Triton kernels of photometric: a program per sample for everything up to the blur, then the blur along rows and columns.
+"""Triton kernels of photometric: a program per sample for everything before the blur, then the blur along rows and columns.
 
-Launches are always the same three, as nothing on the host knows the table; programs without work end at once.
+There are always the same three launches, as the host does not read the table; programs without work end at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import hardware
+from ...triton_functions import store
 from ...tuning import autotune
 from .table import GRAY, JITTER_ORDERS, MAX_FACTOR, MAX_HUE, MAX_REACH, PHOTOMETRIC_COLUMNS
 
@@ -24,7 +24,6 @@ def _packed_orders(rows: slice) -> int:
     return packed - (1 << 64) if packed >> 63 else packed
 
 
-_INTERPRETED = tl.constexpr(hardware.triton_interpreted())
 _COLUMNS = tl.constexpr(len(PHOTOMETRIC_COLUMNS))
 _FIRST, _SECOND, _THIRD = (tl.constexpr(_packed_orders(slice(row, row + 8))) for row in (0, 8, 16))
 _MAX_FACTOR, _MAX_HUE, _MAX_REACH = tl.constexpr(MAX_FACTOR), tl.constexpr(MAX_HUE), tl.constexpr(MAX_REACH)
@@ -33,20 +32,21 @@ _RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in GRAY)
 
 @triton.jit
 def _factor(row_ptr):
-    """A factor of the table; what is out of range (or NaN) changes nothing."""
+    """A factor of the table; 1, which changes nothing, for one that is out of range or NaN."""
     factor = tl.load(row_ptr)
     return tl.where((factor >= 0) & (factor <= _MAX_FACTOR), factor, 1.0)
 
 
 @triton.jit
-def _turns(row_ptr):
+def _hue_turns(row_ptr):
+    """By how many turns the hue changes."""
     turns = tl.load(row_ptr + 3)
     return tl.where((turns >= -_MAX_HUE) & (turns <= _MAX_HUE), turns, 0.0)
 
 
 @triton.jit
 def _kinds(row_ptr):
-    """The order as two bits for each place."""
+    """The kinds of jitter in their order, two bits for each place."""
     order = tl.load(row_ptr + 4)
     order = tl.where((order >= 0) & (order < 24), order, 0.0).to(tl.int32)
     packed = tl.where(order < 8, _FIRST, tl.where(order < 16, _SECOND, _THIRD))
@@ -59,12 +59,13 @@ def _gray(red, green, blue):
 
 
 @triton.jit
-def _within(x, most):
+def _clamped(x, most):
+    """Between 0 and `most`."""
     return tl.minimum(tl.maximum(x, 0.0), most)
 
 
 @triton.jit
-def _turned(red, green, blue, turns):
+def _with_hue_turned(red, green, blue, turns):
     """With the hue in sextants, channels are least + chroma * (|h - 3| - 1, 2 - |h - 2|, 2 - |h - 4|)."""
     most = tl.maximum(tl.maximum(red, green), blue)
     least = tl.minimum(tl.minimum(red, green), blue)
@@ -74,34 +75,34 @@ def _turned(red, green, blue, turns):
     h = tl.where(most == red, (green - blue) * scale, last) + 6 * turns  # -4..8
     h += tl.where(h < 0, 6.0, 0.0)
     h -= tl.where(h >= 6, 6.0, 0.0)
-    red = least + chroma * _within(tl.abs(h - 3) - 1, 1.0)
-    green = least + chroma * _within(2 - tl.abs(h - 2), 1.0)
-    blue = least + chroma * _within(2 - tl.abs(h - 4), 1.0)
+    red = least + chroma * _clamped(tl.abs(h - 3) - 1, 1.0)
+    green = least + chroma * _clamped(2 - tl.abs(h - 2), 1.0)
+    blue = least + chroma * _clamped(2 - tl.abs(h - 4), 1.0)
     return red, green, blue
 
 
 @triton.jit
-def _jittered(red, green, blue, row_ptr, center, MEASURES: tl.constexpr):
-    """The four jitters in the row's order around the mean gray `center`; those before contrast only, if it MEASURES."""
+def _jittered(red, green, blue, row_ptr, center, BEFORE_CONTRAST: tl.constexpr):
+    """The jitters in the row's order around the mean gray `center`: all four, or those before contrast only."""
     brightness, contrast, saturation = _factor(row_ptr), _factor(row_ptr + 1), _factor(row_ptr + 2)
-    turns, kinds = _turns(row_ptr), _kinds(row_ptr)
-    open_ = contrast == contrast  # until contrast has had its turn
+    turns, kinds = _hue_turns(row_ptr), _kinds(row_ptr)
+    active = contrast == contrast  # true; with BEFORE_CONTRAST until contrast is reached
     for place in range(4):
         kind = (kinds >> (2 * place)) & 3
-        if MEASURES:
-            open_ = open_ & (kind != 1)
-        if open_:
+        if BEFORE_CONTRAST:
+            active = active & (kind != 1)
+        if active:
             if kind == 3:
                 if turns != 0:
-                    red, green, blue = _turned(red, green, blue, turns)
+                    red, green, blue = _with_hue_turned(red, green, blue, turns)
             else:
                 factor = tl.where(kind == 0, brightness, tl.where(kind == 1, contrast, saturation))
                 if factor != 1:
                     middle = tl.where(kind == 0, 0.0, tl.where(kind == 1, center, _gray(red, green, blue)))
                     rest = middle * (1 - factor)
-                    red = _within(red * factor + rest, 255.0)
-                    green = _within(green * factor + rest, 255.0)
-                    blue = _within(blue * factor + rest, 255.0)
+                    red = _clamped(red * factor + rest, 255.0)
+                    green = _clamped(green * factor + rest, 255.0)
+                    blue = _clamped(blue * factor + rest, 255.0)
     return red, green, blue
 
 
@@ -116,17 +117,8 @@ def _read(pixels_ptr, offs, mask):
 
 @triton.jit
 def _normalized(value, row_ptr, scale, shift):
+    """Solarized above the row's threshold, then scaled and shifted."""
     return tl.where(value >= tl.load(row_ptr + 7), 255.0 - value, value) * scale + shift
-
-
-@triton.jit
-def _store(ptr, value, mask):
-    """Stores fp32 values in the tensor's dtype. The interpreter would cut bf16 off, so there it is rounded by hand."""
-    if _INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        value = bits.to(tl.float32, bitcast=True)
-    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 CHANGE_CONFIGS = [
@@ -142,16 +134,12 @@ def _change_kernel(
     table_ptr,  # [M, columns] fp32
     planes_ptr,  # [M, 3, PIXELS] fp32, of blurred samples
     out_ptr,  # [M, 3, PIXELS], of the others
-    red_scale,
-    green_scale,
-    blue_scale,
-    red_shift,
-    green_shift,
-    blue_shift,
+    scales,  # of red, green and blue, as the shifts
+    shifts,
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One sample: the mean gray when contrast's turn comes, if it does anything; then the whole jitter and gray."""
+    """One sample: the mean gray that contrast needs, if contrast changes anything; then all jitters and gray."""
     sample = tl.program_id(0).to(tl.int64)
     row_ptr = table_ptr + sample * _COLUMNS
     own_ptr = pixels_ptr + sample * (3 * PIXELS)
@@ -178,9 +166,9 @@ def _change_kernel(
             tl.store(planes_ptr + offs + PIXELS, green, mask=mask)
             tl.store(planes_ptr + offs + 2 * PIXELS, blue, mask=mask)
         else:
-            _store(out_ptr + offs, _normalized(red, row_ptr, red_scale, red_shift), mask)
-            _store(out_ptr + offs + PIXELS, _normalized(green, row_ptr, green_scale, green_shift), mask)
-            _store(out_ptr + offs + 2 * PIXELS, _normalized(blue, row_ptr, blue_scale, blue_shift), mask)
+            store(out_ptr + offs, _normalized(red, row_ptr, scales[0], shifts[0]), mask)
+            store(out_ptr + offs + PIXELS, _normalized(green, row_ptr, scales[1], shifts[1]), mask)
+            store(out_ptr + offs + 2 * PIXELS, _normalized(blue, row_ptr, scales[2], shifts[2]), mask)
 
 
 @triton.jit
@@ -203,12 +191,8 @@ def _blur_kernel(
     planes_ptr,  # [M, 3, PIXELS] fp32
     table_ptr,  # [M, columns] fp32
     out_ptr,  # [M, 3, PIXELS]
-    red_scale,
-    green_scale,
-    blue_scale,
-    red_shift,
-    green_shift,
-    blue_shift,
+    scales,
+    shifts,
     PIXELS: tl.constexpr,
     SIZE: tl.constexpr,  # positions along the axis
     STRIDE: tl.constexpr,  # between two of them
@@ -241,10 +225,10 @@ def _blur_kernel(
         value = value / total
         if LAST:
             channel = plane % 3
-            scale = tl.where(channel == 0, red_scale, tl.where(channel == 1, green_scale, blue_scale))
-            shift = tl.where(channel == 0, red_shift, tl.where(channel == 1, green_shift, blue_shift))
+            scale = tl.where(channel == 0, scales[0], tl.where(channel == 1, scales[1], scales[2]))
+            shift = tl.where(channel == 0, shifts[0], tl.where(channel == 1, shifts[1], shifts[2]))
             value = _normalized(value, row_ptr, scale, shift)
-        _store(out_ptr + plane.to(tl.int64) * PIXELS + offs, value, mask)
+        store(out_ptr + plane.to(tl.int64) * PIXELS + offs, value, mask)
 
 
 def photometric_fwd(
@@ -256,15 +240,11 @@ def photometric_fwd(
     out = pixels.new_empty(samples, 3, height, width, dtype=dtype)
     planes = out if dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     rows = torch.empty_like(planes)
-    normalization = (*(1 / (255 * s) for s in std), *(-m / s for m, s in zip(mean, std, strict=True)))
+    normalization = tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
     _change_kernel[(samples,)](pixels, table, planes, out, *normalization, PIXELS=size)
-
-    def grid(meta: dict) -> tuple[int]:
-        return (3 * samples * triton.cdiv(size, meta["BLOCK"]),)
-
     room = min(MAX_REACH, min(height, width) - 1)
     for source, target, axis, stride, last in ((planes, rows, width, 1, False), (rows, out, height, width, True)):
-        _blur_kernel[grid](
+        _blur_kernel[lambda sizes: (3 * samples * triton.cdiv(size, sizes["BLOCK"]),)](
             source, table, target, *normalization, PIXELS=size, SIZE=axis, STRIDE=stride, ROOM=room, LAST=last
         )
     return out
