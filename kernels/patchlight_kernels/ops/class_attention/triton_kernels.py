@@ -43,11 +43,12 @@ PATCH_CONFIGS = [
 
 @triton.jit
 def _block(count, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """The program's image and head, and the numbers of its BLOCK out of `count` states or patches."""
+    """The program's image and head, and the numbers of its BLOCK out of `count` states or patches, and which of them exist."""
     blocks = tl.cdiv(count, BLOCK)
     head = (tl.program_id(0) // blocks) % HEADS
     image = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
-    return image, head, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    offs = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    return image, head, offs, offs < count
 
 
 @triton.jit
@@ -81,6 +82,14 @@ def _load_rows(ptr, offsets, offs_e, mask):
 
 
 @triton.jit
+def _load_patches(k_ptr, v_ptr, k_strides, v_strides, patch, exists, offs_e, mask_e):
+    """Keys and values of some patches, zeros for those that do not exist."""
+    mask = exists[:, None] & mask_e[None, :]
+    k = _load_rows(k_ptr, patch.to(tl.int64) * k_strides[1], offs_e, mask)
+    return k, _load_rows(v_ptr, patch.to(tl.int64) * v_strides[1], offs_e, mask)
+
+
+@triton.jit
 def _load_indices(index_ptr, patches, mask_q):
     """The patch that each state reads, and whether it exists."""
     patch = tl.load(index_ptr, mask=mask_q, other=-1).to(tl.int64)
@@ -107,8 +116,7 @@ def _index_fwd_kernel(
 ):
     """BLOCK_Q states of one head: the softmax runs along the neighbors, keys and values of each loaded once."""
     q_strides, k_self_strides, v_self_strides, k_strides, v_strides = strides
-    image, head, offs_q = _block(states, HEADS, BLOCK_Q)
-    mask_q = offs_q < states
+    image, head, offs_q, mask_q = _block(states, HEADS, BLOCK_Q)
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
     mask = mask_q[:, None] & mask_e[None, :]
@@ -123,9 +131,7 @@ def _index_fwd_kernel(
     total = tl.full((BLOCK_Q,), 1.0, tl.float32)
     for s in tl.range(0, K, loop_unroll_factor=TOGETHER):
         patch, exists = _load_indices(index_ptr + s, patches, mask_q)
-        mask_k = exists[:, None] & mask_e[None, :]
-        k = _load_rows(k_ptr, patch * k_strides[1], offs_e, mask_k)
-        v = _load_rows(v_ptr, patch * v_strides[1], offs_e, mask_k)
+        k, v = _load_patches(k_ptr, v_ptr, k_strides, v_strides, patch, exists, offs_e, mask_e)
         score = tl.where(exists, tl.sum(q * k, axis=1) * scale, -float("inf"))
         new_top = tl.maximum(top, score)
         shrink = tl.exp(top - new_top)
@@ -171,9 +177,7 @@ def _all_fwd_kernel(
     for first in range(0, PATCHES, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < PATCHES
-        mask = mask_n[:, None] & mask_e[None, :]
-        k = _load_rows(k_ptr, offs_n.to(tl.int64) * k_strides[1], offs_e, mask)
-        v = _load_rows(v_ptr, offs_n.to(tl.int64) * v_strides[1], offs_e, mask)
+        k, v = _load_patches(k_ptr, v_ptr, k_strides, v_strides, offs_n, mask_n, offs_e, mask_e)
         score = tl.where(mask_n, tl.sum(q[None, :] * k, axis=1) * scale, -float("inf"))
         new_top = tl.maximum(top, tl.max(score, axis=0))
         shrink = tl.exp(top - new_top)
@@ -212,8 +216,7 @@ def _index_states_bwd_kernel(
 ):
     """BLOCK_Q states of one head. dq = sum w (dw - mean) k is kept as two sums, as the mean is known at the end only."""
     grad_strides, q_strides, k_self_strides, v_self_strides, k_strides, v_strides = strides
-    image, head, offs_q = _block(states, HEADS, BLOCK_Q)
-    mask_q = offs_q < states
+    image, head, offs_q, mask_q = _block(states, HEADS, BLOCK_Q)
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
     mask = mask_q[:, None] & mask_e[None, :]
@@ -221,7 +224,6 @@ def _index_states_bwd_kernel(
     row = (image * states + offs_q) * HEADS + head
     grad_ptr, q_ptr, k_self_ptr, v_self_ptr, k_ptr, v_ptr = _starts(read, strides, image, head, 0)
     index_ptr += (image * states + offs_q) * K
-
     grad = _load_rows(grad_ptr, offs_q * grad_strides[1], offs_e, mask)
     q = _load_rows(q_ptr, offs_q * q_strides[1], offs_e, mask)
     k = _load_rows(k_self_ptr, offs_q * k_self_strides[1], offs_e, mask)
@@ -234,9 +236,7 @@ def _index_states_bwd_kernel(
     d_weighted_k = mean[:, None] * k
     for s in tl.range(0, K, loop_unroll_factor=TOGETHER):
         patch, exists = _load_indices(index_ptr + s, patches, mask_q)
-        mask_k = exists[:, None] & mask_e[None, :]
-        k = _load_rows(k_ptr, patch * k_strides[1], offs_e, mask_k)
-        v = _load_rows(v_ptr, patch * v_strides[1], offs_e, mask_k)
+        k, v = _load_patches(k_ptr, v_ptr, k_strides, v_strides, patch, exists, offs_e, mask_e)
         weight = tl.where(exists, tl.exp(tl.sum(q * k, axis=1) * scale - lse), 0.0)
         d_weight = tl.sum(grad * v, axis=1)
         product = weight * d_weight
@@ -245,7 +245,6 @@ def _index_states_bwd_kernel(
         d_weighted_k += product[:, None] * k
         tl.store(weight_ptr + row * K + s, weight, mask=mask_q)
         tl.store(d_weight_ptr + row * K + s, d_weight, mask=mask_q)
-
     dq = (d_weighted_k - mean[:, None] * weighted_k) * scale
     dk_self = (own_weight * (own_d_weight - mean) * scale)[:, None] * q
     dv_self = own_weight[:, None] * grad
@@ -298,9 +297,7 @@ def _all_states_bwd_kernel(
     for first in range(0, PATCHES, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < PATCHES
-        mask = mask_n[:, None] & mask_e[None, :]
-        k = _load_rows(k_ptr, offs_n.to(tl.int64) * k_strides[1], offs_e, mask)
-        v = _load_rows(v_ptr, offs_n.to(tl.int64) * v_strides[1], offs_e, mask)
+        k, v = _load_patches(k_ptr, v_ptr, k_strides, v_strides, offs_n, mask_n, offs_e, mask_e)
         weight = tl.where(mask_n, tl.exp(tl.sum(q[None, :] * k, axis=1) * scale - lse), 0.0)
         d_weight = tl.sum(grad[None, :] * v, axis=1)
         product = weight * d_weight
@@ -344,13 +341,11 @@ def _patches_bwd_kernel(
 ):
     """BLOCK_N patches of one head gather from the states that read them, in the order of the states."""
     grad_strides, q_strides = strides
-    image, head, offs_n = _block(patches, HEADS, BLOCK_N)
-    mask_n = offs_n < patches
+    image, head, offs_n, mask_n = _block(patches, HEADS, BLOCK_N)
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
     grad_ptr, q_ptr = _starts(read, strides, image, head, 0)
     first_row = image * states * HEADS + head
-
     if HAS_INDEX:
         begin = tl.load(begin_ptr + image * (patches + 1) + offs_n, mask=mask_n, other=0)
         readers = tl.load(begin_ptr + image * (patches + 1) + offs_n + 1, mask=mask_n, other=0) - begin
@@ -358,9 +353,7 @@ def _patches_bwd_kernel(
         rounds = tl.max(readers, axis=0)
     else:
         rounds = states
-
-    dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    dk, dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32), tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     r = 0
     while r < rounds:
         if HAS_INDEX:
@@ -382,7 +375,6 @@ def _patches_bwd_kernel(
         dk += (weight * (d_weight - mean) * scale)[:, None] * q
         dv += weight[:, None] * grad
         r += 1
-
     at = ((image * patches + offs_n) * HEADS + head)[:, None] * WIDTH + offs_e[None, :]
     mask = mask_n[:, None] & mask_e[None, :]
     store(dk_ptr + at, dk, mask)

@@ -42,6 +42,23 @@ def _rank(cosine, present):
     return tl.where(present, tl.where(cosine == cosine, cosine, _NAN_RANK), -float("inf"))
 
 
+@triton.jit
+def _window_candidates(
+    y, x, place, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, RADIUS: tl.constexpr, WRAP: tl.constexpr
+):
+    """Which places of a patch's window are candidates, and their numbers [patches, places]; missing ones after all others."""
+    SIDE: tl.constexpr = 2 * RADIUS + 1
+    CANDIDATES: tl.constexpr = SIDE * SIDE - 1
+    cell = tl.where(place < CANDIDATES // 2, place, place + 1)
+    near_y = y[:, None] + (cell // SIDE - RADIUS)[None, :]
+    near_x = x[:, None] + (cell % SIDE - RADIUS)[None, :]
+    real = tl.broadcast_to((place < CANDIDATES)[None, :], near_y.shape)
+    if not WRAP:
+        real = real & (near_y >= 0) & (near_y < HEIGHT) & (near_x >= 0) & (near_x < WIDTH)
+    wrapped = ((near_y + HEIGHT) % HEIGHT) * WIDTH + (near_x + WIDTH) % WIDTH
+    return real, tl.where(real, wrapped, HEIGHT * WIDTH + place[None, :])
+
+
 WINDOW_CONFIGS = [
     triton.Config({"BLOCK_N": 16, "BLOCK_D": 128, "TOGETHER": 2}, num_warps=4),
     triton.Config({"BLOCK_N": 16, "BLOCK_D": 128, "TOGETHER": 4}, num_warps=4),
@@ -98,14 +115,7 @@ def _window_kernel(
             dots += tl.where((place == c)[None, :], tl.sum(own * other, axis=1)[:, None], 0.0)
             squares += tl.where((place == c)[None, :], tl.sum(other * other, axis=1)[:, None], 0.0)
 
-    cell_of = tl.where(place < CANDIDATES // 2, place, place + 1)
-    near_y = y[:, None] + (cell_of // SIDE - RADIUS)[None, :]  # [BLOCK_N, PLACES]
-    near_x = x[:, None] + (cell_of % SIDE - RADIUS)[None, :]
-    real = tl.broadcast_to((place < CANDIDATES)[None, :], (BLOCK_N, PLACES))
-    if not WRAP:
-        real = real & (near_y >= 0) & (near_y < HEIGHT) & (near_x >= 0) & (near_x < WIDTH)
-    wrapped = ((near_y + HEIGHT) % HEIGHT) * WIDTH + (near_x + WIDTH) % WIDTH
-    candidate = tl.where(real, wrapped, PATCHES + place[None, :])  # missing ones after all others
+    real, candidate = _window_candidates(y, x, place, HEIGHT, WIDTH, RADIUS, WRAP)
     cosine = tl.where(real, _cosine(dots, own_square[:, None], squares), -float("inf"))
     rank = _rank(cosine, real)
     out = (image * PATCHES + offs_n) * K
@@ -143,6 +153,42 @@ def _apart(a, b, SIZE: tl.constexpr, WRAP: tl.constexpr):
 
 
 @triton.jit
+def _squares(x_ptr, stride, patch, mask, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Squared norms of some patches."""
+    square = tl.zeros((mask.shape[0],), tl.float32)
+    for start in range(0, CHANNELS, BLOCK_D):
+        x = _load(x_ptr, stride, patch, mask, start + tl.arange(0, BLOCK_D), CHANNELS).to(tl.float32)
+        square += tl.sum(x * x, axis=1)
+    return square
+
+
+@triton.jit
+def _best(best, block, slot, K: tl.constexpr, NONE: tl.constexpr):
+    """The best K of those so far and of a block: their ranks, cosines and numbers; at equal ranks the lower number."""
+    best_rank, best_cosine, best_index = best
+    rank, cosine, candidate = block
+    new_rank, new_cosine, new_index = best_rank, best_cosine, best_index
+    for s in range(K):
+        top = tl.maximum(tl.max(best_rank, axis=1), tl.max(rank, axis=1))
+        kept = tl.min(tl.where(best_rank == top[:, None], best_index, NONE), axis=1)
+        fresh = tl.min(tl.where(rank == top[:, None], candidate, NONE), axis=1)
+        chosen = tl.minimum(kept, fresh)
+        was_kept = best_index == chosen[:, None]
+        is_fresh = candidate == chosen[:, None]
+        value = tl.sum(tl.where(was_kept, best_cosine, 0.0), axis=1)
+        value += tl.sum(tl.where(is_fresh, cosine, 0.0), axis=1)
+        here = (slot == s)[None, :]
+        new_rank = tl.where(here, top[:, None], new_rank)
+        new_cosine = tl.where(here, value[:, None], new_cosine)
+        new_index = tl.where(here, chosen[:, None], new_index)
+        best_rank = tl.where(was_kept, -float("inf"), best_rank)
+        best_index = tl.where(was_kept, NONE, best_index)
+        rank = tl.where(is_fresh, -float("inf"), rank)
+        candidate = tl.where(is_fresh, NONE, candidate)
+    return new_rank, new_cosine, new_index
+
+
+@triton.jit
 def _gram_kernel(
     x_ptr,  # [images, HEIGHT * WIDTH, CHANNELS]
     index_ptr,  # [images, HEIGHT * WIDTH, K] int32
@@ -169,12 +215,7 @@ def _gram_kernel(
     x_ptr += image * stride_image
     slot = tl.arange(0, KEEP)
 
-    own_square = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, CHANNELS, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        own = _load(x_ptr, stride_patch, offs_m, mask_m, offs_d, CHANNELS).to(tl.float32)
-        own_square += tl.sum(own * own, axis=1)
-
+    own_square = _squares(x_ptr, stride_patch, offs_m, mask_m, CHANNELS, BLOCK_D)
     best_rank = tl.full((BLOCK_M, KEEP), -float("inf"), tl.float32)
     best_cosine = tl.full((BLOCK_M, KEEP), -float("inf"), tl.float32)
     best_index = tl.zeros((BLOCK_M, KEEP), tl.int32) + (NONE - KEEP + slot)[None, :]
@@ -197,26 +238,8 @@ def _gram_kernel(
         cosine = tl.where(near, _cosine(dots, own_square[:, None], square[None, :]), -float("inf"))
         rank = _rank(cosine, near)
         candidate = tl.where(near, offs_n[None, :], PATCHES + offs_n[None, :])
-        new_rank, new_cosine, new_index = best_rank, best_cosine, best_index
-        for s in range(K):  # the best of what was kept and of this block, K times
-            top = tl.maximum(tl.max(best_rank, axis=1), tl.max(rank, axis=1))
-            kept = tl.min(tl.where(best_rank == top[:, None], best_index, NONE), axis=1)
-            fresh = tl.min(tl.where(rank == top[:, None], candidate, NONE), axis=1)
-            chosen = tl.minimum(kept, fresh)
-            was_kept = best_index == chosen[:, None]
-            is_fresh = candidate == chosen[:, None]
-            value = tl.sum(tl.where(was_kept, best_cosine, 0.0), axis=1) + tl.sum(
-                tl.where(is_fresh, cosine, 0.0), axis=1
-            )
-            here = (slot == s)[None, :]
-            new_rank = tl.where(here, top[:, None], new_rank)
-            new_cosine = tl.where(here, value[:, None], new_cosine)
-            new_index = tl.where(here, chosen[:, None], new_index)
-            best_rank = tl.where(was_kept, -float("inf"), best_rank)
-            best_index = tl.where(was_kept, NONE, best_index)
-            rank = tl.where(is_fresh, -float("inf"), rank)
-            candidate = tl.where(is_fresh, NONE, candidate)
-        best_rank, best_cosine, best_index = new_rank, new_cosine, new_index
+        best = best_rank, best_cosine, best_index
+        best_rank, best_cosine, best_index = _best(best, (rank, cosine, candidate), slot, K, NONE)
 
     out = ((image * PATCHES + offs_m) * K)[:, None] + slot[None, :]
     mask_out = mask_m[:, None] & (slot < K)[None, :]

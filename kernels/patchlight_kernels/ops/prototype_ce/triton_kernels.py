@@ -145,11 +145,9 @@ def _tiles_kernel(
         offs_k = first_k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         tile = teacher_w_ptr + first_k * teacher_strides[2], teacher_w_starts, mask_k
-        view_ptr = teacher_z_ptr
-        teachers = ()  # probabilities within the tile
+        view_ptr, teachers = teacher_z_ptr, ()  # probabilities within the tile
         for t in tl.static_range(T):
-            view = view_ptr, teacher_starts, mask_r
-            dots = _dots(teacher_x, view, tile, D, BLOCK_D)
+            dots = _dots(teacher_x, (view_ptr, teacher_starts, mask_r), tile, D, BLOCK_D)
             logits = _teacher_logits(dots, bias_ptr, offs_k, mask_k, teacher_scale)
             p, log2_sum = _softmax(logits)
             tl.store(log2_teacher_ptr + (number * T + t) * R + offs_r, log2_sum, mask=mask_r)
@@ -202,22 +200,18 @@ def _gradient_kernel(
     offs_r = first_r + tl.arange(0, BLOCK_R)
     in_r, in_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     weight = tl.load(weight_ptr + offs_r, mask=mask_r, other=0.0) * tl.load(unit_ptr)
-
     for i in range(TILES):
         first_k = (tl.program_id(1).to(tl.int64) * TILES + i) * BLOCK_K
         offs_k = first_k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         tile = teacher_w_ptr + first_k * teacher_strides[2], teacher_w_starts, mask_k
-        view_ptr = teacher_z_ptr
-        teachers = ()  # probabilities
+        view_ptr, teachers = teacher_z_ptr, ()  # probabilities
         for t in tl.static_range(T):
-            view = view_ptr, teacher_starts, mask_r
-            dots = _dots(teacher_x, view, tile, D, BLOCK_D)
+            dots = _dots(teacher_x, (view_ptr, teacher_starts, mask_r), tile, D, BLOCK_D)
             logits = _teacher_logits(dots, bias_ptr, offs_k, mask_k, teacher_scale)
             log2_sum = tl.load(log2_teacher_ptr + t * R + offs_r, mask=mask_r, other=0.0)
             teachers = append(teachers, tl.exp2(logits - log2_sum[:, None]))
             view_ptr += teacher_strides[0]
-
         tile = w_ptr + first_k * student_strides[2], w_starts, mask_k
         view_ptr = z_ptr
         out_ptr = gradient_ptr + first_r * K + first_k
