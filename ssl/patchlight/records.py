@@ -1,4 +1,4 @@
-"""The frozen records that cross module borders, with the shape written on every field.
+"""The frozen records that modules pass to each other, with the shape of every tensor.
 
 Letters: V crops of one size, B images on this rank, S pixels, N patches, D width, R rows, K prototypes.
 """
@@ -15,7 +15,7 @@ from torch.export import register_dataclass
 class Crops:
     """V crops of one size of B images."""
 
-    pixels: Tensor  # [V, B, 3, S, S] normalised
+    pixels: Tensor  # [V, B, 3, S, S] normalized
     box: Tensor  # [V, B, 4] x, y, w, h in source pixels, fp32
     flip: Tensor  # [V, B] bool, whether the crop was mirrored left to right
 
@@ -34,9 +34,11 @@ class Views:
 class Queries:
     """Positions whose content the student predicts: each is a masked token in every block, to which no patch attends."""
 
-    positions: Tensor  # [V, B, Q, 2] x, y in patches of the global crop, any real numbers; V x B as one in a backbone
+    positions: (
+        Tensor  # [V, B, Q, 2] x, y in patches of the global crop, any real numbers; a backbone gets [V * B, Q, 2]
+    )
     keys: str = "all"  # queries attend to the raw tokens and the queries ("all"), or to the raw tokens only ("raw")
-    crop: int | None = None  # with it, of the queries only to those of the same run of so many
+    crop: int | None = None  # the number of queries of a crop: if set, queries attend only to queries of their own crop
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class NeighborRule:
 
     radius: int | None = 1  # 1: 3x3 window, 2: 5x5, None: all patches
     k: int = 4  # neighbors selected by cosine similarity
-    border: str = "wrap"  # "wrap" as released (torus), "clip" as the paper's picture
+    border: str = "wrap"  # "wrap" as released (torus), "clip" as in the paper's figure
     pool: str = "class_attention"  # or "mean" (ablation)
 
 
@@ -87,17 +89,17 @@ class Features:
     """The output of one branch for crops of one size."""
 
     summary: Tensor  # [V, B, D] one vector per image
-    patches: Tensor  # [V, B, N, D] normalised patch features
+    patches: Tensor  # [V, B, N, D] normalized patch features
     grid: tuple[int, int]
     neighbors: Tensor | None = None  # [V, B, N, D] each patch's aggregated neighbors, when an objective needs them
     layers: tuple[Tensor, ...] = ()  # [V, B, N (+1), D] each
-    queries: Tensor | None = None  # [V, B, Q, D] normalised, when an objective's cue has some
+    queries: Tensor | None = None  # [V, B, Q, D] normalized, when an objective's cue has some
     residual: Tensor | None = None  # [V, B, N, D] patches before the final norm, when an objective needs them
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What an objective gets of one branch: its features, and the objective's own modules there."""
+    """What an objective gets from one branch: its features, and the objective's own modules there."""
 
     global_crops: Features
     local_crops: Features | None = None
@@ -112,9 +114,9 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class SoftTarget:
-    """A teacher's distribution over prototypes, never written out: softmax((z W^T + bias) / temperature)."""
+    """A teacher's distribution over prototypes, kept without its logits: softmax((z W^T + bias) / temperature)."""
 
-    z: Tensor  # [T, R, D] l2-normalised bottleneck rows of T teacher views
+    z: Tensor  # [T, R, D] l2-normalized bottleneck rows of T teacher views
     prototypes: Tensor  # [K, D] the teacher's effective prototypes
     temperature: float | Tensor
     bias: Tensor | None = None  # [K] in logit units: minus the center, or the Sinkhorn potential
@@ -122,13 +124,13 @@ class SoftTarget:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The only notion of time. A checkpoint has it as it is between two steps."""
+    """How far the run is; nothing else counts steps. Checkpoints save it between two steps."""
 
     step: int  # optimizer steps done
     total: int  # optimizer steps of the whole run
     images_seen: int  # over all ranks
     steps_per_epoch: int
-    first_image: int = 0  # running number of this rank's first image in the batch at hand, counted over the whole run
+    first_image: int = 0  # running number of this rank's first image in the current batch, counted over the whole run
 
     @property
     def epoch(self) -> int:
@@ -139,9 +141,9 @@ class Clock:
         return {name: getattr(self, name) for name in ("step", "total", "images_seen", "steps_per_epoch")}
 
     def at_batch(self, number: int, rank: int, world: int, images: int) -> Clock:
-        """The clock for one of the step's batches of so many images per rank."""
+        """The clock for batch `number` of the step, which has `images` images per rank."""
         return replace(self, first_image=self.images_seen + (number * world + rank) * images)
 
     def next(self, images: int) -> Clock:
-        """The clock of the next step, after so many images."""
+        """The clock of the next step, after a step of `images` images."""
         return replace(self, step=self.step + 1, images_seen=self.images_seen + images)

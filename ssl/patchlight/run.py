@@ -1,4 +1,4 @@
-"""A run, described completely: a `Run` and its parts. Recipes are functions that return one."""
+"""The complete description of a run: `Run` and its parts. A recipe is a function that returns a `Run`."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from .objectives import OBJECTIVES, DinoOptions, ObjectiveOptions
 
 @dataclass(frozen=True)
 class Model:
-    """The network of both branches, heads apart."""
+    """The network of both branches, without the heads of the objectives."""
 
     arch: str = "vit_small"
     """Name of the backbone, as build_backbone takes it."""
     patch_size: int = 16
     """Pixels between neighboring patches."""
     image_size: int = 224
-    """Side of the images that the position table is made for; the global crops' side."""
+    """Side in pixels of the global crops; the position table is made for it."""
     drop_path: float = 0.1
-    """The last block's rate of dropping a residual branch, in the student; the teacher never drops."""
+    """Rate at which the student's last block drops a residual branch; the teacher drops none."""
     summary: str = "cls"
     """The vector of an image: the class token (cls), class attention over the patches (class_attention), or their mean."""
     position_resize: str = "released"
-    """How the position table meets local crops: as the released code resizes it, or by size."""
+    """How the position table is resized for local crops: released (by a scale factor, as in the released code) or size."""
     positions: str = "learned"
-    """The position table of a vision transformer: learned, or fixed: sincos or sincos_printed, one of which PQCL needs,
-    or sincos_rows_first, as MoCo v3 has it."""
+    """The position table of a vision transformer: learned, or fixed: sincos or sincos_printed (PQCL needs one of these),
+    or sincos_rows_first (as in MoCo v3)."""
     start: str = "dino"
-    """How a vision transformer's weights are drawn: as DINO and iBOT do (dino), or as MoCo v3 does (moco_v3)."""
+    """How a vision transformer's weights are initialized: as in DINO and iBOT (dino), or as in MoCo v3 (moco_v3)."""
     init_from: str = ""
     """A file of published weights to start from: DINO, iBOT, DINOv2, SelfPatch, SERE, PQCL, MoCo v3, MoBY, timm or ours."""
     freeze_patch_embed: bool = False
-    """Keep the patch projection as it was drawn, which steadies MoCo v3."""
+    """Keep the patch projection at its initial weights, which makes MoCo v3 more stable."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Other sizes than the architecture's own, e.g. {"depth": 2, "width": 32, "heads": 2} for a test."""
 
@@ -53,7 +53,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Objectives:
-    """The losses, and how much each counts."""
+    """The losses and their weights."""
 
     options: tuple[ObjectiveOptions, ...] = (DinoOptions(),)
     """One entry per objective."""
@@ -62,7 +62,7 @@ class Objectives:
     masks: MaskRule = MaskRule()  # noqa: RUF009 frozen
     """How much of the student's global crops is masked, where an objective needs masks."""
     mask_counts: str = "fixed"
-    """fixed: every batch hides equally many patches, so shapes never change; released: the count varies as in iBOT."""
+    """fixed: every batch has equally many masked patches, so shapes never change; released: the count varies as in iBOT."""
 
     def __post_init__(self) -> None:
         check_choice("Objectives.mask_counts", self.mask_counts, ("fixed", "released"))
@@ -83,17 +83,17 @@ class Objectives:
 
 @dataclass(frozen=True)
 class Data:
-    """Where images come from and how they are cut."""
+    """Where images come from and how they are cropped."""
 
     path: str = ""
     """Images: a folder, tar shards, or what check_data wrote (docs/data.md); empty for the procedural images."""
     loader: str = "auto"
-    """auto: dali on a GPU, torchvision elsewhere; dali: decoded and cut by NVIDIA DALI; torchvision: read and cut on the
-    CPU; procedural: images drawn on the spot."""
+    """auto: dali on a GPU, torchvision elsewhere; dali: decoded and cropped by NVIDIA DALI; torchvision: read and cropped
+    on the CPU; procedural: generated images."""
     photometric: str = "op"
-    """What changes colors: our own op, or dali for DALI's operators, which are another augmentation (docs/data.md)."""
+    """What changes colors: op, our own operation, or dali, DALI's operators, whose results differ (docs/data.md)."""
     crops: CropPolicy = dino_policy()  # noqa: RUF009 frozen
-    """Which crops an image gives."""
+    """Which crops are made of an image."""
     batch_per_rank: int = 64
     """Images of one process in one batch; the global batch is this x processes x Parallel.accumulate."""
     workers: int = 8
@@ -101,14 +101,14 @@ class Data:
     procedural_images: int = 4096
     """How many procedural images there are."""
     most_bad: float = MOST_BAD
-    """Share of unreadable images at which a run stops; below it others replace them, which the log counts."""
+    """Share of unreadable images at which a run stops; below it, others replace them and are counted in the log."""
 
     def __post_init__(self) -> None:
         check_choice("Data.loader", self.loader, LOADERS)
         check_choice("Data.photometric", self.photometric, ("op", "dali"))
         check(
             self.photometric == "op" or self.loader == "dali",
-            'Data.photometric="dali" is a part of the dali loader',
+            'Data.photometric="dali" needs the dali loader',
             f"loader={self.loader!r}",
             'set loader="dali"',
         )
@@ -117,7 +117,7 @@ class Data:
         check(self.workers >= 0, "Data.workers must not be negative", self.workers, "use 0 or more")
         check(
             bool(self.path) == (self.loader != "procedural"),
-            "Data.path belongs to every loader but the procedural one, and they need it",
+            "Data.path must be set for every loader except procedural, and empty for that one",
             f"path={self.path!r} with loader={self.loader!r}",
             'pass the folder of images, or loader="procedural" and no path',
         )
@@ -125,26 +125,26 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    """How the student and the teacher move."""
+    """How the student and the teacher are updated."""
 
     name: str = "adamw"
     """adamw, lars or lamb."""
     base_lr: float = 5e-4
     """Learning rate per 256 images of the global batch: the rate in effect is base_lr x global batch / 256."""
     min_lr: float = 1e-6
-    """Where the cosine of the learning rate ends."""
+    """The learning rate at the end of its cosine."""
     warmup_epochs: float = 10
     """Epochs over which the learning rate rises."""
     warmup_start_lr: float = 0.0
     """The learning rate in effect at the first step of the warm-up."""
     warmup_ends: str = "last"
-    """Which step has the full rate first: the warm-up's last, as DINO, or the one after it, as MoCo v3 and MoBY (next)."""
+    """The first step with the full rate: the warm-up's last (last), as in DINO, or the next, as in MoCo v3 and MoBY."""
     weight_decay: float = 0.04
     """Weight decay at the start."""
     weight_decay_end: float = 0.4
     """Weight decay at the end, reached by a cosine."""
     decayed: str = "matrices"
-    """What decays: all but biases and vectors (matrices); biases too, as SERE's release does; or all, as MoCo v3 does."""
+    """What decays: all but biases and vectors (matrices); also biases, as in SERE's release; or all, as in MoCo v3."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moments of adamw and lamb."""
     momentum: float = 0.9
@@ -152,15 +152,15 @@ class Optim:
     clip: float = 3.0
     """Largest norm of a gradient; 0 turns clipping off."""
     clip_mode: str = "per_tensor"
-    """per_tensor: each gradient has its own norm, as released; global: one norm over all, as the papers say."""
+    """per_tensor: each gradient has its own norm, as released; global: one norm over all, as in the papers."""
     teacher_momentum: float = 0.996
-    """Share of itself that the teacher keeps per step, at the start."""
+    """Share of its weights that the teacher keeps in a step, at the start of the run."""
     teacher_momentum_end: float = 1.0
     """The same at the end, reached by a cosine."""
     freeze_prototypes_epochs: int = 1
-    """Epochs in which the prototypes do not move."""
+    """The number of first epochs in which the prototypes are not updated."""
     most_refused: int = 20
-    """Non-finite steps in a row, all of them skipped, after which the run gives up."""
+    """After so many non-finite steps in a row, all of them skipped, the run ends with an error."""
 
     def __post_init__(self) -> None:
         check_choice("Optim.name", self.name, ("adamw", "lars", "lamb"))
@@ -204,14 +204,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How the work is spread and in which number format it is done."""
+    """How the work is divided over processes, and its number format."""
 
     replicate: int | None = None
     """Copies of the model; by default as many as there are processes / shard."""
     shard: int = 1
     """Processes over which one copy of the model is sharded (FSDP2)."""
     accumulate: int = 1
-    """Batches whose gradients make one optimizer step; teacher, centers and schedules move once per step."""
+    """Batches whose gradients make one optimizer step; teacher, centers and schedules change once per step."""
     precision: str = "bf16"
     """bf16, fp16 (with loss scaling) or fp32: the format of the forward pass; parameters stay fp32."""
     compile: bool = False
@@ -219,7 +219,7 @@ class Parallel:
     checkpoint_activations: bool = False
     """Keep only each block's input for backward: less memory, one more forward."""
     deterministic: bool = False
-    """Equal runs give equal bits, or an error says which operation cannot."""
+    """Equal runs give bit-identical results, or an error names the operation that cannot."""
     seed: int = 0
     """Seed of weights, data order, crops and masks."""
 
@@ -246,11 +246,11 @@ class Output:
     keep: int = 3
     """How many checkpoints to keep, the latest ones."""
     save_async: bool = False
-    """Write checkpoints while training goes on; costs a copy of the state in host memory."""
+    """Write checkpoints while training continues; needs a copy of the state in host memory."""
     log_every: int = 50
     """Steps between log lines; only there does the host wait for the device."""
     evaluate_every: int | None = None
-    """Steps between evaluations of the teacher (k-NN accuracy, attention pictures); by default an epoch's. 0: never."""
+    """Steps between evaluations of the teacher (k-NN accuracy, attention pictures); by default those of an epoch. 0: never."""
     resume: bool = False
     """Continue from the latest checkpoint in the folder; start anew if there is none."""
 
@@ -267,7 +267,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides a pretraining run."""
+    """All settings of a pretraining run."""
 
     model: Model = Model()
     """The network."""
@@ -301,7 +301,7 @@ class Run:
         )
 
     def to_dict(self) -> dict:
-        """Plain values only, for run.json and checkpoints; an objective's options carry the name of their class."""
+        """Plain values only, for run.json and checkpoints; an objective's options include the name of their class."""
         plain = asdict(self)
         pairs = zip(self.objectives.options, plain["objectives"]["options"], strict=True)
         plain["objectives"]["options"] = [{"kind": type(options).__name__, **values} for options, values in pairs]

@@ -136,7 +136,10 @@ def test_other_features_do_not_depend_on_queries():
             lambda: tiny_run("", options=(DINO, PQCL), data={"crops": dino_policy(0, 16)}),
             "need query crops, got a crop",
         ),
-        (lambda: tiny_run("", options=(DINO,), data={"crops": pqcl_policy(1, 8, global_size=16)}), "got some and none"),
+        (
+            lambda: tiny_run("", options=(DINO,), data={"crops": pqcl_policy(1, 8, global_size=16)}),
+            "got query crops but no",
+        ),
         (
             lambda: tiny_run("", options=(DINO, PQCL), data={"crops": pqcl_policy(1, 20, global_size=16)}),
             "must not be larger than the global crops, got 20 and 16 pixels; shrink",

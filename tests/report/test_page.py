@@ -133,7 +133,7 @@ def test_diagnoses_come_first(tmp_path):
             {"step": step, "name": "uniform collapse", "sentence": "a < b & c", "fatal": False},
         )
     text = build_report(tmp_path)
-    assert text.index("uniform collapse") < text.index("What it learned")
+    assert text.index("uniform collapse") < text.index("k-NN accuracy and attention")
     assert "a &lt; b &amp; c" in text
     assert "5 earlier ones" in text
 

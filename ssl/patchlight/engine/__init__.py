@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: branches, optimizer, parallelism, checkpoints, sentinels."""
+"""The training loop and its parts: branches, optimizer, parallelism, checkpoints, sentinels."""

@@ -1,4 +1,4 @@
-"""From a `Run` to everything that trains it, read from top to bottom. Nothing here computes."""
+"""Builds everything that trains a `Run`: from top to bottom, the caller first. Nothing here computes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .trainer import Trainer
 
 
 def train(run: Run) -> None:
-    """Trains on the processes that torchrun started, or on this one alone, and evaluates the teacher meanwhile."""
+    """Trains on the processes that torchrun started, or on this process alone, and evaluates the teacher at intervals."""
     with processes(run.parallel) as mesh:
         trainer = build_trainer(run, mesh)
         if run.output.evaluate_every != 0:
@@ -60,12 +60,12 @@ def train(run: Run) -> None:
 def build_trainer(
     run: Run, mesh: Mesh | None = None, loader: Loader | None = None, metrics: Metrics | None = None
 ) -> Trainer:
-    """The trainer of a run; without a mesh it is alone. loader, metrics: others than the run describes, for tests."""
+    """The trainer of a run; without a mesh, for one process. Tests pass a loader or metrics that replace the run's."""
     mesh = mesh or Mesh(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     loader_reason = ""
     if loader is None:
         choice = loaders.choose_loader(run.data.loader, mesh.device)
-        run = replace(run, data=replace(run.data, loader=choice.name))  # reports have the loader that really runs
+        run = replace(run, data=replace(run.data, loader=choice.name))  # so reports name the loader in use
         loader_reason = choice.why
     torch.manual_seed(run.parallel.seed)  # the same weights on every rank, each of which then keeps its shard
     objectives = build_objectives(run, mesh.world).to(mesh.device)
@@ -106,7 +106,7 @@ def build_objectives(run: Run, world: int = 1) -> WeightedObjectives:
 
 
 def build_context(run: Run) -> BuildContext:
-    """What of a run its objectives may depend on."""
+    """The parts of a run that its objectives may depend on."""
     masks = FixedMasks if run.objectives.mask_counts == "fixed" else ReleasedMasks
     model = run.model
     with torch.device("meta"):  # for its sizes only
@@ -148,7 +148,7 @@ def branch_arguments(model: Model, objectives: Sequence[Objective], drop_path: f
 
 def backbone_of(model: Model, drop_path: float) -> Backbone:
     """The backbone that a run describes."""
-    # What only a vision transformer has; another backbone gets what differs from the default, to refuse it.
+    # Options of vision transformers only. Other backbones get those that differ from the default, and refuse them.
     options = {name: getattr(model, name) for name in ("position_resize", "positions", "start")}
     if "class_token" in capabilities_of(model.arch):
         options["class_token"] = model.summary == "cls"
@@ -190,7 +190,7 @@ def build_loader(run: Run, mesh: Mesh) -> Loader:
 
 
 def build_metrics(run: Run, mesh: Mesh, objectives: WeightedObjectives) -> Metrics:
-    """The metrics of a run, and on rank 0 where they are written."""
+    """The metrics of a run; on rank 0 with the journal that writes them."""
     journal = Journal(run.output.folder, Display()) if mesh.rank == 0 else None
     return Metrics(mesh, journal, objectives.prototype_counts(), cost_of(run, mesh.device))
 

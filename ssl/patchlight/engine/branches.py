@@ -1,4 +1,4 @@
-"""The two branches: a student that gradients change, and a teacher that follows it. `assembly` builds them."""
+"""The two branches: a student that gradients update, and a teacher that is its moving average. `assembly` builds them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class BranchFeatures(NamedTuple):
 class Branch(nn.Module):
     """A backbone, a summary head, and the heads of the objectives by their names.
 
-    names: of the objectives. hosts: for an objective without a head, the name of the one whose head it uses.
-    separate_views: the backbone takes each view as a batch of its own, for its BatchNorm.
+    names: of the objectives. hosts: for an objective without a head, the name of the objective whose head it uses.
+    separate_views: the backbone gets each view as a separate batch, because of its BatchNorm.
     """
 
     backbone: Backbone
@@ -81,7 +81,7 @@ class Branch(nn.Module):
         return Features(split[0], split[1], tokens.grid, split[2], queries=split[3], residual=split[4])
 
     def _tokens(self, pixels: Tensor, cues: Cues, wanted: Wanted) -> Tokens:
-        """The backbone's output. Not every backbone has the arguments queries and residual: they are passed if needed only."""
+        """The backbone's output. Not every backbone has the arguments queries and residual: passed only if needed."""
         mask = None if cues.mask is None else cues.mask.flatten(0, 1)
         extra: dict[str, Any] = {}
         if cues.queries is not None:
@@ -95,17 +95,17 @@ class Branch(nn.Module):
         return dict(self.heads).get(self.hosts.get(name, name))
 
     def sides(self, features: BranchFeatures) -> dict[str, Side]:
-        """What each objective gets of the branch, by the objective's name."""
+        """What each objective gets from the branch, by the objective's name."""
         predictors = dict(self.predictors)
         return {name: Side(*features, self.head_of(name), predictors.get(name)) for name in self.names}
 
 
 class Student(Branch):
-    """The branch that gradients move."""
+    """The branch that gradients update."""
 
 
 class Teacher(Branch):
-    """The branch that follows the student. It has no gradients, and stays in training mode, as released."""
+    """The moving average of the student. It has no gradients, and stays in training mode, as released."""
 
     def start_from(self, student: Student) -> None:
         """Copies the student, except its predictors."""
@@ -117,7 +117,7 @@ class Teacher(Branch):
     def follow(self, student: Student, momentum: float, refused: Tensor | None = None) -> None:
         """Moves each parameter by 1 - momentum towards the student's, unless refused is 1; buffers stay as they are.
 
-        On a CPU a lerp per parameter. Elsewhere three multi-tensor kernels, as refused, and so their weight, is on the device.
+        On a CPU: a lerp per parameter. Elsewhere: three multi-tensor kernels, because `refused`, and so the weight, is a tensor.
         """
         by_name = dict(student.named_parameters())
         named = dict(self.named_parameters())

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: sharded, complete, renamed into place when whole, and loadable on any number of ranks."""
+"""Checkpoints: sharded, with their final name only when complete, and loadable on any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 from .branches import Branch
 from .parallel import Mesh
 
-FACTS = "facts.json"  # clock, run, loader position: what a human may want to read too
+FACTS = "facts.json"  # clock, run, loader position: also for people to read
 EXPORT = "teacher.safetensors"
-REFUSED_DIFFERENCES = ("model.", "objectives.", "optim.name")  # with another one, a checkpoint is of no use
+REFUSED_DIFFERENCES = ("model.", "objectives.", "optim.name")  # a checkpoint that differs in these is refused
 
 
 class Checkpoints:
@@ -45,7 +45,7 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
 
     def latest(self) -> Path | None:
-        """The newest one. Ranks meet first, so that all find the same."""
+        """The newest checkpoint. Ranks wait for each other first, so that all find the same."""
         self.mesh.barrier()
         found = self.all()
         return found[-1] if found else None
@@ -63,7 +63,7 @@ class Checkpoints:
         alone = self.mesh.world == 1
         if self.asynchronous:
             save = dcp.async_save(state, checkpoint_id=partial, process_group=self.group, no_dist=alone)
-            future = cast("Future", save)  # as we do not ask for more
+            future = cast("Future", save)  # the only result with these arguments
             self.under_way = (future, path, facts, export)
             return path
         with _quiet():
@@ -81,7 +81,7 @@ class Checkpoints:
             self._attempt(path, lambda: self._complete(path, facts, export))
 
     def _attempt(self, path: Path, work: Callable[[], Any]) -> None:
-        """Does a part of a save on every rank; if any fails, all clean up and say so."""
+        """Does a part of a save on every rank; if it fails on any, all raise, and the partial checkpoint is deleted."""
         error = None
         try:
             work()
@@ -100,7 +100,7 @@ class Checkpoints:
         ) from error
 
     def _complete(self, path: Path, facts: dict, export: dict[str, Tensor]) -> None:
-        """On rank 0: adds what is not sharded, renames, and removes the oldest."""
+        """On rank 0: adds the files that are not sharded, renames the folder, and deletes the oldest checkpoints."""
         if self.mesh.rank != 0:
             return
         partial = path.with_suffix(".partial")
@@ -117,12 +117,12 @@ def read_facts(path: Path) -> dict:
 
 
 def check_same_run(saved: dict, now: dict, path: Path) -> None:
-    """Refuses a checkpoint of another model, objective or optimizer; other differences are named and accepted."""
+    """Refuses a checkpoint of another model, objective or optimizer; accepts other differences with a warning."""
     differences = _differences(saved, now)
-    hard = [line for line in differences if line.startswith(REFUSED_DIFFERENCES)]
-    if hard:
+    refused = [line for line in differences if line.startswith(REFUSED_DIFFERENCES)]
+    if refused:
         raise ValueError(
-            f"A run resumes from its own checkpoints, got {path} with {'; '.join(hard)}; "
+            f"A run resumes from its own checkpoints, got {path} with {'; '.join(refused)}; "
             "restore these settings or choose another Output.folder."
         )
     differences = [line for line in differences if not line.startswith("output.")]
@@ -141,20 +141,20 @@ def _differences(saved: Any, now: Any, where: str = "") -> list[str]:
 
 
 def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """What a checkpoint holds, by flattened name."""
+    """The tensors of a checkpoint, by flattened name."""
     found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def check_fits(modules: dict[str, nn.Module], stored: dict[str, TensorStorageMetadata], path: Path) -> None:
-    """Every tensor that a module wants must be there in its shape: nothing is skipped silently."""
-    wanted = {f"{prefix}.{n}": t for prefix, module in modules.items() for n, t in module.state_dict().items()}
-    missing = [name for name in wanted if name not in stored]
-    if len(missing) == len(wanted):
+    """Raises unless the checkpoint has every tensor of the modules, in its shape."""
+    expected = {f"{prefix}.{n}": t for prefix, module in modules.items() for n, t in module.state_dict().items()}
+    missing = [name for name in expected if name not in stored]
+    if len(missing) == len(expected):
         raise ValueError(
-            f"A checkpoint must hold this model, got none of its {len(wanted)} tensors in {path}; it is another run's."
+            f"A checkpoint must hold this model, got none of its {len(expected)} tensors in {path}; use this run's."
         )
-    wrong = [n for n, t in wanted.items() if n in stored and tuple(stored[n].size) != tuple(t.shape)]
+    wrong = [n for n, t in expected.items() if n in stored and tuple(stored[n].size) != tuple(t.shape)]
     if missing or wrong:
         raise ValueError(
             f"A checkpoint must hold this model exactly, got {len(missing)} tensors missing and {len(wrong)} of another "
@@ -163,14 +163,14 @@ def check_fits(modules: dict[str, nn.Module], stored: dict[str, TensorStorageMet
 
 
 def blank_random_state(stored: dict[str, TensorStorageMetadata], rank: int) -> dict[str, Tensor]:
-    """Room for the random numbers that this rank's predecessor has stored."""
+    """Empty tensors to load this rank's random state into."""
     prefix = f"random.rank{rank}."
     found = {name.removeprefix(prefix): entry for name, entry in stored.items() if name.startswith(prefix)}
     return {name: torch.empty(entry.size, dtype=torch.uint8) for name, entry in found.items()}
 
 
 def load_tensors(path: Path, state: dict[str, Any], world: int) -> None:
-    """Reads into the tensors of `state`, whatever number of ranks wrote them."""
+    """Reads into the tensors of `state`, which any number of ranks may have written."""
     with _quiet():
         dcp.load(state, checkpoint_id=path, no_dist=world == 1)
 
@@ -185,7 +185,7 @@ def _quiet() -> Iterator[None]:
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """All random number generators of this process, as tensors."""
-    name, keys, *rest = cast("tuple", np.random.get_state())  # noqa: NPY002 the global one is what libraries draw from
+    name, keys, *rest = cast("tuple", np.random.get_state())  # noqa: NPY002 libraries use the global generator
     host = json.dumps([random.getstate(), [name, keys.tolist(), *rest]]).encode()
     state = {"torch": torch.get_rng_state(), "host": torch.frombuffer(bytearray(host), dtype=torch.uint8)}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
@@ -204,8 +204,8 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 def timm_weights(branch: Branch) -> dict[str, Tensor]:
     """The whole backbone on the host under timm's names, ready for timm.create_model(checkpoint_path=...).
 
-    Without the mask token; with the final norm, also where the summary has it. All ranks must call this, as shards are put
-    together.
+    Without the mask token; with the final norm, even if it is in the summary. All ranks must call this, because it gathers
+    the shards.
     """
     weights = {name: tensor for name, tensor in branch.backbone.state_dict().items() if name != "mask_token"}
     if branch.backbone.norm_eps is not None and not any(name.startswith("norm.") for name in weights):

@@ -1,4 +1,4 @@
-"""What an image costs in floating point operations, and what a device could do: the two sides of MFU."""
+"""Floating point operations per image, and the peak of a device: MFU (model FLOPs utilization) is their ratio."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PEAK_FLOPS = (
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """None: unknown, then there is no MFU."""
+    """What MFU is computed from; there is none where a number is unknown (None)."""
 
     flops_per_image: float | None = None
     peak_flops: float | None = None

@@ -21,13 +21,13 @@ NOT_WANTED = ("heads.", "predictors.")  # every objective has its own
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What became of the tensors of a file and of the student."""
+    """Which tensors of the file and of the student were used, and which were not."""
 
     file: Path
     layout: str
     loaded: list[str]
     reshaped: list[str]  # with both shapes
-    missing: list[str]  # of backbone and summary, which keep their own start
+    missing: list[str]  # of backbone and summary; they keep their initial values
     unused: list[str]  # of the file
 
     def table(self) -> Table:
@@ -42,10 +42,10 @@ class Taken:
 
 @torch.no_grad()
 def init_from(student: Student, path: Path) -> Taken:
-    """Copies what a published file holds of backbone and summary; tables of positions are resampled to fit."""
+    """Copies backbone and summary from a published file; position tables are resampled to fit."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"Model.init_from must name a file of weights, got {path}, which is none; check the path."
+            f"Model.init_from must name a file of weights, got {path}, which is no file; check the path."
         )
     published = read_published(path)
     state = student.state_dict()
@@ -73,7 +73,7 @@ def init_from(student: Student, path: Path) -> Taken:
 
 
 def _target(name: str, wanted: dict[str, Tensor]) -> str | None:
-    """The student's name of a published tensor. A final norm belongs to whoever applies it."""
+    """The student's name of a published tensor. A final norm is loaded into the module that applies it."""
     rest = name.removeprefix("summary.")
     candidates = [name if name.startswith("summary.") else f"backbone.{name}"]
     if rest.startswith("norm."):
@@ -98,7 +98,7 @@ def _fit(student: Student, name: str, tensor: Tensor, shape: torch.Size, path: P
 
 
 def _fit_positions(student: Student, table: Tensor, shape: torch.Size, path: Path) -> Tensor:
-    """Resampled to the model's grid. A class row that the model does not need is left out; one that the file lacks is zero."""
+    """Resampled to the model's grid. A class row that the model does not need is dropped; if the file has none, it is zero."""
     backbone: Any = student.backbone
     side = math.isqrt(table.shape[1])
     if shape[2] != table.shape[2] or side**2 not in (table.shape[1], table.shape[1] - 1):
@@ -112,7 +112,7 @@ def _fit_positions(student: Student, table: Tensor, shape: torch.Size, path: Pat
     own = backbone.pos_embed
     if not (
         isinstance(own, nn.Parameter) and own.requires_grad
-    ):  # fixed: it stays, so it must be what the file has too
+    ):  # a fixed table is never replaced, so the file must have the same
         if backbone.table_grid == (side, side) and not torch.allclose(patches, own[:, -(side**2) :], atol=1e-3):
             raise ValueError(
                 f"Model.positions keeps a fixed table, got another one in {path}; set it to the file's kind, or to 'learned'."

@@ -27,10 +27,10 @@ class Metrics:
         prototypes: Mapping[str, int] | None = None,
         cost: Cost | None = None,
     ) -> None:
-        """journal: where lines go, on rank 0. prototypes: the number that a term has, for loss / ln K."""
+        """journal: writes the lines, on rank 0. prototypes: how many each term has, for loss / ln K."""
         self.mesh, self.journal, self.cost = mesh, journal, cost or Cost()
         self.prototypes = dict(prototypes or {})
-        # Per set of terms [3, T]: sums of the finite values, how many they are, how many values there were.
+        # Per set of terms [3, T]: sums of the finite values, their number, the number of all values.
         self.sums: dict[tuple[str, ...], Tensor] = {}
         self.steps = 0  # since the last log line
         self.opened = False  # whether this process has logged before
@@ -50,7 +50,7 @@ class Metrics:
         self.steps += 1
 
     def log(self, clock: Clock, values: Mapping[str, float]) -> dict[str, float]:
-        """A log line: means over ranks and steps since the last one, which it returns with the host's values."""
+        """Writes a log line: means over ranks and steps since the last one. Returns them with the host's values."""
         means = self._means()
         waited = torch.tensor(values.get("data/wait_seconds", 0.0), device=self.mesh.device, dtype=torch.float64)
         slowest = self.mesh.max_over_all(waited).item()  # all ranks wait for the slowest
@@ -75,14 +75,14 @@ class Metrics:
         return means | {name: float(value) for name, value in values.items()}
 
     def diagnose(self, clock: Clock, diagnosis: Diagnosis) -> None:
-        """Writes down what is wrong with the run. A fatal diagnosis ends it."""
+        """Writes a diagnosis to the journal. A fatal one is the last entry."""
         if self.journal:
             self.journal.warn(clock, diagnosis.name, diagnosis.sentence, diagnosis.fatal)
         if diagnosis.fatal:
             self.close()
 
     def close(self) -> None:
-        """The run is over."""
+        """Closes the journal at the end of the run."""
         if self.journal:
             self.journal.close()
 
@@ -99,13 +99,13 @@ class Metrics:
         return means
 
     def _ratios(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Each prototype loss over ln K: 1 means that student and teacher give the same for every image."""
+        """Each prototype loss over ln K: 1 means that all images have the same output."""
         return {
             f"{term}/ln_k": means[term] / math.log(count) for term, count in self.prototypes.items() if term in means
         }
 
     def _speed(self, clock: Clock, seconds: float, waited: float) -> dict[str, float]:
-        """Images and waiting per second, use of the device, memory."""
+        """Images per second, share of time waiting for data, MFU, memory."""
         if self.opened:
             images: float = clock.images_seen - self.images
             steps = self.steps

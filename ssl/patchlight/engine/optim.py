@@ -1,7 +1,7 @@
 """From gradients to an update: parameter groups, clipping, the refusal of non-finite steps, AdamW, LARS and LAMB.
 
-Everything works on this rank's pieces of the parameters as plain tensors, so sharded and whole parameters share one
-path, and nothing waits for the device.
+Everything works on this rank's pieces of the parameters as plain tensors, so the code is the same for
+sharded and whole parameters, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Norms = Callable[[Sequence[Tensor | None]], Tensor]
 
 
 def has_decay(name: str, parameter: Tensor, decayed: str = "matrices") -> bool:
-    """Weight decay spares biases and vectors, as most release it; position table, tokens and prototype lengths decay."""
+    """Whether a parameter decays. By default all but biases and vectors: position table, tokens, prototype lengths too."""
     bias = name.endswith(".bias")
     return {"matrices": not bias and parameter.ndim != 1, "biases": bias or parameter.ndim != 1, "all": True}[decayed]
 
@@ -38,7 +38,7 @@ def prototype_names(module: nn.Module) -> frozenset[str]:
 
 
 class Update:
-    """The student's trainable parameters and how they move, one optimizer step at a time.
+    """Updates the student's trainable parameters, one optimizer step at a time.
 
     A step is refused on every rank when any rank has a non-finite loss term or gradient: parameters, optimizer state and
     step counters then stay as they are. The decision is a device number that the optimizers read (`found_inf`, as torch's
@@ -56,7 +56,7 @@ class Update:
         self.optimizer: Any = build_optimizer(self.groups(), options, self.norms)
         self.total_refused = torch.zeros((), dtype=torch.int64, device=mesh.device)
         self.refused_in_a_row = torch.zeros((), dtype=torch.int64, device=mesh.device)
-        self.culprit = torch.zeros((), dtype=torch.int64, device=mesh.device)
+        self.first_nonfinite = torch.zeros((), dtype=torch.int64, device=mesh.device)
         self.checked: list[str] = []
 
     def groups(self) -> list[dict]:
@@ -68,7 +68,7 @@ class Update:
 
     @torch.no_grad()
     def step(self, terms: dict[str, Tensor], lr: float, weight_decay: float, freeze: bool) -> tuple[Tensor, Tensor]:
-        """Updates the student by its gradients and drops them; returns whether it refused (0 or 1), and the norm."""
+        """Updates the student and clears its gradients; returns whether the step was refused (0 or 1), and the norm."""
         self._read_gradients()
         if self.scaler is not None:
             self.scaler.unscale([piece.grad for piece in self.pieces if piece.grad is not None])
@@ -107,11 +107,11 @@ class Update:
         count = refused.long()
         self.total_refused += count
         self.refused_in_a_row.add_(1).mul_(count)
-        self.culprit.copy_(torch.where(refused > 0, bad.argmax(), self.culprit))
+        self.first_nonfinite.copy_(torch.where(refused > 0, bad.argmax(), self.first_nonfinite))
         return refused
 
     def _clip(self, norms: Tensor) -> None:
-        """Per tensor, as released: each gradient is scaled down to the limit by its own norm. Global: all by one."""
+        """Scales gradients down to the limit: each by its own norm (per_tensor, as released), or all by one (global)."""
         if self.options.clip == 0:
             return
         if self.options.clip_mode == "global":
@@ -133,7 +133,7 @@ class Update:
 
     def refusals(self) -> tuple[int, int, str]:
         """How many steps this process has refused, how many in a row until now, and what was not finite. Waits."""
-        total, row, first = torch.stack([self.total_refused, self.refused_in_a_row, self.culprit]).tolist()
+        total, row, first = torch.stack([self.total_refused, self.refused_in_a_row, self.first_nonfinite]).tolist()
         return total, row, self.checked[first] if total else ""
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -159,7 +159,7 @@ class Update:
         return result
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Takes the state that `state_dict` gave."""
+        """Loads what `state_dict` returned."""
         for name, _, piece in self._named():
             if name in state:
                 self.optimizer.state[piece] = {key: local(value) for key, value in state[name].items()}
@@ -171,7 +171,7 @@ class Update:
 class StepState:
     """What a forward pass changes besides gradients: buffers, such as centers, queues and BatchNorm's statistics.
 
-    A refused step must leave no trace in them either, so they are copied before a step and written back after it.
+    A refused step must not change them, so they are copied before a step and written back after it.
     Buffers must change in place.
     """
 

@@ -11,12 +11,12 @@ from ..run import Run
 
 
 def check_pairing(run: Run, objectives: Sequence[Objective], world: int) -> None:
-    """Refuses what cannot work, before anything is built of it."""
+    """Refuses what cannot work, before anything is built."""
     needs = [objective.needs() for objective in objectives]
     if run.data.crops.query_crops and not any(need.queries for need in needs):
         raise ValueError(
-            "Query crops need an objective that uses them, got some and none that does; add PqclOptions(), or choose "
-            "a crop policy without."
+            "Query crops need an objective that uses them, got query crops but no such objective; add PqclOptions(), or choose "
+            "a crop policy without them."
         )
     for objective in objectives:
         for reason in refusals(run, objective.name, objective.needs(), world):
@@ -24,7 +24,7 @@ def check_pairing(run: Run, objectives: Sequence[Objective], world: int) -> None
 
 
 def refusals(run: Run, name: str, needs: Needs, world: int) -> Iterator[str]:
-    """Why this run cannot give an objective what it needs, sentence by sentence."""
+    """A sentence for each need of an objective that this run cannot meet."""
     model, crops, batch = run.model, run.data.crops, run.data.batch_per_rank
     capabilities = capabilities_of(model.arch)
     if model.summary == "cls" and "class_token" not in capabilities:
@@ -46,7 +46,7 @@ def refusals(run: Run, name: str, needs: Needs, world: int) -> Iterator[str]:
         yield f"{name} needs {needs.global_crops} global crops, got {globals_here}; add to Data.crops."
     if needs.local_crops and not crops.local_crops:
         yield (
-            "The objectives need local crops, got a crop policy without; add some, "
+            "The objectives need local crops, got a crop policy without them; add some, "
             "or give the teacher global crops only."
         )
     if needs.batch_norm and batch < 2:
@@ -65,10 +65,10 @@ def query_refusals(run: Run) -> Iterator[str]:
     """Query crops must be there and no larger than the global crops, and positions must be fixed."""
     crops = run.data.crops
     if not crops.query_crops:
-        yield "The objectives need query crops, got a crop policy without; take pqcl_policy()."
+        yield "The objectives need query crops, got a crop policy without them; use pqcl_policy()."
         return
     if run.model.positions == "learned":
-        yield "Queries lie between the patches and need fixed positions, got Model.positions='learned'; set it to 'sincos'."
+        yield "Queries lie between the patches and need fixed positions, got Model.positions='learned'; use 'sincos'."
     size, largest = crops.query_crops[0].size, crops.global_crops[0].size
     if size > largest:
         yield f"Query crops must not be larger than the global crops, got {size} and {largest} pixels; shrink them."

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others, and the collectives that the engine needs; only `any` waits for the device."""
+    """The rank of this process, and the collectives that the engine needs; only `any` waits for the device."""
 
     device: torch.device
     rank: int = 0
@@ -53,7 +53,7 @@ class Mesh:
         return values / self.world
 
     def any(self, here: bool) -> bool:
-        """Whether it is true on any process. This one waits: for log lines only."""
+        """Whether `here` is true on any process. Waits for the device: use it at log lines only."""
         if self.world == 1:
             return here
         return bool(self.max_over_all(torch.tensor(float(here), device=self.device)).item())
@@ -82,12 +82,12 @@ def processes(parallel: Parallel) -> Iterator[Mesh]:
     if world == 1:
         yield Mesh(device)
         return
-    # Asynchronous checkpoints travel over gloo while NCCL trains.
+    # Asynchronous checkpoints use gloo while the training uses NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     grid = init_device_mesh(device.type, (replicate, parallel.shard), mesh_dim_names=("replicate", "shard"))
     try:
         yield Mesh(device, dist.get_rank(), world, grid)
-        # A gloo thread that still wants the interpreter while it shuts down aborts the process: meet first, then leave.
+        # A gloo thread that needs the interpreter while it shuts down aborts the process: wait for all ranks first.
         # Not after an error: the others may be waiting elsewhere, and torchrun ends them.
         dist.barrier()
     finally:
@@ -95,7 +95,7 @@ def processes(parallel: Parallel) -> Iterator[Mesh]:
 
 
 def use_deterministic_algorithms() -> None:
-    """Equal runs give equal bits, or an error names the operation that cannot."""
+    """Equal runs give bit-identical results, or an error names the operation that cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -120,7 +120,7 @@ def parallelize(branch: Branch, parallel: Parallel, mesh: Mesh, trained: bool) -
 
 
 def check_equal_start(branch: Branch, mesh: Mesh) -> None:
-    """Each rank keeps its shard of the weights it has made: they must all have made the same."""
+    """Raises unless all ranks have made the same weights, of which each keeps only its shard."""
     checksum = torch.stack(torch._foreach_norm([p.detach() for p in branch.parameters()])).sum()
     if mesh.any(bool(checksum != mesh.max_over_all(checksum.clone()))):
         raise ValueError(
@@ -170,7 +170,7 @@ def normalize_over_ranks(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum over all ranks. What it does to the other ranks' losses is part of the gradient."""
+    """The sum over all ranks. The gradient includes that of the other ranks' losses."""
 
     @staticmethod
     def forward(ctx, values: Tensor) -> Tensor:
@@ -186,11 +186,11 @@ class SumOverRanks(torch.autograd.Function):
 def shard(branch: Branch, grid: DeviceMesh, trained: bool) -> None:
     """FSDP2 over a replicate x shard mesh; with shard=1 this is plain data parallelism whose all-reduce overlaps.
 
-    Units are what is called on its own: blocks, heads, predictors, and Prototypes, whose whole weight only their own
-    methods see. The teacher's root gives its parameters back after forward (FSDP2 would keep them for a backward that
-    never comes, and the moving average would miss the shards); so do its heads.
+    A unit is a module that is called directly: a block, head or predictor, and Prototypes, whose whole weight exists only
+    within their own methods. The teacher's root and heads free their gathered parameters after forward: FSDP2 would keep
+    them for a backward that never comes, and the moving average would not find the shards.
     """
-    # Features are views of tokens. Nobody writes into them, which is what FSDP2 warns about.
+    # Features are views of tokens; FSDP2 warns about writing into them, which no code does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in branch.backbone.blocks:
         fully_shard(block, mesh=grid)

@@ -1,8 +1,8 @@
-"""The one place that decides in which number format a step computes.
+"""The number format of a step, which is decided here only.
 
 Parameters, gradients, optimizer, teacher and all communication are fp32; the forward pass runs under autocast, which
-rounds what matrix products read and leaves norms, softmaxes and the residual stream alone. FSDP2 has no policy of its own
-here: with 16-bit shards a sharded run would also round the norms' weights, and no longer be the run of one process.
+rounds the inputs of matrix products, and not norms, softmaxes and the residual stream. FSDP2 gets no precision policy:
+with 16-bit shards it would also round the norms' weights, and a sharded run would differ from a run on one process.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 class LossScaler:
-    """fp16 needs its loss scaled up so that small gradients survive; the scale follows from non-finite steps.
+    """Scales up the loss, so that small gradients do not become 0 in fp16; non-finite steps lower the scale.
 
-    torch.amp.GradScaler does this too, but decides about a skipped step from one rank's gradients; here the decision
-    is the engine's, already agreed by all ranks. Nothing is read on the host.
+    torch.amp.GradScaler does this too, but decides to skip a step from one rank's gradients; here the engine decides,
+    the same on all ranks. Nothing is read on the host.
     """
 
     GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000

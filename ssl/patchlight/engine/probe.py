@@ -1,4 +1,4 @@
-"""Evaluates the teacher while it trains: k-NN accuracy on labelled images, and pictures of its attention."""
+"""Evaluates the teacher while it trains: k-NN accuracy on labeled images, and pictures of its attention."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ MOST_GALLERY, MOST_QUERIES, PICTURES, BATCH = 2048, 512, 4, 64
 class TeacherProbe:
     """Classifies held-out images by their nearest neighbors among others, in the teacher's features.
 
-    Procedural data has images that no run trains on. Of a labelled folder every fifth image is a query; the run trains on
-    those too, without their labels, so the accuracy tells how a run goes and is no benchmark. Without labels there is none.
+    For procedural data, these are images that no run trains on. Of a labeled folder a fifth, at most 512, are queries; the
+    run trains on those too, without their labels, so the accuracy is for comparing steps of a run, and is no benchmark.
     Every rank computes all images, as a sharded teacher needs all ranks; rank 0 writes.
     """
 
@@ -40,7 +40,7 @@ class TeacherProbe:
         self.folder = Path(run.output.folder)
         self.pictures = self.folder / PICTURES_FOLDER
         self.gallery, self.queries = split(source, run.parallel.seed)
-        self.labelled = source.labels is not None
+        self.labeled = source.labels is not None
 
     def rewind(self, clock: Clock) -> dict[str, float]:
         """Removes results of later steps, which a resumed run computes again; returns those of the untrained teacher, if any."""
@@ -52,7 +52,7 @@ class TeacherProbe:
         )
 
     def draw_crops(self, views: Views) -> None:
-        """A picture of the first batch's crops beside where they were cut."""
+        """A picture of the first batch's crops, and where they lie in their images."""
         if self.writes:
             self._save(draw_crop_picture(views, self.source, self.run.data.crops), "crops", 0)
 
@@ -67,7 +67,7 @@ class TeacherProbe:
 
     def _evaluate(self, teacher: Teacher, clock: Clock) -> dict[str, float]:
         accuracies: dict[str, float] = {}
-        if self.labelled:
+        if self.labeled:
             gallery, queries = (self._features(teacher, part) for part in (self.gallery, self.queries))
             k = [count for count in NEIGHBORS if count <= len(gallery)] or [len(gallery)]
             found = knn_accuracy(
@@ -84,9 +84,7 @@ class TeacherProbe:
         """The summary of each image, [n, D] on the CPU."""
         rows = []
         for pixels, ids in self._batches(part):
-            batch = pixels.unsqueeze(
-                0
-            )  # as one crop per image: a sharded teacher gathers its weights in its own forward
+            batch = pixels.unsqueeze(0)  # one crop per image, for the teacher's own forward, which gathers its shards
             crops = Crops(
                 batch, batch.new_zeros(*batch.shape[:2], 4), batch.new_zeros(batch.shape[:2], dtype=torch.bool)
             )
@@ -124,11 +122,11 @@ class TeacherProbe:
 
 
 def split(source: Source, seed: int) -> tuple[LabeledImages, LabeledImages]:
-    """Gallery and queries."""
+    """The images of the gallery, and those to classify."""
     if isinstance(source, ProceduralSource):
-        unseen = ProceduralSource(MOST_QUERIES, source.size, seed=source.seed + 1)
+        others = ProceduralSource(MOST_QUERIES, source.size, seed=source.seed + 1)
         gallery = np.arange(min(len(source), MOST_GALLERY))
-        return labeled_part(source, gallery), labeled_part(unseen, np.arange(MOST_QUERIES))
+        return labeled_part(source, gallery), labeled_part(others, np.arange(MOST_QUERIES))
     order = np.random.default_rng(seed).permutation(len(source))
     held_out = min(MOST_QUERIES, max(1, len(order) // 5))
     gallery, queries = np.sort(order[held_out:][:MOST_GALLERY]), np.sort(order[:held_out])

@@ -1,4 +1,4 @@
-"""Failures that a loss curve may hide, each reported by its name at a log line."""
+"""Failures that a loss curve may not make visible, each reported by its name at a log line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Sentinels:
     def __init__(
         self, student: Student, teacher: Teacher, update: Update, mesh: Mesh, prototypes: Mapping[str, int]
     ) -> None:
-        """prototypes: the number that a term has."""
+        """prototypes: how many each term has."""
         self.student, self.teacher, self.update, self.mesh = student, teacher, update, mesh
         self.prototypes = dict(prototypes)
         self.lines: dict[str, int] = {}
@@ -58,7 +58,7 @@ class Sentinels:
         return [diagnosis for diagnosis in found if diagnosis is not None]
 
     def _non_finite(self) -> Diagnosis | None:
-        total, row, culprit = self.update.refusals()
+        total, row, cause = self.update.refusals()
         new, self.refused = total - self.refused, total
         if not new:
             return None
@@ -66,7 +66,7 @@ class Sentinels:
         return Diagnosis(
             "non-finite",
             f"{new} steps since the last log line were skipped on all ranks ({row} in a row until now, {limit} end the "
-            f"run); the last time it was {culprit}. Lower the learning rate, or use bf16 or fp32 instead of fp16.",
+            f"run); the last cause was {cause}. Lower the learning rate, or use bf16 or fp32 instead of fp16.",
             fatal=row >= limit,
         )
 
@@ -80,8 +80,8 @@ class Sentinels:
                     Diagnosis(
                         "uniform collapse",
                         f"{term} has been {value:.4f} = {ratio:.4f} x ln {count} for {PATIENCE} log lines: student and "
-                        "teacher give the same for every image. Lower the teacher's temperature, warm up longer, or "
-                        "lower the learning rate.",
+                        "teacher give the same output for every image. Lower the teacher's temperature, warm up longer, "
+                        "or lower the learning rate.",
                     )
                 )
         return found
@@ -92,7 +92,7 @@ class Sentinels:
             return None
         return Diagnosis(
             "constant features",
-            f"The teacher's summaries have differed by {here:.1e} of their length only for {PATIENCE} log lines. Check "
+            f"For {PATIENCE} log lines the teacher's summaries have differed only by {here:.1e} of their length. Check "
             "that the images differ, then lower the learning rate or the teacher's temperature.",
         )
 

@@ -1,4 +1,4 @@
-"""The table that a run prints first: the numbers that follow from the batch, and from what they follow."""
+"""The table that a run prints first: the numbers that depend on the batch, and how they are computed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def settings_table(run: Run, clock: Clock, world: int, dataset_size: int, loader
         ("teacher momentum", f"{optim.teacher_momentum:g}", f"a cosine to {optim.teacher_momentum_end:g}"),
     ]
     if clock.step:
-        rows.append(("resumed at step", clock.step, f"{clock.images_seen} images seen"))
+        rows.append(("resumed at step", clock.step, f"{clock.images_seen} images so far"))
     table = Table("", "value", "from", title=f"{run.model.arch}/{run.model.patch_size}")
     for name, value, origin in rows:
         table.add_row(name, str(value), origin)

@@ -1,4 +1,4 @@
-"""The trainer: the step and the loop. `assembly.build_trainer` makes one from a `Run`."""
+"""The trainer: the step and the loop. `assembly.build_trainer` builds it from a `Run`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Trainer:
         self.waited = 0.0  # seconds for data since the last log line
 
     def fit(self) -> None:
-        """Trains to the end, or until SIGTERM; leaves a checkpoint either way."""
+        """Trains to the end, or until SIGTERM; writes a checkpoint in both cases."""
         self.begin()
         if self.clock.step >= self.clock.total:
             self.say(f"Nothing left to do: {self.clock.step} of {self.clock.total} steps are done.")
@@ -87,7 +87,7 @@ class Trainer:
                 line = last or 0 in (self.clock.step % output.log_every, self.clock.step % self.clock.steps_per_epoch)
                 if line:
                     self.log()
-                # Ranks must agree on the step they stop at, and meeting costs time: several meet on log lines only.
+                # Ranks must stop at the same step. Agreeing costs time: several ranks do it at log lines only.
                 stopped = self.mesh.any(request.received) if line or self.mesh.world == 1 else False
                 if last or stopped or self.clock.step % output.save_every == 0:
                     self.save()
@@ -171,10 +171,10 @@ class Trainer:
         occupied = latest is not None or (self.folder / RUN_FILE).exists()
         if occupied and not self.run.output.resume:
             raise ValueError(
-                f"A new run needs a folder of its own, got {self.folder}, which holds one; "
+                f"A new run needs a folder of its own, got {self.folder}, which holds a run; "
                 "set Output.resume=True to continue it, or choose another folder."
             )
-        self.mesh.barrier()  # all ranks have checked the folder before one writes into it
+        self.mesh.barrier()  # no rank writes into the folder before all have checked it
         if self.run.output.resume:
             if latest is None:
                 self.say(f"Nothing to resume in {self.folder}: starting anew.")
@@ -189,7 +189,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """A checkpoint of everything that the next step depends on, and the teacher for others to use."""
+        """Writes a checkpoint: everything that the next step depends on, and the teacher for use elsewhere."""
         facts = {
             "clock": self.clock.state(),
             "run": self.run.to_dict(),
@@ -220,7 +220,7 @@ class Trainer:
             set_random_state(state["random"][f"rank{rank}"], self.mesh.device)
         else:
             torch.manual_seed(self.run.parallel.seed + 1 + rank + world * self.clock.step)
-            self.say(f"Written by {facts['processes']} processes, read by {world}: dropped paths are drawn anew.")
+            self.say(f"Written by {facts['processes']} processes, read by {world}: drop path has new random numbers.")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds besides the optimizer's state and random numbers; loading writes into these."""
@@ -231,6 +231,6 @@ class Trainer:
         return state
 
     def say(self, sentence: str) -> None:
-        """A sentence to the terminal, once for all ranks."""
+        """Prints a sentence on rank 0."""
         if self.mesh.rank == 0:
             print_sentence(sentence)

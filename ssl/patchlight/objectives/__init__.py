@@ -1,6 +1,6 @@
-"""The methods, and the one registry of them: an objective is known by the class of its options.
+"""The methods, and their registry by the class of their options.
 
-`register` makes one known that lives anywhere else; docs/new_method.md walks through it.
+`register` adds a method from any other file; docs/new_method.md explains it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OBJECTIVES: dict[str, type[ObjectiveOptions]] = {}  # by the name of the options
 
 
 def register(options: type[ObjectiveOptions]) -> type[ObjectiveOptions]:
-    """Makes an objective known by its options. Also a decorator."""
+    """Adds an objective to the registry by its options. Also a decorator."""
     name = options.__name__
     if OBJECTIVES.get(name, options) is not options:
         raise ValueError(f"Options must have a name of their own, got a second {name}; rename the class.")

@@ -16,13 +16,13 @@ from .targets import distributed
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """l2-normalised, in fp32 or better: a bf16 cosine is off by 0.002, and / 0.2 that is 1 %."""
+    """l2-normalized, in fp32 or better: a bf16 cosine is wrong by 0.002, which is 1 % after / 0.2."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12)
 
 
 @torch.no_grad()
 def gather_rows(x_VBD: Tensor) -> tuple[Tensor, int]:
-    """[V, B * world, D] the rows of all ranks, rank by rank, without gradient; and where this rank's begin."""
+    """[V, B * world, D] the rows of all ranks, rank by rank, without gradient; and the index of this rank's first."""
     if not distributed():
         return x_VBD.detach(), 0
     parts = [torch.empty_like(x_VBD, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
@@ -31,7 +31,7 @@ def gather_rows(x_VBD: Tensor) -> tuple[Tensor, int]:
 
 
 def queries_and_keys(name: str, student: Side, teacher: Side) -> tuple[Tensor, Tensor]:
-    """[V, B, D] each, normalised: the student's prediction for each view, and the teacher's projection of it."""
+    """[V, B, D] each, normalized: the student's prediction for each view, and the teacher's projection of it."""
     head, teacher_head = heads_of(name, student, teacher)
     predictor = predictor_of(name, student)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def queries_and_keys(name: str, student: Side, teacher: Side) -> tuple[Tensor, T
 
 
 def ordered_pairs(views: int) -> list[tuple[int, int]]:
-    """Each view's query with each other view's key."""
+    """All pairs of a query's view and a key's view that differ."""
     check(views > 1, "A view needs another view to be compared with", "one crop per image", "use two global crops")
     return list(permutations(range(views), 2))
 

@@ -20,14 +20,14 @@ from .targets import build_target, temperature_of
 class DinoOptions(ObjectiveOptions):
     """The defaults are those of the released code.
 
-    teacher_temperature and its warm-up: flat 0.04 as the code defaults; the paper and the 300-epoch command take
+    teacher_temperature and its warm-up: constant 0.04 as in the code's defaults; paper and 300-epoch command have
         0.04 to 0.07 in 30 epochs. warmup_by: "epoch" as released, or "step" for the same line in small steps.
     train_norm: train the prototypes' lengths. False as released (norm_last_layer=True); True is advised for ViT-S.
     hidden_norm: None as released, or "batch": BatchNorm after the head's hidden layers, which the released code offers
         and without which short runs on little data hardly learn.
     target: "centering" as released, or "sinkhorn".
-    center_over: whose teacher rows the center averages (or Sinkhorn balances): "global" crops, as DINO does, or "all"
-        crops, as the released SelfPatch does, whose teacher gets the local crops anyway; its paper says only "as DINO".
+    center_over: which teacher rows the center averages (or Sinkhorn balances): "global" crops, as DINO does, or "all"
+        crops, as the released SelfPatch does, whose teacher gets the local crops in any case; its paper has only "as DINO".
     """
 
     prototypes: int = 65536
@@ -53,7 +53,7 @@ class DinoOptions(ObjectiveOptions):
 
 
 class Dino(Objective):
-    """The term "dino/cls": each of the teacher's global crops is the target of every crop of the student but the same one."""
+    """The term "dino/cls": each of the teacher's global crops is the target of all other crops of the student."""
 
     name = "dino"
 
@@ -109,7 +109,7 @@ def prototype_head(width: int, options: Any) -> ProjectionHead:
 
 
 def other_views(teacher_views: int, z_SRD: Tensor) -> Tensor:
-    """[T, S] weights of pairs of views: equal, with sum 1, and 0 for equal views; the student's first T are the teacher's."""
+    """[T, S] weights of pairs of views: 0 on the diagonal, where both have the same crop, equal elsewhere, sum 1."""
     pairs = teacher_views * (len(z_SRD) - 1)
     check(pairs > 0, "A view needs another view as its target", "one crop per image", "use two global crops")
     return z_SRD.new_full((teacher_views, len(z_SRD)), 1 / pairs).fill_diagonal_(0)

@@ -1,4 +1,4 @@
-"""Where crops of one image lie, where two of them overlap, and their features sampled there.
+"""Positions of crops in their image, the overlap of two crops, and their features sampled there.
 
 Boxes are [..., 4] x, y, w, h in source pixels, flips [...] bool, and leading dimensions broadcast. A position in a view is
 a part of its side, 0 to 1 from the left and from the top, in the view as the network gets it: mirrored if the crop was.
@@ -15,20 +15,20 @@ from ..checks import check_choice
 from ..records import Crops
 
 ANCHORS = ("corner", "center")
-OUTSIDE = -0.5  # a position so far out that no cell has a part in it; -2 on the scale of `grid_sample`, as released
+OUTSIDE = -0.5  # a position so far outside that its sample is 0; -2 on the scale of `grid_sample`, as released
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What two boxes have in common."""
+    """The common rectangle of two boxes."""
 
-    box: Tensor  # [..., 4] the common rectangle; meaningless where there is none
+    box: Tensor  # [..., 4]; without meaning where there is none
     exists: Tensor  # [...] bool, whether it has an area
 
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """S x S points of a view: every x meets every y."""
+    """S x S points of a view: every x with every y."""
 
     x: Tensor  # [..., S] positions in the view
     y: Tensor  # [..., S]
@@ -52,8 +52,8 @@ def overlap(box: Tensor, other: Tensor) -> Overlap:
 def sample_points(region: Overlap, box: Tensor, flip: Tensor, count: int, points: str = "ends") -> Points:
     """count x count points spread over a region, as positions in the view (box, flip); OUTSIDE if there is no region.
 
-    points: "ends" puts the outermost ones on the region's border, as the released code of SERE; "centers" puts one in
-        the middle of each of count x count cells, as its paper.
+    points: "ends" puts the outermost ones on the region's border, as SERE's released code; "centers" puts one in the
+        middle of each of count x count cells, as its paper.
     """
     check_choice("sample_points: points", points, ("ends", "centers"))
     steps = torch.arange(count, dtype=box.dtype, device=box.device)
@@ -76,7 +76,7 @@ def bilinear_weights(positions: Tensor, cells: int) -> Tensor:
 def sampling_matrices(
     region: Overlap, box: Tensor, flip: Tensor, grid: tuple[int, int], count: int, points: str = "ends"
 ) -> SamplingMatrices:
-    """How to read the view (box, flip), a map on `grid`, at count x count points of a region; zeros if there is none."""
+    """Matrices that sample the view (box, flip), a map on `grid`, at count x count points of a region; 0 if there is none."""
     at = sample_points(region, box, flip, count, points)
     return SamplingMatrices(bilinear_weights(at.y, grid[0]), bilinear_weights(at.x, grid[1]))
 
@@ -84,7 +84,7 @@ def sampling_matrices(
 def sample_patches(patches: Tensor, grid: tuple[int, int], at: SamplingMatrices) -> Tensor:
     """Patches [..., N, D] read in R regions each, matrices [..., R, S, H or W]: [..., R, S * S, D], row by row.
 
-    Two products per map, rows first, over all its regions at once; so is the gradient. In fp32 (or fp64), also under
+    Two products per map, rows first, over all its regions at once; the gradient likewise. In fp32 (or fp64), also under
     autocast: the weights of a bilinear mean would be off by 0.2 % in bf16.
     """
     exact = torch.promote_types(patches.dtype, torch.float32)
@@ -104,25 +104,25 @@ def relative_positions(
     flip_aware: bool = True,
     anchor: str = "corner",
 ) -> Tensor:
-    """[V, B, L * n, 2] x, y of every patch of L query crops in the patch units of each of V crops, as both are displayed.
+    """[V, B, L * n, 2] x, y of every patch of L query crops in patches of each of V crops, as the network gets both.
 
-    Query crop after query crop, row by row. Any real number: negative or beyond the grid where the query crop sticks
-    out. A patch of the crop itself has its column and row.
+    Query crop after query crop, row by row. Any real number: negative or larger than the grid where the query crop
+    reaches outside. A patch of the crop itself has its column and row.
 
-    flip_aware: True takes account of both crops' mirrors; False ignores them, as PQCL's released code does.
-    anchor: "corner", the patch's top left one, as PQCL is released and written. "center": the patch's center less
-        half a unit; the same for a patch of the crop itself, and without the corner's bias for smaller ones.
+    flip_aware: True takes account of mirrored crops; False ignores the mirroring, as PQCL's released code does.
+    anchor: "corner": the patch's top left corner, as in PQCL's code and paper. "center": the patch's center minus
+        half a unit; the same for a patch of the crop itself, and without the corner's bias for smaller patches.
     """
     check_choice("relative_positions: anchor", anchor, ANCHORS)
     rows, columns = query_grid
-    near, near_size = crops.box.unflatten(-1, (2, 2)).unbind(-2)  # [V, B, 2] x, y and width, height
-    far, far_size = queries.box.unflatten(-1, (2, 2)).unbind(-2)  # [L, B, 2]
-    number = near.new_tensor([grid[1], grid[0]])
-    unit = (number / near_size)[:, None]  # [V, 1, B, 2] patches per source pixel
-    step = far_size / near.new_tensor([columns, rows]) * unit  # [V, L, B, 2] side of a query patch
-    start = (far - near[:, None]) * unit  # [V, L, B, 2] corner of the query crop
-    column = torch.arange(columns, device=near.device, dtype=near.dtype)
-    row = torch.arange(rows, device=near.device, dtype=near.dtype)
+    crop_xy, crop_size = crops.box.unflatten(-1, (2, 2)).unbind(-2)  # [V, B, 2] x, y and width, height
+    query_xy, query_size = queries.box.unflatten(-1, (2, 2)).unbind(-2)  # [L, B, 2]
+    number = crop_xy.new_tensor([grid[1], grid[0]])
+    unit = (number / crop_size)[:, None]  # [V, 1, B, 2] patches per source pixel
+    step = query_size / crop_xy.new_tensor([columns, rows]) * unit  # [V, L, B, 2] side of a query patch
+    start = (query_xy - crop_xy[:, None]) * unit  # [V, L, B, 2] corner of the query crop
+    column = torch.arange(columns, device=crop_xy.device, dtype=crop_xy.dtype)
+    row = torch.arange(rows, device=crop_xy.device, dtype=crop_xy.dtype)
     if flip_aware:
         column = torch.where(queries.flip[..., None], columns - 1 - column, column)  # [L, B, columns]
     x = start[..., :1] + column * step[..., :1]  # [V, L, B, columns]

@@ -24,14 +24,14 @@ class IbotOptions(ObjectiveOptions):
     patch_prototypes: None lets the class token and the patches share one set of prototypes; a number gives patches a
         set of their own. The released defaults separate them in the student and share them in the teacher, whose patch
         targets then never follow the student's patch prototypes; paper and published command share them throughout.
-    patch_teacher_temperature and its warm-up: a schedule of its own, as released. In the paper and in the command it is
+    patch_teacher_temperature and its warm-up: a separate schedule, as released. In the paper and in the command it is
         that of the class token.
-    patch_start_epoch: until then nothing is masked, the patch term is 0 and its temperature's warm-up has not begun (50
+    patch_start_epoch: before it nothing is masked, the patch term is 0 and its temperature's warm-up has not begun (50
         in the published Swin command).
     patch_average: "image", as released: the mean over an image's masked patches, then over images, of which those
-        without a mask count as 0. "sum", as the paper writes it: the sum over an image's masked patches.
-    patch_center_over: whose teacher patches the patch center averages: "all" of the global crops, as released, or only
-        the "masked" ones, which spares the teacher's head the others. Sinkhorn always balances the masked ones.
+        without a mask count as 0. "sum", as in the paper: the sum over an image's masked patches.
+    patch_center_over: which teacher patches the patch center averages: "all" of the global crops, as released, or only
+        the "masked" ones, so that the teacher's head computes no others. Sinkhorn always balances the masked ones.
     """
 
     prototypes: int = 8192

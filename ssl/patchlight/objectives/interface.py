@@ -1,4 +1,4 @@
-"""What every objective offers. A method is one file here: options, the objective they build, and its terms."""
+"""The interface of all objectives. A method is one file here: options, the objective that they build, and its terms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..records import Clock, Cues, Features, NeighborRule, Side, Views
 class Needs:
     """What an objective needs from data and branches; checked once, when a run is built."""
 
-    global_crops: int = 1  # at least so many
+    global_crops: int = 1  # the smallest number
     local_crops: bool = False  # at least one local crop
     teacher_sees_local: bool = False  # the teacher computes features of the local crops too
     masks: bool = False  # the student's global crops are masked (Cues.mask)
@@ -31,7 +31,7 @@ class Needs:
 
 
 class Masks(Protocol):
-    """Where masks come from: `data.masking.FixedMasks`, or `ReleasedMasks`."""
+    """The source of masks: `data.masking.FixedMasks`, or `ReleasedMasks`."""
 
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         """The number of masked patches of a batch, or a number that no batch exceeds."""
@@ -54,7 +54,7 @@ class BuildContext:
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOptions:
-    """The options of a method: a frozen dataclass with a default for each field, which knows how to build the objective."""
+    """The options of a method: a frozen dataclass with a default for each field. `build` makes the objective."""
 
     def build(self, context: BuildContext) -> Objective:
         raise NotImplementedError
@@ -122,7 +122,7 @@ def local_crops_of(side: Side, branch: str, needed_by: str, remedy: str) -> Feat
 
 
 def neighbors_of(name: str, crops: Features) -> Tensor:
-    """[V, B, N, D] the aggregated neighbors of each patch, which only a teacher built for them has."""
+    """[V, B, N, D] the aggregated neighbors of each patch, if the teacher was built to compute them."""
     if crops.neighbors is None:
         raise ValueError(
             sentence(

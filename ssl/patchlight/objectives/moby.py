@@ -22,8 +22,8 @@ class MobyOptions(ObjectiveOptions):
     queue: keys kept per view; the global batch must divide it.
     hidden, out, layers, predictor_layers: of projector and predictor, both with biases and no norm at the end.
 
-    Where the released code differs: it moves the teacher at the start of the next step, with that step's momentum (one
-    step ahead of ours); and a resumed run starts its momentum's schedule again, where ours goes on.
+    The released code differs: it updates the teacher at the start of the next step, with that step's momentum (one
+    step ahead of ours); and a resumed run starts its momentum's schedule again, while ours continues.
     """
 
     queue: int = 4096
@@ -45,10 +45,10 @@ class MobyOptions(ObjectiveOptions):
 
 
 class Moby(Objective):
-    """The term "moby/contrast": the sum over both directions of the cross-entropy over the own key and the queue.
+    """The term "moby/contrast": the sum over both directions of the cross-entropy over a query's own key and the queue.
 
-    A step uses the keys of the steps before it; its own, those of all its batches and ranks, enter the queue after it. So
-    all accumulated batches use the same queue, and a refused step adds no keys.
+    A step uses the keys of earlier steps; its own, of all its batches and ranks, are added after it. So all accumulated
+    batches use the same queue, and a refused step adds no keys.
     """
 
     name = "moby"
@@ -63,7 +63,7 @@ class Moby(Objective):
         self.register_buffer("queue", unit_rows(torch.randn(2, o.queue, o.out)))  # [view, keys, D]
         self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))  # the next place to be overwritten
         self.register_buffer("new_keys", torch.zeros_like(self.queue), persistent=False)  # of this step's batches
-        self.register_buffer("new_count", torch.zeros_like(self.oldest), persistent=False)  # so many of them
+        self.register_buffer("new_count", torch.zeros_like(self.oldest), persistent=False)  # their number
 
     def needs(self) -> Needs:
         return Needs(global_crops=2, separate_views=True, batch_norm=True, batch_divides=self.options.queue)
@@ -81,7 +81,7 @@ class Moby(Objective):
         return {"moby/contrast": self.contrast(queries, keys)}
 
     def contrast(self, queries_VBD: Tensor, keys_VBD: Tensor) -> Tensor:
-        """The loss of normalised queries and keys."""
+        """The loss of normalized queries and keys."""
         place = torch.zeros(queries_VBD.shape[1], dtype=torch.int64, device=queries_VBD.device)
         losses = []
         with torch.autocast(queries_VBD.device.type, enabled=False):
@@ -112,5 +112,5 @@ class Moby(Objective):
 
 
 def moby_head(width: int, layers: int, options: Any) -> ContrastHead:
-    """MoBY's projection or prediction, also for SelfPatch beside it: with biases, no norm at the end."""
+    """MoBY's projection or prediction, also used by SelfPatch with negatives: with biases, no norm at the end."""
     return ContrastHead(width, options.hidden, options.out, layers, bias=True, last_norm=False)

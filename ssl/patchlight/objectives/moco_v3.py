@@ -22,8 +22,8 @@ class MocoV3Options(ObjectiveOptions):
     hidden, out, layers: of the projector; the predictor has `predictor_layers` of the same widths.
     predictor_last_norm: BatchNorm (without scale and shift) ends the predictor too, as it always ends the projector.
 
-    The released code moves the teacher at the start of the next step, with that step's momentum, which is the same but
-    for the momentum's schedule being one step ahead of ours.
+    The released code updates the teacher at the start of the next step, with that step's momentum; so the only difference
+    is that its schedule of the momentum is one step ahead of ours.
     """
 
     temperature: float = 0.2
@@ -66,7 +66,7 @@ class MocoV3(Objective):
         return {"moco_v3/contrast": self.contrast(queries, keys)}
 
     def contrast(self, queries_VBD: Tensor, keys_VBD: Tensor) -> Tensor:
-        """The loss of normalised queries and keys. Two views have two directions; more have twice the mean over all."""
+        """The loss of normalized queries and keys. The sum over both directions; for more views, twice the mean."""
         keys, first = gather_rows(keys_VBD)
         place = first + torch.arange(queries_VBD.shape[1], device=keys.device)
         pairs, temperature = ordered_pairs(len(keys)), self.options.temperature

@@ -25,17 +25,17 @@ QUERY_KEYS = ("all", "crop", "raw")
 
 @dataclass(frozen=True, slots=True)
 class PqclOptions(ObjectiveOptions):
-    """The defaults are those of the released code, but for `flip_aware`.
+    """The defaults are those of the released code, except `flip_aware`.
 
     heads: "shared", as released: the queries use the host's head (iBOT's or DINO's) too. "semi": the student has a
-        head of its own for them, the teacher does not. "vanilla": both have one. Heads of its own are built as the
-        host's. The paper (Table 7) finds shared > semi > vanilla.
+        separate head for them, the teacher has not. "vanilla": both have one. Separate heads are built like the
+        host's. In the paper (Table 7) shared is better than semi, and semi than vanilla.
     query_keys: what a query attends to besides the raw tokens: "all" queries, as released; those of its own "crop"; or
-        nothing but the "raw" tokens, the narrow reading of Eq. (6).
-    flip_aware: whether positions take account of mirrored crops. False as released: it mirrors half of the global crops
-        and ignores it, so that half of its positions are those of the opposite patches.
-    anchor: which point of a patch its position is: "corner" as released and written, or "center".
-    student_temperature: 0.1 as released; the paper writes 0.04.
+        only the "raw" tokens, as Eq. (6) can also be read.
+    flip_aware: whether positions take account of mirrored crops. False as released: half of the global crops are
+        mirrored, and their positions are then those of the patches on the opposite side.
+    anchor: which point of a patch its position is: "corner" as in the code and the paper, or "center".
+    student_temperature: 0.1 as released; the paper has 0.04.
     """
 
     heads: str = "shared"
@@ -92,7 +92,7 @@ class Pqcl(Objective):
         return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, hidden_norm=norm)
 
     def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
-        assert views.query_crops is not None  # checked when the run was built: see engine/pairing.py
+        assert views.query_crops is not None  # engine/pairing.py has checked it
         patch = views.global_crops.pixels.shape[-1] // grid[1]
         rows, columns = (side // patch for side in views.query_crops.pixels.shape[-2:])
         o = self.options
@@ -113,14 +113,12 @@ class Pqcl(Objective):
         target = self.teacher_targets(teacher.query_crops, teacher_head, self.temperature.at(clock))
         head: Any = student.predictor or host_head
         z = head(student.global_crops.queries.flatten(1, 2))  # [V, B * L * n, bottleneck]
-        pairs = z.new_full(
-            (1, len(z)), 1 / len(z)
-        )  # the teacher's one view of a query crop is the target of every student view
+        pairs = z.new_full((1, len(z)), 1 / len(z))  # a query crop has one target, for all views of the student
         return {"pqcl/query": head.patch_prototypes(z, target, self.options.student_temperature, pairs)}
 
     @torch.no_grad()
     def teacher_targets(self, crops: Features, head: Any, temperature: float) -> SoftTarget:
-        """One target per patch of the query crops, image by image as the queries are."""
+        """One target per patch of the query crops, image by image like the queries."""
         z = head(crops.patches.transpose(0, 1).flatten(0, 2))  # [B * L * n, bottleneck]
         directions = head.patch_prototypes.directions()
         return SoftTarget(z.unsqueeze(0), directions, temperature, self.target(z, directions, temperature))

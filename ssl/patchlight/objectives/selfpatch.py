@@ -27,17 +27,17 @@ from .targets import build_target, temperature_of
 class SelfPatchOptions(ObjectiveOptions):
     """The defaults are those of the released code and its published command.
 
-    The paper weighs this term 0.1 against DINO's 1; weights belong to the recipe. Its PASS version warms the teacher's
-    temperature up, 0.04 to 0.07 in 30 epochs, where the released command keeps 0.04.
+    The paper weights this term by 0.1 and DINO's by 1; recipes set the weights. In its earlier version (PASS) the
+    teacher's temperature rises from 0.04 to 0.07 in 30 epochs; in the released command it stays 0.04.
 
     hidden_norm: as DINO's.
     neighbors: the window, how many neighbors, what lies beyond the border and how they are pooled.
-    teacher_sees_local: True as released (the paper does not say): the term is over local crops too, so the teacher must
+    teacher_sees_local: True as released (not in the paper): the term is over local crops too, so the teacher must
         compute them. False, as in DINO: the term is over global crops only, and the teacher is cheaper.
     average: "crop", as released: the mean within each crop, then over crops, so that a patch of a small crop weighs
         more (5.4 times for 36 against 196 patches). "patch": every patch of the batch weighs the same.
-    center_over: whose teacher patches the center averages: those of "all" crops as released (the paper has no center
-        for patches), or of the "global" crops only, as DINO's center. Each patch counts once in either.
+    center_over: which teacher patches the center averages: those of "all" crops as released (the paper has no center
+        for patches), or of the "global" crops only, as DINO's center. In both, each patch counts once.
     """
 
     prototypes: int = 4096

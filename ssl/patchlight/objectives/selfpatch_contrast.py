@@ -19,8 +19,8 @@ from .moby import moby_head
 class SelfPatchContrastOptions(ObjectiveOptions):
     """SelfPatch beside MoBY (section 5.2): "negative pairs by sampling global representations of different images".
 
-    That sentence is all the paper says of it and nothing is released. Here every other image of the global batch gives
-    its teacher summaries of all views, through the same head as the neighbors; temperature and heads are MoBY's.
+    The paper has only that sentence, and no code is released. Here the negatives are the teacher's summaries of all views
+    of all other images of the global batch, through the neighbors' head; temperature and heads are MoBY's.
 
     neighbors: the window, how many neighbors, what lies beyond the border and how they are pooled.
     """
@@ -68,7 +68,7 @@ class SelfPatchContrast(Objective):
 
     @torch.no_grad()
     def build_keys(self, crops: Features, head: Any) -> tuple[Tensor, Tensor, int]:
-        """Keys [V, B, N, D], the summaries [V, B * world, D] of all ranks, and where this rank's images begin there."""
+        """Keys [V, B, N, D], the summaries [V, B * world, D] of all ranks, and the index of this rank's first."""
         neighbors = neighbors_of(self.name, crops)
         shape = neighbors.shape
         rows = unit_rows(head(torch.cat([neighbors.flatten(1, 2), crops.summary], dim=1)))
@@ -76,7 +76,7 @@ class SelfPatchContrast(Objective):
         return keys.reshape(*shape[:3], -1), *gather_rows(summaries)
 
     def contrast(self, queries_VBND: Tensor, keys_VBND: Tensor, others_VMD: Tensor, first: int) -> Tensor:
-        """All inputs are normalised. An image's own summaries, at `first` + its number, are not among its others."""
+        """All inputs are normalized. An image's own summaries, at `first` + its number, are not among its others."""
         batch = queries_VBND.shape[1]
         own_image = torch.arange(batch, device=others_VMD.device) + first
         with torch.autocast(others_VMD.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""SERE: relations among patches, and among channels, should be in one view what they are in the teacher's other view."""
+"""SERE: relations between patches, and between channels, of a student's view must match those of the teacher's other view."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class SereOptions(ObjectiveOptions):
 
     heads: M, the groups of channels that each have a spatial relation. None: as many as the backbone has attention
         heads, as released; the paper says 6, which is the same for a ViT-S. M must divide the width.
-    teacher_*_temperature and student_*_temperature: the teacher's targets are sharpened, as released and as the paper's
-        equations have it; its text gives 0.5 and 0.1 to the student and 1 to the teacher.
+    teacher_*_temperature and student_*_temperature: the teacher's targets are sharpened, as released and in the paper's
+        equations; its text has 0.5 and 0.1 for the student and 1 for the teacher.
     global_points, local_points: points per side of the region that two global crops, or a global and a local one, share.
-    points: "ends", as released, puts the outermost points on the region's border, where a view's own border halves what
-        they read; "centers", as the paper has it, in the middle of equal cells.
+    points: "ends", as released, puts the outermost points on the region's border; where it is also the view's border,
+        the sampled values are halved. "centers", as in the paper, puts them in the middle of equal cells.
     scale: spatial products are divided by the root of the channels of a "head", as released, or of the "width", as in
         the paper.
     no_overlap: two crops without a common region have a constant loss, the log of the number of points, and no gradient;
-        "count" has them in the mean, as released, "skip" leaves them out, as the paper does. The mean is then over the
-        pairs of all ranks.
-    asymmetric: the student has a predictor behind its projection, the teacher has not. False: neither has one.
+        "count", as released, includes them in the mean; "skip", as in the paper, leaves them out: the mean is then over
+        the pairs of all ranks.
+    asymmetric: only the student has a predictor after its projection. False: neither branch has one.
     """
 
     heads: int | None = None
@@ -69,16 +69,16 @@ class SereOptions(ObjectiveOptions):
 
 
 def sere_weights(base: dict[str, float], alpha: float, beta: float, rescale_base: bool = True) -> dict[str, float]:
-    """The weights of a run with SERE: alpha for space, beta for channels, and the host's own terms with their weights.
+    """The weights of a run with SERE: alpha for the spatial term, beta for the channel term, and the host's `base`.
 
     rescale_base: the released code multiplies the host's loss by (4 - alpha - beta) / 2: by 1.65 for iBOT's 0.2 and 0.5,
-        by 1 for DINO's 1 and 1. False: as the paper writes it (Eq. 6), the host's loss as it is.
+        by 1 for DINO's 1 and 1. False: the host's loss as it is, as in the paper (Eq. 6).
     """
     share = (4 - alpha - beta) / 2 if rescale_base else 1.0
     if min(alpha, beta) < 0 or share < 0:
         raise ValueError(
-            f"sere_weights: alpha and beta must not be negative, nor sum to more than 4 if the base is rescaled; "
-            f"got {alpha} and {beta}; 0.2 and 0.5, or 1 and 1, are the paper's."
+            "sere_weights: alpha and beta must not be negative, nor sum to more than 4 if the base is rescaled, "
+            f"got {alpha} and {beta}; the paper has 0.2 and 0.5, or 1 and 1."
         )
     return {term: share * weight for term, weight in base.items()} | {"sere/spatial": alpha, "sere/channel": beta}
 
@@ -128,7 +128,7 @@ class Sere(Objective):
         }
 
     def student_features(self, student: Side, head: nn.Module) -> StudentRelations:
-        """What is related of the student's global and local crops."""
+        """The student's features, of global and local crops, whose relations are compared."""
         if student.local_crops is not None and not self.local:
             raise ValueError(
                 sentence("sere: local crops need heads of their own", "crops but no heads", "build it with local=True")
@@ -144,7 +144,7 @@ class Sere(Objective):
         return CropRelations(features.spatial, features.channel, crops.box, crops.flip, grid, self.side(grid))
 
     def side(self, grid: tuple[int, int]) -> float:
-        """The mean side of a grid, by which features are divided before channels are related: C^T C / (H W)."""
+        """The root of H W, by which features are divided before channels are related: C^T C / (H W)."""
         return sqrt(grid[0] * grid[1])
 
     def spatial(self, target: CropRelations, globals_: CropRelations, locals_: CropRelations | None) -> Tensor:
@@ -219,7 +219,7 @@ class Sere(Objective):
 
 @dataclass(frozen=True, slots=True)
 class CropRelations:
-    """What is related of one branch's crops of a size, and where they lie in the image."""
+    """One branch's features of crops of a size whose relations are compared, and where the crops lie in the image."""
 
     spatial: Tensor  # [V, B, N, D]
     channel: Tensor  # [V, B, N, D]
@@ -231,7 +231,7 @@ class CropRelations:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Features at the same points of the image, R students' crops for each of a teacher's."""
+    """Features at the same points of the image, of R student crops for each teacher crop."""
 
     teacher: Tensor  # [V, B, R, points, D]
     student: Tensor  # [V, B, R, points, D]
@@ -252,7 +252,7 @@ def residual_of(crops: Features) -> Tensor:
 
 
 def without(views: Tensor, view: int) -> Tensor:
-    """All views but one."""
+    """All views except one."""
     return torch.cat([views[:view], views[view + 1 :]])
 
 
@@ -262,7 +262,7 @@ def by_channel(x: Tensor) -> Tensor:
 
 
 def to_autocast(x: Tensor) -> Tensor:
-    """In the type that autocast gives a matrix product's operand."""
+    """x in the dtype to which autocast converts the inputs of a matrix product."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 

@@ -1,7 +1,7 @@
 """The student's targets: the teacher's distributions, kept from collapse by centering or by Sinkhorn.
 
-Both are a bias per prototype in the teacher's softmax. A target rule is called with the teacher rows whose statistics
-count and returns that bias; `after_step` updates its state, once per optimizer step.
+Both are a bias per prototype in the teacher's softmax. A target rule is called with the teacher rows that its statistics
+are over, and returns that bias; `after_step` updates its state, once per optimizer step.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ CHUNK_LOGITS = 1 << 26  # logits that Sinkhorn holds at once, 256 MiB in fp32
 class TeacherTemperature:
     """Linear from `warmup` to `final`, then constant: a pure function of the clock.
 
-    by="epoch" is the released reading: one value per epoch, the first of `epochs` warm-up epochs at `warmup`, the last
-    already at `final`. by="step" draws the same line with one value per step. The line begins at epoch `start`.
+    by="epoch", as released: one value per epoch, the first of `epochs` warm-up epochs at `warmup`, the last
+    already at `final`. by="step": the same line with one value per step. The line begins at epoch `start`.
     """
 
     warmup: float
@@ -59,8 +59,8 @@ class Center(nn.Module):
 
     The mean is linear, mean(z W^T) = W mean(z), so no row of logits is computed for it: a forward adds W times the sum of
     its rows, and their number, over all batches of a step; ranks then add up these K + 1 numbers. A step uses the center of
-    the steps before it. A mean that is not finite leaves the center as it was: the loss of such a step is not finite
-    either, and one bad batch must not stay in the center. So does a step without rows.
+    the steps before it. A mean that is not finite does not change the center, as one bad batch must not stay in it, and
+    neither does a step without rows.
     """
 
     center: Tensor
@@ -108,11 +108,11 @@ class Center(nn.Module):
 class Sinkhorn(nn.Module):
     """Sinkhorn-Knopp (SwAV): targets that use all prototypes equally over the rows of all ranks. It has no state.
 
-    The plain algorithm scales Q = exp(z W^T / temperature) by turns so that every prototype has an equal share and
-    every row sums to 1. Its result is u_k Q_rk v_r with v_r whatever makes row r sum to 1, which is what a softmax
-    does; so softmax((z W^T + temperature * log u) / temperature) is exactly that result, and log u is all it takes.
-    In the log domain and fp32, in chunks of rows; ranks exchange two vectors of K numbers per iteration. Micro-batches
-    are balanced each by itself: accumulating over four of them is not the same as one batch four times as large.
+    The plain algorithm scales Q = exp(z W^T / temperature) in turn so that every prototype has an equal share and
+    every row sums to 1. Its result is u_k Q_rk v_r, where v_r makes row r sum to 1. A softmax makes this sum too; so
+    softmax((z W^T + temperature * log u) / temperature) is exactly that result, and only log u is computed: in the log
+    domain and fp32, in chunks of rows; ranks exchange two vectors of K numbers per iteration. Each accumulated batch is
+    balanced alone: four of them do not give the result of one batch four times as large.
     """
 
     def __init__(self, iterations: int = 3) -> None:
@@ -143,7 +143,7 @@ def _shares(z: Tensor, w: Tensor, log_count: Tensor, log_u: Tensor | None) -> Te
     parts = []
     for z_part, row_scale in zip(z.split(size), log_count.split(size), strict=True):
         logits = z_part @ w.T
-        if log_u is not None:  # the first turn starts from unscaled rows
+        if log_u is not None:  # the first iteration starts from unscaled rows
             row_scale = row_scale - (logits + log_u).logsumexp(dim=1)
         parts.append((logits + row_scale.unsqueeze(1)).logsumexp(dim=0))
     log_mass = torch.stack(parts).logsumexp(dim=0)

@@ -1,4 +1,4 @@
-"""The objectives of a run together: what they need, and their weighted sum."""
+"""All objectives of a run: what they need together, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class WeightedObjectives(nn.Module):
-    """All objectives of a run as one loss. A term without a weight counts once."""
+    """All objectives of a run as one loss. A term without a weight has weight 1."""
 
     def __init__(self, parts: Sequence[Objective], weights: Mapping[str, float] | None = None) -> None:
         super().__init__()
@@ -77,20 +77,20 @@ class WeightedObjectives(nn.Module):
             objective.after_step(clock)
 
 
-def _single(what: str, wanted: Sequence[bool]) -> int | None:
-    """The number of the objective that wants something of which a branch can have only one."""
-    numbers = [number for number, wants in enumerate(wanted) if wants]
+def _single(what: str, needs: Sequence[bool]) -> int | None:
+    """The index of the only objective that needs masks, or queries: a batch can have those of one objective."""
+    numbers = [number for number, needed in enumerate(needs) if needed]
     check(len(numbers) < 2, f"Objectives must agree on {what}", f"{len(numbers)} that give their own", "remove one")
     return numbers[0] if numbers else None
 
 
 def _common(what: str, given: Sequence[T | None]) -> T | None:
-    """What those objectives want that want something; they share the branches, so they must want the same."""
-    wanted = [value for value in given if value is not None]
+    """The value that objectives need, or None. They share the branches, so two different values are an error."""
+    values = [value for value in given if value is not None]
     check(
-        all(value == wanted[0] for value in wanted),
+        all(value == values[0] for value in values),
         f"Objectives must agree on {what}",
-        wanted,
+        values,
         "change the options of one of them",
     )
-    return wanted[0] if wanted else None
+    return values[0] if values else None

@@ -19,7 +19,7 @@ from . import RECIPES
 
 
 def parse(arguments: Sequence[str] | None = None) -> Run:
-    """The run that the arguments describe; tyro prints help and complaints."""
+    """The run that the arguments describe; tyro prints help and errors."""
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not _is_from_launcher(a)]
     recipes = dict(RECIPES)
     if given and ".py:" in given[0]:

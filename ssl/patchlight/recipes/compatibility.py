@@ -1,4 +1,4 @@
-"""Which objectives work together and on which backbone, as the code decides: `python -m patchlight.recipes.compatibility`.
+"""Which objectives work together and on which backbone, by running the checks: `python -m patchlight.recipes.compatibility`.
 
 It prints docs/compatibility.md. A pairing is allowed when a run of it builds; otherwise the error is the reason.
 """
@@ -85,8 +85,8 @@ def page() -> str:
         "# What works together",
         "",
         "Printed by `python -m patchlight.recipes.compatibility`; a test compares this page with the code and trains every",
-        "pairing that is allowed. A word is the `Model.summary` that a pairing was built with, the first that works of",
-        f"{', '.join(SUMMARIES)}; a number is a reason below.",
+        "pairing that is allowed. An allowed pairing has the `Model.summary` that it was built with, the first that works of",
+        f"{', '.join(SUMMARIES)}; the others have the number of a reason below.",
     ]
     heading = ["", "alone", *(f"+ {_name(kind)}" for kind in PLUG_INS), "+ all that work"]
     for row in pairings():

@@ -15,8 +15,8 @@ from .papers import LAMBDA, YOUR_IMAGES, selfpatch_vits16_in1k
 def demo() -> Run:
     """DINO + SelfPatch on procedural images: two to three minutes on two CPU cores, no data, no download.
 
-    Mild augmentation, Sinkhorn targets, BatchNorm in the heads and a high rate: a few hundred steps must show
-    something. Not a recipe for photos.
+    Mild augmentation, Sinkhorn targets, BatchNorm in the heads and a high rate, because a few hundred steps must
+    have a visible effect. Not a recipe for photos.
     """
     mild = Photometric(brightness=0.2, contrast=0.2, saturation=0.2, blur=0.1)
     crops = dino_policy(2, 48, 32, (0.6, 1.0), (0.3, 0.6))
@@ -53,7 +53,7 @@ def demo() -> Run:
 
 
 def debug() -> Run:
-    """Twenty steps of a very small DINO + SelfPatch on procedural images: does everything work?"""
+    """Twenty steps of a very small DINO + SelfPatch on procedural images, to check that everything works."""
     run = demo()
     return replace(
         run,
@@ -67,7 +67,7 @@ def debug() -> Run:
 def small_data() -> Run:
     """One GPU and a folder of images (ten thousand to a few hundred thousand): ViT-Ti/16, 256 images per step.
 
-    Four accumulated batches of 64, a shorter head (4096 prototypes; 65536 starve on little data), a lower teacher
+    Four accumulated batches of 64, a shorter head (4096 prototypes; 65536 are too many for little data), a lower teacher
     momentum for shorter runs, DINO + SelfPatch. Not from a paper, and not yet measured on a real data set.
     """
     dino = DinoOptions(prototypes=4096, center_over="all", teacher_temperature=0.06, warmup_epochs=30)
@@ -84,8 +84,8 @@ def small_data() -> Run:
 def selfpatch_vits16_large_batch() -> Run:
     """DINO + SelfPatch, ViT-S/16, ImageNet-1k, 4096 images per step: 32 processes x 128.
 
-    What large batches are known to need, all of it visible here: a longer warm-up (20 epochs), a smaller second beta
-    (0.95), one global gradient norm of 1, and a teacher that forgets per image as fast as at 1024 images per step
+    Large batches are known to need a longer warm-up (20 epochs), a smaller second beta (0.95), one global gradient norm
+    of 1, and a teacher that changes per image as fast as at 1024 images per step
     (0.996^4 = 0.984). Not from a paper, and not yet measured.
     """
     run = selfpatch_vits16_in1k()

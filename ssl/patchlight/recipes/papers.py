@@ -1,6 +1,6 @@
-"""The pretraining runs of the papers. `data.path` is yours to give; batches are per process, for the processes named.
+"""The pretraining runs of the papers. Set `data.path`; batches are per process, for the processes that a text names.
 
-Every number that a recipe does not set is the released code's default, which `Run` has as its own.
+Every number that a recipe does not set is the released code's default, which is also that of `Run`.
 """
 
 from __future__ import annotations
@@ -68,24 +68,24 @@ def ibot_vits16_in1k() -> Run:
 def selfpatch_vits16_in1k() -> Run:
     """DINO + SelfPatch, ViT-S/16, 200 epochs on ImageNet-1k: the paper's Tables 1 to 3. 8 processes x 128 = 1024 images.
 
-    What the paper leaves open is as its earlier text (PASS, appendix A) says it: the teacher's temperature rises from
-    0.04 to 0.07 in 30 epochs, the learning rate ends at 1e-5. Local crops: 8, as its README runs it.
+    What is not in the paper is from its earlier version (PASS, appendix A): the teacher's temperature rises from 0.04 to
+    0.07 in 30 epochs, the learning rate ends at 1e-5. Local crops: 8, as in its README.
     """
     return _selfpatch(Schedule(epochs=200), warm=True, local_crops=8, min_lr=1e-5, batch=128)
 
 
 def selfpatch_vits16_in1k_released() -> Run:
-    """DINO + SelfPatch, ViT-S/16, with every default of the released script: 300 epochs, flat temperature, 1e-6."""
+    """DINO + SelfPatch, ViT-S/16, with every default of the released script: 300 epochs, constant temperature, 1e-6."""
     return _selfpatch(Schedule(epochs=300), warm=False, local_crops=8, min_lr=1e-6, batch=128)
 
 
 def pass_vits16_in1k() -> Run:
-    """PASS, the earlier text of SelfPatch, ViT-S/16, appendix A: 200 epochs, 2 local crops. 8 x 128 = 1024 images."""
+    """PASS, the earlier version of SelfPatch, ViT-S/16, appendix A: 200 epochs, 2 local crops. 8 x 128 = 1024 images."""
     return _selfpatch(Schedule(epochs=200), warm=True, local_crops=2, min_lr=1e-5, batch=128)
 
 
 def _selfpatch(schedule: Schedule, warm: bool, local_crops: int, min_lr: float, batch: int) -> Run:
-    """DINO centers over all crops here, as the released code does: its teacher gets local crops anyway."""
+    """DINO centers over all crops here, as the released code does: its teacher gets local crops in any case."""
     temperatures: dict[str, Any] = WARM if warm else {}
     options = (DinoOptions(center_over="all", **temperatures), SelfPatchOptions(**temperatures))
     return Run(
@@ -113,8 +113,8 @@ def selfpatch_vitti16_coco() -> Run:
     """DINO + SelfPatch, ViT-Ti/16, 200 epochs on COCO train2017: Tables 4 to 6. 2 processes x 128 = 256 images.
 
     The ablations are options of the second objective: neighbors.radius 1, 2, None (3x3, 5x5, all patches),
-    neighbors.k 1, 2, 4, 8, neighbors.pool mean; and weights selfpatch/patch 0, 0.1, 1. 4096 prototypes for the image
-    as PASS, appendix A says for COCO.
+    neighbors.k 1, 2, 4, 8, neighbors.pool mean; and weights selfpatch/patch 0, 0.1, 1. 4096 prototypes for the image,
+    as in PASS, appendix A, for COCO.
     """
     run = _selfpatch(Schedule(epochs=200), warm=True, local_crops=8, min_lr=1e-5, batch=128)
     return _tiny_on_coco(run)
@@ -193,7 +193,7 @@ def moco_v3_vits16_in1k_100ep() -> Run:
 def moco_v3_vits16_ins300() -> Run:
     """MoCo v3, ViT-S/16, 100 epochs on ImageNet-S300: the baseline of SERE's Table 7. 8 processes x 128 = 1024 images.
 
-    The paper keeps the baseline's own settings and names none; these are those of its README.
+    The paper uses the baseline's own settings and names none; these are from the baseline's README.
     """
     return moco_v3_vits16_in1k_100ep()
 
@@ -275,7 +275,7 @@ def moby_swint_coco() -> Run:
 def selfpatch_moby_vitti16_coco() -> Run:
     """MoBY + SelfPatch without negatives, ViT-Ti/16, 200 epochs on COCO: Table 5. 4 processes x 64 = 256 images.
 
-    The paper does not say which distance it takes without negatives; here it is SelfPatch's own, over prototypes.
+    The paper does not name the distance without negatives; here it is SelfPatch's own, over prototypes.
     """
     return _beside_moby(moby_vitti16_coco(), SelfPatchOptions(teacher_sees_local=False, **WARM), "selfpatch/patch")
 
@@ -288,13 +288,13 @@ def selfpatch_moby_vitti16_coco_negatives() -> Run:
 def selfpatch_moby_swint_coco_negatives() -> Run:
     """MoBY + SelfPatch with negatives, Swin-T, 200 epochs on COCO: Table 5. 4 processes x 64 = 256 images.
 
-    Class attention reads the 7 x 7 patches of the last stage; the paper does not say how it joins the two.
+    Class attention reads the 7 x 7 patches of the last stage; how the paper combines the two is not known.
     """
     return _beside_moby(moby_swint_coco(), SelfPatchContrastOptions(), "selfpatch_contrast/patch")
 
 
 def _beside_moby(run: Run, options: SelfPatchOptions | SelfPatchContrastOptions, term: str) -> Run:
-    """Global crops only, as MoBY has no others."""
+    """Global crops only, as in MoBY."""
     return replace(
         run,
         model=replace(run.model, summary="class_attention"),
@@ -307,8 +307,8 @@ def pqcl_vits16_in1k(epochs: int = 800) -> Run:
 
     Table 1: 69.7, 73.8 and 74.4 linear after 100, 400 and 800 epochs. Tables 2 and 3 (COCO, ADE20K): 200 and 300 epochs.
     Table 5 (DAVIS): 63.8. Two global crops and one query crop of 96 pixels, no local crops. Where paper and release
-    differ: query positions know of mirrored crops, the second crop is solarized at times as the paper says, and the
-    learning rate warms up for 10 epochs as released (the paper says 30, which the release gives the temperature).
+    differ: query positions take account of mirrored crops, the second crop is sometimes solarized as in the paper, and
+    the learning rate warms up for 10 epochs as released (30 in the paper, which the release has for the temperature).
     """
     return _pqcl(IbotOptions(), pqcl_policy(), epochs)
 
@@ -322,8 +322,8 @@ def pqcl_vitb16_in1k() -> Run:
 def pqcl_dino_vits16_in1k(epochs: int = 300) -> Run:
     """DINO + PQCL, ViT-S/16 on ImageNet-1k: Table 5, 63.4 on DAVIS. 16 processes x 64 = 1024 images.
 
-    The paper names no number of epochs here; 300 are those of the DINO beside it (Tables 2 and 3). No masks; otherwise
-    as on iBOT, with 8192 prototypes. Not released.
+    The paper names no number of epochs here; its DINO has 300 (Tables 2 and 3). No masks; otherwise as on iBOT, with
+    8192 prototypes. Not released.
     """
     return _pqcl(DinoOptions(prototypes=8192, train_norm=True, **WARM), pqcl_policy(), epochs)
 
@@ -349,9 +349,9 @@ def pqcl_vits16_in1k_ablation(
 
 
 def pqcl_vits16_in1k_released() -> Run:
-    """iBOT + PQCL, ViT-S/16, 300 epochs as the released code's README runs it. 8 processes x 64 = 512 images.
+    """iBOT + PQCL, ViT-S/16, 300 epochs, as in the released code's README. 8 processes x 64 = 512 images.
 
-    Query positions ignore mirrors, both global crops look alike, and the number of masked patches varies.
+    Query positions ignore mirroring, both global crops are augmented alike, and the number of masked patches varies.
     """
     run = _pqcl(IbotOptions(), pqcl_policy(asymmetric=False), 300, flip_aware=False)
     return replace(run, objectives=replace(run.objectives, mask_counts="released"))
@@ -370,8 +370,8 @@ def _pqcl(host: DinoOptions | IbotOptions, policy: CropPolicy, epochs: int, **op
 def sere_vits16_in1k() -> Run:
     """DINO + SERE, ViT-S/16, 100 epochs on ImageNet-1k: the paper's main model, Tables 1 to 6. 8 processes x 64 = 512.
 
-    Section 4.1: a learning rate of 0.001 for 512 images, 4 local crops, areas 0.35-1 and 0.05-0.35, alpha = beta = 1. What
-    it leaves open is DINO's default. Its code was never released. Its paper: 80.9 fine-tuned (DINO 79.7).
+    Section 4.1: a learning rate of 0.001 for 512 images, 4 local crops, areas 0.35-1 and 0.05-0.35, alpha = beta = 1. Other
+    values are DINO's defaults. Its code was never released. Its paper: 80.9 fine-tuned (DINO 79.7).
     """
     return _sere_dino(dino_policy(4, global_scale=(0.35, 1.0), local_scale=(0.05, 0.35)))
 
@@ -381,13 +381,13 @@ def sere_vits16_ins300() -> Run:
 
     The ablations are options of the second objective: heads 1, 3, 6, 12, 16 (Table 12), teacher_spatial_temperature 0.1,
     0.5, 1 and teacher_channel_temperature 0.01, 0.1, 0.5 (Table 13), asymmetric (Table 15); and weights of 0 for
-    sere/spatial, sere/channel or dino/cls (Table 8). Areas as in the main model, which the paper does not say.
+    sere/spatial, sere/channel or dino/cls (Table 8). Areas as in the main model; the paper has none.
     """
     return _sere_dino(dino_policy(0, global_scale=(0.35, 1.0)))
 
 
 def _sere_dino(policy: CropPolicy) -> Run:
-    """alpha = beta = 1 leaves DINO's weight at 1, rescaled or not."""
+    """With alpha = beta = 1 DINO's weight is 1, rescaled or not."""
     return Run(
         objectives=Objectives((DinoOptions(), SereOptions()), weights=sere_weights({"dino/cls": 1.0}, 1.0, 1.0)),
         data=_imagenet(policy, 64),
@@ -417,14 +417,14 @@ def sere_ibot_vitb16_in1k() -> Run:
 
 
 def sere_ibot_vitb16_in1k_200ep() -> Run:
-    """iBOT + SERE, ViT-B/16, 200 epochs on ImageNet-1k: Table 3 (a). All else as in the run of 100 epochs, the README's."""
+    """iBOT + SERE, ViT-B/16, 200 epochs on ImageNet-1k: Table 3 (a). Otherwise as the README's run of 100 epochs."""
     return replace(sere_ibot_vitb16_in1k(), schedule=Schedule(epochs=200))
 
 
 def sere_ibot_vits16_ins300() -> Run:
     """iBOT + SERE, ViT-S/16, 100 epochs on ImageNet-S300: Table 7. 8 processes x 128 = 1024 images.
 
-    Two global crops, as section 4.3 has it for this data set; the rest as in the README's run.
+    Two global crops, as in section 4.3 for this data set; the rest as in the README's run.
     """
     run = sere_ibot_vits16_in1k()
     return replace(run, data=_imagenet(dino_policy(0), 128))

@@ -123,7 +123,7 @@ def _value_ticks(values: list[float], reference: tuple[float, str] | None, from_
 
 
 def short(value: float) -> str:
-    """A number as a person writes it: 12 000 as 12k, small ones with three digits."""
+    """A number as a short text: 12 000 as 12k, small numbers with three digits."""
     size = abs(value)
     if size >= 1e9:
         return f"{value / 1e9:.3g}G"

@@ -12,12 +12,12 @@ from rich.text import Text
 
 
 def print_sentence(sentence: str, console: Console | None = None, style: str = "") -> None:
-    """A sentence on one line, however narrow the terminal and however long the names in it: so a log can be searched."""
+    """A sentence on one line, however narrow the terminal and however long the names in it: so that a log can be searched."""
     (console or Console()).print(Text(sentence, style=style), soft_wrap=True)
 
 
 class Display:
-    """Shows log lines. On a terminal a progress bar stays below them; it is redrawn with each line only."""
+    """Prints log lines. On a terminal a progress bar stays below them, redrawn only with each line."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -25,7 +25,7 @@ class Display:
         self.first: tuple[float, float] | None = None  # step and seconds at the first line, for the time that is left
 
     def update(self, record: Mapping[str, float]) -> None:
-        """A log line."""
+        """Prints a log line."""
         left = self._left(record)
         if not self.console.is_terminal:
             self.console.print(plain_line(record, left), soft_wrap=True, highlight=False, markup=False)
@@ -36,7 +36,7 @@ class Display:
         progress.refresh()
 
     def warn(self, sentence: str) -> None:
-        """Something is wrong."""
+        """Prints a warning."""
         console = self.progress.console if self.progress else self.console
         print_sentence(f"warning: {sentence}", console, style="bold yellow")
 
@@ -73,7 +73,7 @@ class Display:
 
 
 def plain_line(record: Mapping[str, float], left: str) -> str:
-    """One line in the shape that DINO's users know."""
+    """A line in the format of DINO's logs."""
     fields = {"eta": left} | {name: f"{value:.4f}" for name, value in terms(record).items()}
     for name, label in (("lr", "lr"), ("gradient/norm", "grad norm")):
         if name in record:
@@ -118,7 +118,7 @@ def is_term(name: str) -> bool:
 
 
 def rates(record: Mapping[str, float]) -> str:
-    """How fast, how busy, how often it waited."""
+    """Speed, share of time waiting for data, MFU, memory."""
     parts = []
     if "speed/images_per_second" in record:
         parts.append(f"{record['speed/images_per_second']:.0f} images/s")

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, commit. A number without them is not a number."""
+"""The environment of a run: versions, hardware, commit. Numbers are comparable only with them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def describe_gpu(index: int) -> dict:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest: of tensors on a GPU, of this process on a CPU. Does not wait for the device."""
+    """Most bytes in use so far: by tensors on a GPU, by this process on a CPU. Does not wait for the device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

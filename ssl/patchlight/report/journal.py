@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: files of its folder, the terminal, TensorBoard, and the page that is drawn from the files."""
+"""Writes the numbers of a run to files in its folder, the terminal, TensorBoard, and the report made from the files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .environment import write_environment
 from .page import write_report
 from .run_folder import DIAGNOSES_FILE, EPOCHS_FILE, METRICS_FILE, append_line, read_lines, rewind
 
-PAGE_SECONDS = 20  # the page is written at most this often, and takes never more than a hundredth of the time
+PAGE_SECONDS = 20  # between two writes of the page, which take at most a hundredth of the time
 
 
 class Journal:
@@ -30,7 +30,7 @@ class Journal:
 
     def open(self, clock: Clock, start: int) -> float:
         """Before the first line of this process, which began at step `start`: removes later lines, which a resumed run
-        writes again. Returns the seconds of training that the lines before took."""
+        writes again. Returns the seconds of training up to there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = rewind(self.folder / METRICS_FILE, lambda line: line["step"] <= start)
         rewind(self.folder / DIAGNOSES_FILE, lambda line: line["step"] <= start)
@@ -43,7 +43,7 @@ class Journal:
         return kept[-1]["seconds"] if kept else 0.0
 
     def write(self, clock: Clock, record: Mapping[str, float]) -> None:
-        """A log line."""
+        """Writes a log line."""
         append_line(self.folder / METRICS_FILE, record)
         self._write_epochs(clock)
         if self.writer:
@@ -54,7 +54,7 @@ class Journal:
         self._write_page(force=False)
 
     def warn(self, clock: Clock, name: str, sentence: str, fatal: bool) -> None:
-        """Something is wrong: prints it and writes it down. fatal: the run ends."""
+        """Prints a diagnosis and adds it to the file of diagnoses. fatal: it ends the run."""
         record = {"step": clock.step, "name": name, "sentence": sentence, "fatal": fatal}
         append_line(self.folder / DIAGNOSES_FILE, record)
         if self.display:
@@ -70,7 +70,7 @@ class Journal:
             self._write_page(force=True)
 
     def _write_epochs(self, clock: Clock) -> None:
-        """A line in log.txt for each epoch that is over. A log line counts to the epoch that its last step belongs to."""
+        """A line in log.txt for each epoch that is over. A log line belongs to the epoch of its last step."""
         path = self.folder / EPOCHS_FILE
         done = len(read_lines(path))
         if done >= clock.step // clock.steps_per_epoch:

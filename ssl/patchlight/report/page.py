@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with everything inside, a pure function of the files in the run's folder."""
+"""The report of a run: one HTML file without outside resources, made from the files in the run's folder only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_PICTURES = 4  # of one kind, spread over the run
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes report.html into a run's folder from what lies there, and returns its path."""
+    """Writes report.html into a run's folder, from the files there, and returns its path."""
     path = Path(folder) / REPORT_FILE
     write_whole(path, build_report(Path(folder)))
     return path
@@ -43,12 +43,14 @@ def build_report(folder: Path) -> str:
         _head(folder, run, lines),
         _tiles(lines, knn),
         _diagnoses(read_lines(folder / DIAGNOSES_FILE)),
-        _section("What it learned", _knn_chart(knn, lines) + _pictures(folder / PICTURES_FOLDER, "attention")),
-        _section("What it is worth", _evaluations(folder / EVALUATION_FOLDER)),
+        _section(
+            "k-NN accuracy and attention", _knn_chart(knn, lines) + _pictures(folder / PICTURES_FOLDER, "attention")
+        ),
+        _section("Evaluations", _evaluations(folder / EVALUATION_FOLDER)),
         _section("Losses", _loss_charts(lines)),
         _section("Schedules and gradients", _other_charts(lines)),
         _section("Speed and data", _data_facts(run, lines) + _speed_charts(lines)),
-        _section("What it saw", _pictures(folder / PICTURES_FOLDER, "crops")),
+        _section("Crops", _pictures(folder / PICTURES_FOLDER, "crops")),
         _section("Configuration", _table(_flat(run), "run.json")),
         _section("Environment", _table(_flat(environment), "environment.json")),
     ]

@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file at once: a reader sees the old text or the new one, never half of it."""
+    """Replaces a file at once: a reader gets the whole old text or the whole new text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
