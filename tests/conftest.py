@@ -6,21 +6,21 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 for folder in (HERE, HERE / "golden"):
-    sys.path.insert(0, str(folder))  # `import harness`, `import parity` from any test file
+    sys.path.insert(0, str(folder))  # so that any test file can `import harness` or `import parity`
 
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
-    )  # read by Triton when a kernel is defined, so before any import of ours
+    )  # read by Triton when a kernel is defined, so before any import of the project
 
 import pytest  # noqa: E402
 from parity import SEED  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Compilers first: what is left at the end is short, so that no process waits long for another."""
+    """Tests that compile come first: with short tests at the end, no process waits long for another."""
     items.sort(key=lambda item: item.path.name != "test_compiled_ahead.py")
 
 

@@ -1,11 +1,11 @@
-"""Runs the tests as other machines would: `make test-matrix`, or `python tests/matrix.py [row ...]`.
+"""Runs the tests as on other machines: `make test-matrix`, or `python tests/matrix.py [row ...]`.
 
     default, avx2, avx512   ATen, MKL, oneDNN, OpenBLAS and our C++ library limited to one instruction set
     oldest                  the oldest torch and Triton that are supported, in an environment of their own
     newest                  the newest ones that pip finds, likewise
     seeds                   operations, objectives, heads and backbones on the random inputs of seeds 1 to 20
 
-A row that this machine cannot run says why. Logs and environments are in build/matrix; the output ends with a table.
+A row that this machine cannot run prints the reason. Logs and environments are in build/matrix; the output ends with a table.
 """
 
 from __future__ import annotations

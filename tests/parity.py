@@ -29,7 +29,7 @@ RUNNERS += [pytest.param("cuda", name, marks=needs_gpu) for name in ("reference"
 every_runner = pytest.mark.parametrize(("device", "name"), RUNNERS)
 EPS = torch.finfo(torch.float32).eps
 FLOOR = 8 * EPS  # rounding of the fp32 result itself
-DRAWS = 4  # of random moves of the inputs by a unit in the last place
+DRAWS = 4  # random changes of the inputs by a unit in the last place
 SEED = int(os.environ.get("PATCHLIGHT_TEST_SEED", "0"))  # of all random inputs
 
 
@@ -96,7 +96,7 @@ def tensors(output) -> tuple[torch.Tensor, ...]:
 
 
 def outcome(spec: OpSpec, arguments: dict, upstream: torch.Tensor | float = 1.0) -> dict[str, torch.Tensor]:
-    """What `spec.observe` gives of the op's output, and the gradients for a fixed random cotangent times `upstream`."""
+    """The result of `spec.observe` for the op's output, and the gradients for a fixed random cotangent times `upstream`."""
     if not spec.differentiable:
         return spec.observe(arguments, spec.public(**arguments))
     leaves = {key: arguments[key].detach().requires_grad_() for key in spec.differentiable}
@@ -117,7 +117,7 @@ def assert_as_exact_as_pytorch(
     """err(result, float64) <= 2 err(reference at the inputs' dtype, float64) + fp32 rounding, for everything observed.
 
     PyTorch's error depends on the CPU's order of sums, so it may be small by chance. Then the limit is how far float64 results
-    move when fp32 inputs are rounded: `rounding`, or the caller's own number: `also`.
+    change when fp32 inputs are rounded: `rounding`, or the caller's own number: `also`.
     """
     with force("reference"):
         exact = outcome(spec, widened(arguments))

@@ -22,7 +22,7 @@ def names() -> set[str]:
 
 
 def soon(condition) -> bool:
-    """Whether it comes true within a minute."""
+    """Whether it becomes true within a minute."""
     end = time.monotonic() + 60
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""How branches look at crops, how the teacher follows, and what several objectives may ask of both."""
+"""The features of branches, the update of the teacher, and what several objectives may need of both."""
 
 from dataclasses import replace
 
@@ -23,20 +23,20 @@ def built(run):
     return (*build_branches(run.model, objectives.objectives()), objectives, next(NoiseLoader(run)))
 
 
-def test_a_branch_sees_each_crop_as_if_alone():
+def test_a_crop_has_the_same_features_alone():
     student, _, _, views = built(tiny_run("", options=(IBOT,)))
     mask = torch.rand(2, 8, 16) < 0.4
     global_crops, local_crops, _ = student(views, Cues(mask))
     assert (global_crops.grid, local_crops.grid) == ((4, 4), (3, 3))
     for view in range(2):
-        seen = student.summary(student.backbone(views.global_crops.pixels[view], mask[view]))
-        torch.testing.assert_close(global_crops.summary[view], seen.summary)
-        torch.testing.assert_close(global_crops.patches[view], seen.patches)
-        seen = student.summary(student.backbone(views.local_crops.pixels[view]))
-        torch.testing.assert_close(local_crops.patches[view], seen.patches)
+        alone = student.summary(student.backbone(views.global_crops.pixels[view], mask[view]))
+        torch.testing.assert_close(global_crops.summary[view], alone.summary)
+        torch.testing.assert_close(global_crops.patches[view], alone.patches)
+        alone = student.summary(student.backbone(views.local_crops.pixels[view]))
+        torch.testing.assert_close(local_crops.patches[view], alone.patches)
 
 
-def test_the_teacher_is_called_once_per_size_and_not_on_local_crops_unless_asked():
+def test_the_teacher_is_called_once_per_size_and_not_on_local_crops_unless_wanted():
     _, teacher, _, views = built(tiny_run(""))
     sizes = []
     teacher.backbone.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
@@ -49,24 +49,24 @@ def test_the_teacher_is_called_once_per_size_and_not_on_local_crops_unless_asked
 def test_the_teacher_starts_as_a_copy_without_gradients_in_training_mode():
     student, teacher, _, _ = built(tiny_run("", model={"drop_path": 0.5, "image_size": 16, "patch_size": 4}))
     check_teacher_student(teacher, student)
-    theirs = student.state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in teacher.state_dict().items())
+    expected = student.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in teacher.state_dict().items())
     assert teacher.training
     assert not any(type(module).__name__ == "DropPath" for module in teacher.modules())
     assert any(type(module).__name__ == "DropPath" for module in student.modules())
 
 
 @pytest.mark.parametrize("refused", [None, 0.0, 1.0])
-def test_the_teacher_follows_by_one_minus_momentum(refused):
+def test_the_teacher_moves_by_one_minus_momentum(refused):
     student, teacher, _, _ = built(tiny_run(""))
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter))
     before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
     teacher.follow(student, 0.9, None if refused is None else torch.tensor(refused))
-    theirs = dict(student.named_parameters())
+    target = dict(student.named_parameters())
     for name, parameter in teacher.named_parameters():
-        expected = before[name] if refused else before[name] * 0.9 + theirs[name] * 0.1
+        expected = before[name] if refused else before[name] * 0.9 + target[name] * 0.1
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
         if refused:
             assert torch.equal(parameter, before[name])
@@ -161,7 +161,7 @@ def test_a_weight_without_a_term_is_refused():
         objectives(student.sides(student(views)), teacher.sides(teacher(views)), views, Cues(), CLOCK)
 
 
-class Wishes(Objective):
+class WithNeeds(Objective):
     def __init__(self, **needs) -> None:
         super().__init__()
         self.wanted = Needs(**needs)
@@ -171,12 +171,14 @@ class Wishes(Objective):
 
 
 def test_objectives_must_agree():
-    same = WeightedObjectives([Wishes(neighbors=NeighborRule(k=2)), Wishes(neighbors=NeighborRule(k=2)), Wishes()])
+    same = WeightedObjectives(
+        [WithNeeds(neighbors=NeighborRule(k=2)), WithNeeds(neighbors=NeighborRule(k=2)), WithNeeds()]
+    )
     assert same.teacher_wants.neighbors == NeighborRule(k=2)
     with pytest.raises(ValueError, match="must agree on neighbors"):
-        WeightedObjectives([Wishes(neighbors=NeighborRule(k=2)), Wishes(neighbors=NeighborRule(k=4))])
+        WeightedObjectives([WithNeeds(neighbors=NeighborRule(k=2)), WithNeeds(neighbors=NeighborRule(k=4))])
     with pytest.raises(ValueError, match="must agree on masks"):
-        WeightedObjectives([Wishes(masks=True), Wishes(masks=True)])
+        WeightedObjectives([WithNeeds(masks=True), WithNeeds(masks=True)])
 
 
 def test_objectives_are_checked_against_model_and_data():

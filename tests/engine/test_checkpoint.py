@@ -1,4 +1,4 @@
-"""Runs that end early, move to other machines or meet a full disk, and the teacher that others load."""
+"""Runs that are stopped or killed, resumed on other numbers of processes, or have a full disk; the exported teacher."""
 
 import json
 import os
@@ -15,8 +15,8 @@ import torch
 from engine.tiny_run import (
     DINO,
     SELFPATCH,
+    MetricsInMemory,
     NoiseLoader,
-    Notebook,
     largest_difference,
     on_processes,
     outcome,
@@ -45,16 +45,16 @@ def saved_steps(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-class EndsAt(NoiseLoader):
-    """Does something to its process before one of its batches."""
+class LoaderWithAction(NoiseLoader):
+    """Calls an action before one of its batches."""
 
-    def __init__(self, run, mesh, batch: int, deed) -> None:
+    def __init__(self, run, mesh, batch: int, action) -> None:
         super().__init__(run, mesh)
-        self.left, self.deed = batch, deed
+        self.left, self.action = batch, action
 
     def __next__(self):
         if self.left == 0:
-            self.deed()
+            self.action()
         self.left -= 1
         return super().__next__()
 
@@ -65,15 +65,15 @@ def terminate() -> None:
 
 @pytest.mark.parametrize("save_async", [False, True], ids=["sync", "async"])
 def test_ten_steps_and_ten_resumed_are_twenty_bit_for_bit(save_async, tmp_path):
-    """Drop path draws random numbers, so this covers their state; the prototypes thaw after five steps."""
+    """Drop path draws random numbers, so this covers their state; the prototypes are frozen for five steps."""
     whole = train_tiny(tiny_run(tmp_path / "whole", model=DROPS))
     output = {"folder": str(tmp_path / "parts"), "save_every": 10, "log_every": 5, "save_async": save_async}
     run = tiny_run("", model=DROPS, output=output)
-    first = build_trainer(run, None, NoiseLoader(run), Notebook())
+    first = build_trainer(run, None, NoiseLoader(run), MetricsInMemory())
     for _ in range(10):
         first.step()
     first.save()
-    first.step()  # must not leak into what is still being written
+    first.step()  # must not change the checkpoint that is still being written
     first.checkpoints.finish()
     torch.manual_seed(12345)
     second = train_tiny(resumed(run))
@@ -88,7 +88,7 @@ def train_with_saves(run) -> dict:
 
 
 def test_asynchronous_saves_beside_the_training_of_two_processes(tmp_path):
-    """Their collectives must not mix with the training's; the last checkpoint is the run's end."""
+    """Their collectives must not mix with the training's; the last checkpoint is the end of the run."""
     output = {"folder": str(tmp_path), "save_every": 2, "log_every": 5, "save_async": True, "keep": 20}
     run = tiny_run("", output=output, parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 4})
     ended = on_processes(2, train_with_saves, run)[0]
@@ -100,7 +100,7 @@ def test_asynchronous_saves_beside_the_training_of_two_processes(tmp_path):
 
 
 def test_resuming_in_the_frozen_epoch_keeps_the_prototypes_step_counters(tmp_path):
-    """Frozen prototypes have no optimizer state yet: the checkpoint must not invent one."""
+    """Frozen prototypes have no optimizer state yet: the checkpoint must not contain any for them."""
     whole = train_tiny(tiny_run(tmp_path / "whole"))
     run = tiny_run(tmp_path / "parts")
     first = tiny_trainer(run)
@@ -122,7 +122,7 @@ def save_after(run, steps: int) -> dict:
 
 @pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2), (4, 2)])
 def test_a_checkpoint_moves_between_numbers_of_processes(writers, readers, tmp_path):
-    """Written sharded or whole, read whole or sharded: the same run goes on, up to rounding."""
+    """Written sharded or whole, read whole or sharded: the same run continues, up to rounding."""
 
     def run_on(count: int, folder: str):
         parallel = {"precision": "fp32", "shard": 2 if count > 1 else 1}
@@ -157,12 +157,12 @@ def test_the_latest_checkpoints_are_kept(tmp_path):
     assert facts["run"] == json.loads((tmp_path / RUN_FILE).read_text())
 
 
-def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, capsys):
+def test_sigterm_leaves_a_checkpoint_and_the_run_continues_from_it(tmp_path, capsys):
     whole = train_tiny(tiny_run(tmp_path / "whole"))
     run = tiny_run(tmp_path / "parts")
     before = signal.getsignal(signal.SIGTERM)
-    metrics = Notebook()
-    build_trainer(run, None, EndsAt(run, None, 7, terminate), metrics).fit()
+    metrics = MetricsInMemory()
+    build_trainer(run, None, LoaderWithAction(run, None, 7, terminate), metrics).fit()
     assert metrics.closed
     assert signal.getsignal(signal.SIGTERM) is before
     assert saved_steps(tmp_path / "parts") == ["step-00000008"]
@@ -174,7 +174,8 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, capsy
 def stop_one_rank(run) -> int:
     """Only rank 1 gets the signal; both must stop at the same step."""
     with processes(run.parallel) as mesh:
-        trainer = build_trainer(run, mesh, EndsAt(run, mesh, 7, terminate if mesh.rank == 1 else int), Notebook())
+        loader = LoaderWithAction(run, mesh, 7, terminate if mesh.rank == 1 else int)
+        trainer = build_trainer(run, mesh, loader, MetricsInMemory())
         trainer.fit()
         return trainer.clock.step
 
@@ -230,7 +231,7 @@ def save_to_a_full_disk(run) -> str:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_full_disk_leaves_the_previous_checkpoint(count, tmp_path):
-    """A file size limit stands in for the disk; with two processes only the last one hits it, and both say so."""
+    """A file size limit replaces the disk; of two processes only the last one reaches it, and both raise."""
     parallel = {"precision": "fp32", "shard": count}
     run = tiny_run(tmp_path, parallel=parallel, data={"batch_per_rank": 8 // count})
     for sentence in on_processes(count, save_to_a_full_disk, run):
@@ -266,19 +267,19 @@ def test_the_exported_teacher_loads_into_timm(options, tmp_path):
     pixels = torch.randn(2, 3, 16, 16)
     teacher = trainer.teacher
     with torch.no_grad():
-        ours = teacher.summary(teacher.backbone(pixels))
-        theirs = model.forward_features(pixels)
-    torch.testing.assert_close(theirs[:, 1:] if has_token else theirs, ours.patches, rtol=1e-5, atol=1e-5)
+        features = teacher.summary(teacher.backbone(pixels))
+        from_timm = model.forward_features(pixels)
+    torch.testing.assert_close(from_timm[:, 1:] if has_token else from_timm, features.patches, rtol=1e-5, atol=1e-5)
     if has_token:
-        torch.testing.assert_close(theirs[:, 0], ours.summary, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(from_timm[:, 0], features.summary, rtol=1e-5, atol=1e-5)
 
 
 def test_the_export_of_shards_is_the_export_of_the_whole(tmp_path):
-    one = tiny_run(tmp_path / "one")
-    save_after(one, 2)
-    two = tiny_run(tmp_path / "two", parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 4})
-    on_processes(2, save_after, two, 2)
-    a, b = (load_file(tmp_path / name / "checkpoints/step-00000002" / EXPORT) for name in ("one", "two"))
+    whole = tiny_run(tmp_path / "whole")
+    save_after(whole, 2)
+    sharded = tiny_run(tmp_path / "sharded", parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 4})
+    on_processes(2, save_after, sharded, 2)
+    a, b = (load_file(tmp_path / name / "checkpoints/step-00000002" / EXPORT) for name in ("whole", "sharded"))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
@@ -297,7 +298,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
         tiny_trainer(run).fit()
 
 
-def test_resume_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys, monkeypatch):
+def test_resume_without_a_checkpoint_starts_anew_and_prints_it(tmp_path, capsys, monkeypatch):
     """On one line, however narrow the console and long the folder's name, brackets included."""
     monkeypatch.setenv("COLUMNS", "40")
     folder = tmp_path / "a run whose folder [has] a long name that no console of forty columns has room for"
@@ -307,7 +308,7 @@ def test_resume_without_a_checkpoint_starts_anew_and_says_so(tmp_path, capsys, m
     assert f"Nothing to resume in {folder}: starting anew.\n" in capsys.readouterr().out
 
 
-def test_a_finished_run_says_so(tmp_path, capsys):
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, capsys):
     run = tiny_run(tmp_path, schedule={"epochs": 1, "steps_per_epoch": 5})
     tiny_trainer(run).fit()
     again = tiny_trainer(resumed(run))
@@ -339,7 +340,7 @@ def test_another_optimizer_is_refused(tmp_path):
         tiny_trainer(resumed(run, optim=replace(run.optim, name="lamb"))).begin()
 
 
-def test_another_learning_rate_is_accepted_aloud(tmp_path):
+def test_another_learning_rate_is_accepted_with_a_warning(tmp_path):
     run = tiny_run(tmp_path)
     finished(run)
     with pytest.warns(UserWarning, match=r"optim.base_lr was 0.032 and is 0.01"):
@@ -358,7 +359,7 @@ def test_a_checkpoint_without_any_of_the_models_tensors_is_refused(tmp_path):
         tiny_trainer(resumed(run)).begin()
 
 
-def test_a_checkpoint_that_lacks_some_tensors_is_refused(tmp_path):
+def test_a_checkpoint_without_some_tensors_is_refused(tmp_path):
     run = tiny_run(tmp_path)
     trainer = tiny_trainer(run)
     del trainer.teacher.heads["dino"].mlp[0].bias
@@ -367,7 +368,7 @@ def test_a_checkpoint_that_lacks_some_tensors_is_refused(tmp_path):
         tiny_trainer(resumed(run)).begin()
 
 
-def test_a_stop_request_gives_the_handler_back():
+def test_a_stop_request_restores_the_handler():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as request:
         assert not request.received

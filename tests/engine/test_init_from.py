@@ -1,4 +1,4 @@
-"""Files in the layouts that methods publish: what is loaded is the function they hold, and all else is named."""
+"""Published files of every layout: the loaded model computes the same, and all other tensors are listed."""
 
 import argparse
 import re
@@ -24,8 +24,8 @@ SIZES = {"width": 16, "depth": 2, "heads": 2}
 MODEL = {"patch_size": 4, "image_size": 16, "sizes": SIZES, "drop_path": 0.0}
 
 
-def scattered(module: nn.Module) -> nn.Module:
-    """Every weight different from a start's, so that what is not loaded shows."""
+def randomized(module: nn.Module) -> nn.Module:
+    """All weights random, so that one that is not loaded changes the result."""
     for tensor in module.state_dict().values():
         if tensor.is_floating_point():
             tensor.normal_(std=0.3)
@@ -37,7 +37,7 @@ def scattered(module: nn.Module) -> nn.Module:
 
 def timm_vit(**options) -> timm.models.vision_transformer.VisionTransformer:
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
-    return scattered(timm.models.vision_transformer.VisionTransformer(**{**sizes, **options}))
+    return randomized(timm.models.vision_transformer.VisionTransformer(**{**sizes, **options}))
 
 
 def prefixed(prefix: str, weights: dict) -> dict:
@@ -45,7 +45,7 @@ def prefixed(prefix: str, weights: dict) -> dict:
 
 
 def training_file(weights: dict, more: dict | None = None) -> dict:
-    """As DINO and what is built on it save it: the student is another network, and both have heads."""
+    """As DINO and methods built on it save it: a student with other weights, and heads in both."""
     teacher = prefixed("backbone.", weights) | {"head.mlp.0.weight": torch.ones(3, 3)} | (more or {})
     student = {f"module.{name}": tensor + 1 for name, tensor in teacher.items()}
     return {"student": student, "teacher": teacher, "args": argparse.Namespace(arch="vit_small"), "epoch": 7}
@@ -94,10 +94,10 @@ def test_a_vit_of_every_layout_gives_timms_features(layout, tmp_path):
         assert (student.backbone.mask_token == 1).all()
 
 
-def test_selfpatch_brings_its_aggregation_head(tmp_path):
-    """Backbone without class token and norm, the head beside it under its released names."""
-    vit = scattered(VisionTransformer(**SIZES, patch_size=4, image_size=16, class_token=False))
-    head = scattered(ClassAttentionSummary(16, 2))
+def test_a_selfpatch_file_has_its_aggregation_head(tmp_path):
+    """A backbone without class token and norm; the head has its released names."""
+    vit = randomized(VisionTransformer(**SIZES, patch_size=4, image_size=16, class_token=False))
+    head = randomized(ClassAttentionSummary(16, 2))
     names = {n: re.sub(r"(blocks\.\d\.)([qkv]|proj)\.", r"cls_\1attn.\2.", n) for n in head.state_dict()}
     names = {n: re.sub(r"^blocks", "cls_blocks", new) for n, new in names.items()}
     ca_head = {f"ca_head.{names[n]}": tensor for n, tensor in head.state_dict().items()}
@@ -109,12 +109,12 @@ def test_selfpatch_brings_its_aggregation_head(tmp_path):
     assert taken.missing == ["backbone.mask_token"]
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        seen, expected = student.summary(student.backbone(pixels)), head(vit(pixels))
-    assert torch.equal(seen.summary, expected.summary)
-    assert torch.equal(seen.patches, expected.patches)
+        result, expected = student.summary(student.backbone(pixels)), head(vit(pixels))
+    assert torch.equal(result.summary, expected.summary)
+    assert torch.equal(result.patches, expected.patches)
 
 
-def test_the_final_norm_goes_to_whoever_applies_it(tmp_path):
+def test_the_final_norm_is_loaded_where_it_is_applied(tmp_path):
     vit = timm_vit()
     student, _ = build_branches(Model("vit_tiny", summary="mean", **MODEL), [])
     taken = init_from(student.eval(), saved(vit.state_dict(), tmp_path))
@@ -149,7 +149,7 @@ def released_swin(swin: SwinTransformer) -> dict:
 @pytest.mark.parametrize("window", [4, 2])
 def test_swin_of_moby(window, tmp_path):
     """Windows of another size get their bias tables resampled."""
-    swin = scattered(
+    swin = randomized(
         SwinTransformer(32, 2, embed_dim=8, depths=(2, 2, 1, 2), num_heads=(2, 4, 8, 16), window_size=4, num_classes=0,
                         dynamic_img_size=True)
     )  # fmt: skip
@@ -164,14 +164,14 @@ def test_swin_of_moby(window, tmp_path):
     if window == 4:
         pixels = torch.randn(2, 3, 32, 32)
         with torch.no_grad():
-            seen = student.summary(student.backbone(pixels)).summary
-            torch.testing.assert_close(seen, swin(pixels), rtol=1e-4, atol=1e-4)
+            summary = student.summary(student.backbone(pixels)).summary
+            torch.testing.assert_close(summary, swin(pixels), rtol=1e-4, atol=1e-4)
 
 
 def test_resnet_of_moco_v3(tmp_path):
     student, _ = build_branches(Model(**RESNET), [])
     twin, _ = build_branches(Model(**RESNET), [])
-    weights = scattered(twin.backbone).state_dict() | {"fc.0.weight": torch.ones(3, 3)}
+    weights = randomized(twin.backbone).state_dict() | {"fc.0.weight": torch.ones(3, 3)}
     taken = init_from(student.eval(), saved(VIT_LAYOUTS["MoCo v3"](weights), tmp_path))
     assert taken.missing == []
     assert set(taken.unused) == {"fc.0.weight", "head.0.weight"}
@@ -220,7 +220,7 @@ class Unknown:
     pass
 
 
-def test_files_that_execute_or_are_not_there_are_refused(tmp_path):
+def test_missing_files_and_files_with_objects_are_refused(tmp_path):
     student, _ = build_branches(Model("vit_tiny", **MODEL), [])
     with pytest.raises(ValueError, match=r"plain values, got objects in .*save the state dict alone"):
         init_from(student, saved({"model": {}, "config": Unknown()}, tmp_path))
@@ -228,7 +228,7 @@ def test_files_that_execute_or_are_not_there_are_refused(tmp_path):
         init_from(student, tmp_path / "nowhere.pth")
 
 
-def test_a_run_starts_both_branches_from_the_file_and_says_so(tmp_path, capsys):
+def test_a_run_starts_both_branches_from_the_file_and_prints_a_table(tmp_path, capsys):
     vit = timm_vit(embed_dim=20)
     path = tmp_path / "weights.safetensors"
     save_file(vit.state_dict(), path)
@@ -236,9 +236,9 @@ def test_a_run_starts_both_branches_from_the_file_and_says_so(tmp_path, capsys):
     trainer = tiny_trainer(tiny_run(tmp_path, model=model))
     for branch in (trainer.student, trainer.teacher):
         assert torch.equal(branch.backbone.blocks[1].mlp.fc2.weight, vit.blocks[1].mlp.fc2.weight)
-    said = capsys.readouterr().out
-    assert re.search(rf"loaded\W+{len(vit.state_dict())}\b", said)
-    assert "backbone.mask_token" in said
+    output = capsys.readouterr().out
+    assert re.search(rf"loaded\W+{len(vit.state_dict())}\b", output)
+    assert "backbone.mask_token" in output
 
 
 def test_the_table_names_a_few_and_counts_the_rest(tmp_path):
@@ -256,19 +256,19 @@ def test_torch_hub_gives_the_exported_teacher(kind, tmp_path):
     data = {"crops": CROPS[model["arch"]]} if "arch" in model else {}
     options = (DINO, SELFPATCH) if kind == "selfpatch" else (DINO,)
     trainer = tiny_trainer(tiny_run(tmp_path, options=options, model=model, data=data))
-    scattered(trainer.teacher)
+    randomized(trainer.teacher)
     trainer.save()
     exported = trainer.checkpoints.latest() / "teacher.safetensors"
     hub = torch.hub.load(str(ROOT), "teacher", source="local", path=str(exported))
     size = trainer.run.data.crops.global_crops[0].size
     pixels = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        seen = trainer.teacher.summary(trainer.teacher.backbone(pixels))
-        theirs = hub.forward_features(pixels)
-    theirs = {
-        "vit": lambda: theirs[:, 1:],
-        "selfpatch": lambda: theirs,
-        "swin": lambda: theirs.flatten(1, 2),
-        "resnet": lambda: theirs.flatten(2).transpose(1, 2),
+        features = trainer.teacher.summary(trainer.teacher.backbone(pixels))
+        from_hub = hub.forward_features(pixels)
+    expected = {
+        "vit": lambda: from_hub[:, 1:],
+        "selfpatch": lambda: from_hub,
+        "swin": lambda: from_hub.flatten(1, 2),
+        "resnet": lambda: from_hub.flatten(2).transpose(1, 2),
     }[kind]()
-    torch.testing.assert_close(seen.patches, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features.patches, expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Numbers of a run: read at log lines only, right over steps, ranks and restarts."""
+"""Numbers of a run: read at log lines only, correct over steps, ranks and restarts."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def lines(folder) -> list[dict]:
 
 
 def test_adding_never_reads_the_device(tmp_path):
-    """Tensors on the meta device have no values: whatever reads one fails."""
+    """Tensors on the meta device have no values: reading one fails."""
     metrics = Metrics(ALONE, Journal(tmp_path))
     terms = {"loss": torch.empty((), device="meta", requires_grad=True), "dino/cls": torch.empty((), device="meta")}
     for _ in range(3):
@@ -115,7 +115,7 @@ def test_speed_waiting_and_use_of_the_device(tmp_path, monkeypatch):
     assert second["memory/gib"] > 0.01
 
 
-def test_the_epochs_file_is_dinos(tmp_path):
+def test_the_epochs_file_has_dinos_format(tmp_path):
     metrics = Metrics(ALONE, Journal(tmp_path))
     for before, step in ((0, 4), (4, 10), (10, 14), (14, 20), (20, 24)):
         add(metrics, *[float(step)] * (step - before), **{"dino/cls": 1.0})
@@ -128,7 +128,7 @@ def test_the_epochs_file_is_dinos(tmp_path):
     assert {"train_wd", "train_dino/cls"} <= records[0].keys()
 
 
-def test_short_epochs_between_two_lines_are_not_forgotten(tmp_path):
+def test_short_epochs_between_two_lines_are_written(tmp_path):
     metrics = Metrics(ALONE, Journal(tmp_path))
     add(metrics, *[2.0] * 35)
     metrics.log(clock(35), {})
@@ -136,7 +136,7 @@ def test_short_epochs_between_two_lines_are_not_forgotten(tmp_path):
     assert [(r["epoch"], r["train_loss"]) for r in records] == [(0, 2.0), (1, 2.0), (2, 2.0)]
 
 
-def test_a_resumed_run_drops_the_lines_of_its_lost_future(tmp_path):
+def test_a_resumed_run_removes_the_lines_of_later_steps(tmp_path):
     first = Metrics(ALONE, Journal(tmp_path))
     for step in (5, 10, 15, 20):
         add(first, *[1.0] * 5)
@@ -187,22 +187,22 @@ def test_a_line_is_the_mean_over_ranks_and_the_longest_wait(tmp_path):
     assert line["data/wait_seconds"] == 0.5
 
 
-def test_diagnoses_are_said_and_kept(tmp_path):
-    said = io.StringIO()
-    metrics = Metrics(ALONE, Journal(tmp_path, Display(Console(file=said, width=200))))
+def test_diagnoses_are_printed_and_saved(tmp_path):
+    printed = io.StringIO()
+    metrics = Metrics(ALONE, Journal(tmp_path, Display(Console(file=printed, width=200))))
     metrics.diagnose(clock(7), Diagnosis("uniform collapse", "Lower the temperature."))
-    assert "step 7: uniform collapse: Lower the temperature." in said.getvalue()
+    assert "step 7: uniform collapse: Lower the temperature." in printed.getvalue()
     assert read_lines(tmp_path / "diagnoses.jsonl")[0]["name"] == "uniform collapse"
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
-    said = io.StringIO()
-    metrics = Metrics(ALONE, Journal(tmp_path, Display(Console(file=said, width=60))), {"dino/cls": 64})
+    printed = io.StringIO()
+    metrics = Metrics(ALONE, Journal(tmp_path, Display(Console(file=printed, width=60))), {"dino/cls": 64})
     for step in (5, 10):
         for _ in range(5):
             metrics.add({"loss": torch.tensor(3.5), "dino/cls": torch.tensor(4.0)})
         metrics.log(clock(step), {"lr": 0.001, "data/wait_seconds": 0.0})
-    text = said.getvalue()
+    text = printed.getvalue()
     assert "\x1b" not in text
     assert text.count("\n") == 2, "one line each, however narrow"
     last = text.splitlines()[1]
@@ -211,17 +211,17 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
         assert words in last, (words, last)
 
 
-def test_a_bar_where_there_is_one(tmp_path):
-    said = io.StringIO()
-    display = Display(Console(file=said, width=120, force_terminal=True))
+def test_a_progress_bar_on_a_terminal(tmp_path):
+    printed = io.StringIO()
+    display = Display(Console(file=printed, width=120, force_terminal=True))
     metrics = Metrics(ALONE, Journal(tmp_path, display))
     for step in (20, 40):
         add(metrics, *[1.0] * 20)
         metrics.log(clock(step), {"data/wait_seconds": 0.0})
     metrics.close()
     assert display.progress is None, "closed at the end"
-    assert "40/40 steps" in said.getvalue()
-    assert said.getvalue().endswith("\x1b[?25h"), "the cursor is back"
+    assert "40/40 steps" in printed.getvalue()
+    assert printed.getvalue().endswith("\x1b[?25h"), "the cursor is back"
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
@@ -236,7 +236,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(40, 2.0)]
 
 
-def test_what_build_metrics_knows_of_a_run(tmp_path):
+def test_build_metrics_follows_the_run(tmp_path):
     run = tiny_run(tmp_path, options=(DINO, IBOT))
     metrics = build_metrics(run, ALONE, build_objectives(run))
     assert metrics.prototypes == {"dino/cls": 37, "ibot/cls": 37, "ibot/patch": 37}

@@ -1,6 +1,6 @@
-"""A step keeps its tensors on its device. Shown on torch's "meta" device, which has shapes and no values, and is no CPU.
+"""A step keeps its tensors on its device: tested on torch's "meta" device, which has shapes, no values, and is not the CPU.
 
-On a machine without a GPU nothing else would tell a CPU tensor that has strayed into a step.
+On a machine without a GPU, no other test finds a CPU tensor that a step uses by mistake.
 """
 
 from contextlib import nullcontext
@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from engine.tiny_run import DINO, IBOT, MOBY, MOCO, PQCL, SELFPATCH, SERE, NoiseLoader, Notebook, tiny_run
+from engine.tiny_run import DINO, IBOT, MOBY, MOCO, PQCL, SELFPATCH, SERE, MetricsInMemory, NoiseLoader, tiny_run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +22,7 @@ META = torch.device("meta")
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails where tensors of two devices meet. Scalars may, as on a GPU."""
+    """Fails where an operation gets tensors of two devices. Scalars are allowed, as on a GPU."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
@@ -33,20 +33,20 @@ class OneDevice(TorchDispatchMode):
 
 class MetaLoader(NoiseLoader):
     def __next__(self) -> Views:
-        return moved(super().__next__())
+        return to_meta(super().__next__())
 
 
-def moved(record):
+def to_meta(record):
     if isinstance(record, Tensor):
         return record.to(META)
     if not is_dataclass(record):
         return record
-    return replace(record, **{f.name: moved(getattr(record, f.name)) for f in fields(record)})
+    return replace(record, **{f.name: to_meta(getattr(record, f.name)) for f in fields(record)})
 
 
 @pytest.fixture
-def meta_trains(monkeypatch):
-    """What torch and we refuse on this device alone: its tensors have no addresses, and it has no autocast."""
+def allow_meta(monkeypatch):
+    """Turns off checks that fail on this device only: its tensors have no addresses, and it has no autocast."""
     autocast, enabled = torch.autocast, torch.is_autocast_enabled
     monkeypatch.setattr(assembly, "check_teacher_student", lambda *_: None)
     monkeypatch.setattr(
@@ -56,7 +56,7 @@ def meta_trains(monkeypatch):
     monkeypatch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None)
 
 
-def test_the_guard_sees_a_stray():
+def test_a_tensor_on_another_device_is_found():
     with OneDevice(), pytest.raises(AssertionError, match="got tensors of"):
         torch.ones(2, device=META) + torch.ones(2)
 
@@ -67,14 +67,14 @@ def test_the_guard_sees_a_stray():
     [(DINO, SELFPATCH), (IBOT, PQCL), (MOCO, MOBY), (DINO, SERE)],
     ids=["dino+selfpatch", "ibot+pqcl", "moco+moby", "dino+sere"],
 )
-def test_a_step_keeps_to_its_device(options, optimizer, tmp_path, meta_trains):
+def test_a_step_stays_on_its_device(options, optimizer, tmp_path, allow_meta):
     run = tiny_run(
         tmp_path, options=options, optim={"name": optimizer}, parallel={"accumulate": 2}, model={"drop_path": 0.2}
     )
-    mesh, notebook = Mesh(META), Notebook()
-    training = assembly.build_trainer(run, mesh, MetaLoader(run, mesh), notebook)
+    mesh, metrics = Mesh(META), MetricsInMemory()
+    training = assembly.build_trainer(run, mesh, MetaLoader(run, mesh), metrics)
     with OneDevice():
         training.step()
         training.step()
-    strays = [name for name, term in notebook.steps[-1].items() if term.device != META]
-    assert not strays
+    elsewhere = [name for name, term in metrics.steps[-1].items() if term.device != META]
+    assert not elsewhere

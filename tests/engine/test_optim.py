@@ -33,12 +33,12 @@ def weights(module: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("decayed", "wanted"), [("matrices", {"0.weight"}), ("biases", {"0.weight", "0.bias", "1.bias"}), ("all", None)]
+    ("decayed", "expected"), [("matrices", {"0.weight"}), ("biases", {"0.weight", "0.bias", "1.bias"}), ("all", None)]
 )
-def test_what_decays(decayed, wanted):
+def test_what_decays(decayed, expected):
     model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
     found = {name for name, parameter in model.named_parameters() if has_decay(name, parameter, decayed)}
-    assert found == (wanted or dict(model.named_parameters()).keys())
+    assert found == (expected or dict(model.named_parameters()).keys())
 
 
 def test_prototypes_are_the_parameters_that_freeze():
@@ -56,7 +56,7 @@ def stepped(options: Optim, gradients: int = 1, lr: float = 0.01, freeze: bool =
 
 
 def peer(optimizer_of_groups, gradients: int, clip=lambda parameters: None) -> nn.Module:
-    """The same steps by someone else's optimizer: matrices decay, vectors do not."""
+    """The same steps by an optimizer of another library: matrices decay, vectors do not."""
     head = small_head()
     parameters = list(head.parameters())
     groups = [
@@ -71,8 +71,8 @@ def peer(optimizer_of_groups, gradients: int, clip=lambda parameters: None) -> n
     return head
 
 
-def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+def assert_same(result: nn.Module, expected: nn.Module) -> None:
+    for a, b in zip(result.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -83,22 +83,22 @@ def clip_each(parameters: list, limit: float = 3.0) -> None:
 
 
 def test_adamw_with_clipping_per_tensor():
-    theirs = peer(lambda groups: torch.optim.AdamW(groups, lr=0.01), 4, clip_each)
-    assert_same(stepped(Optim(clip=3.0), 4)[0], theirs)
+    expected = peer(lambda groups: torch.optim.AdamW(groups, lr=0.01), 4, clip_each)
+    assert_same(stepped(Optim(clip=3.0), 4)[0], expected)
 
 
 def test_adamw_with_global_clipping():
-    theirs = peer(
+    expected = peer(
         lambda groups: torch.optim.AdamW(groups, lr=0.01),
         4,
         lambda parameters: nn.utils.clip_grad_norm_(parameters, 2.0),
     )
-    assert_same(stepped(Optim(clip=2.0, clip_mode="global"), 4)[0], theirs)
+    assert_same(stepped(Optim(clip=2.0, clip_mode="global"), 4)[0], expected)
 
 
 def test_lamb_is_timms():
-    theirs = peer(lambda groups: timm.optim.Lamb(groups, lr=0.01, betas=(0.8, 0.95), max_grad_norm=None), 4)
-    assert_same(stepped(Optim(name="lamb", betas=(0.8, 0.95), clip=0), 4)[0], theirs)
+    expected = peer(lambda groups: timm.optim.Lamb(groups, lr=0.01, betas=(0.8, 0.95), max_grad_norm=None), 4)
+    assert_same(stepped(Optim(name="lamb", betas=(0.8, 0.95), clip=0), 4)[0], expected)
 
 
 def test_the_returned_norm_is_that_of_all_gradients_before_clipping():
@@ -110,7 +110,7 @@ def test_the_returned_norm_is_that_of_all_gradients_before_clipping():
     torch.testing.assert_close(norm, expected)
 
 
-def test_frozen_prototypes_do_not_move_and_their_step_counters_wait():
+def test_frozen_prototypes_do_not_move_and_their_step_counters_stay():
     head = small_head()
     before = weights(head.prototypes)
     update = Update(head, Optim(), CPU)
@@ -148,7 +148,7 @@ def spoil_term(head: nn.Module) -> dict:
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_refused_step_leaves_no_trace_and_names_its_cause(spoil, name, optimizer, first):
+def test_a_refused_step_changes_nothing_and_names_its_cause(spoil, name, optimizer, first):
     head, update = stepped(Optim(name=optimizer), 0 if first else 2)
     if first:  # optimizer state is created on the first good step only
         twin, twin_update = stepped(Optim(name=optimizer), 0)
@@ -159,12 +159,12 @@ def test_a_refused_step_leaves_no_trace_and_names_its_cause(spoil, name, optimiz
     assert refused == 1
     assert all(torch.equal(a, b) for a, b in zip(weights(head), weights(twin), strict=True))
     assert update.refusals() == (1, 1, name)
-    for module, its in ((head, update), (twin, twin_update)):
+    for module, module_update in ((head, update), (twin, twin_update)):
         fill_gradients(module, 8)
-        its.step(FINE, 0.01, 0.1, False)
+        module_update.step(FINE, 0.01, 0.1, False)
     assert all(torch.equal(a, b) for a, b in zip(weights(head), weights(twin), strict=True))
-    ours, theirs = update.state_dict(), twin_update.state_dict()
-    assert all(torch.equal(ours[n][k], theirs[n][k]) for n in theirs for k in theirs[n])
+    result, expected = update.state_dict(), twin_update.state_dict()
+    assert all(torch.equal(result[n][k], expected[n][k]) for n in expected for k in expected[n])
     assert update.refusals()[:2] == (1, 0)
 
 
@@ -200,7 +200,7 @@ def test_buffers_go_back_with_a_refused_step(refused):
 
 
 def test_a_whole_refused_step_leaves_teacher_and_centers_alone(tmp_path):
-    """Through the trainer: after a NaN that only the student saw, everything goes on as if the batch had not been."""
+    """Through the trainer: after a NaN in crops of the student only, nothing has changed, and the next step is normal."""
     optim = {"base_lr": 0.03, "warmup_epochs": 0, "teacher_momentum": 0.9}
     trainer = tiny_trainer(tiny_run(tmp_path, optim=optim))
     trainer.step()

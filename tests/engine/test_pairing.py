@@ -1,4 +1,4 @@
-"""What goes together is built; what does not is refused before anything is built, with the reason."""
+"""What works together is built; all else is refused before anything is built, with the reason."""
 
 from dataclasses import replace
 
@@ -91,10 +91,10 @@ def test_what_a_backbone_does_not_have_is_refused(model, sentence):
 
 
 def test_only_a_batch_norm_backbone_takes_views_separately():
-    for model, options, apart in ((RESNET, MOCO, True), (RESNET, DINO, False), (SWIN, MOCO, False)):
+    for model, options, separate in ((RESNET, MOCO, True), (RESNET, DINO, False), (SWIN, MOCO, False)):
         run = run_on(model, options)
         student, _ = build_branches(run.model, build_objectives(run).objectives())
-        assert student.separate_views is apart
+        assert student.separate_views is separate
 
 
 def test_each_view_is_a_batch_of_its_own_to_the_backbone():
@@ -108,7 +108,7 @@ def test_each_view_is_a_batch_of_its_own_to_the_backbone():
 
 
 @pytest.mark.parametrize("options", [MOCO, MOBY], ids=["moco", "moby"])
-def test_a_resumed_run_goes_on_bit_for_bit(options, tmp_path):
+def test_a_resumed_run_continues_bit_for_bit(options, tmp_path):
     """The queue and the momentum's schedule too."""
     whole = train_tiny(tiny_run(tmp_path / "whole", options=(options,)), 7)
     run = tiny_run(tmp_path / "parts", options=(options,))
@@ -142,15 +142,15 @@ def test_all_ranks_have_the_same_queue_with_the_keys_of_all(shard, tmp_path):
         assert "running" in name or (first["teacher"][name] == second["teacher"][name]).all(), name
 
 
-def test_a_frozen_patch_projection_stays_as_it_was_drawn():
+def test_a_frozen_patch_projection_keeps_its_initial_weights():
     trainer = tiny_trainer(tiny_run("", options=(MOCO,), model={**tiny_model(), "freeze_patch_embed": True}))
     before = trainer.student.backbone.patch_embed.proj.weight.clone()
-    moved = trainer.student.backbone.blocks[0].mlp.fc1.weight.clone()
+    mlp_before = trainer.student.backbone.blocks[0].mlp.fc1.weight.clone()
     for _ in range(2):
         trainer.step()
     for branch in (trainer.student, trainer.teacher):
         assert torch.equal(branch.backbone.patch_embed.proj.weight, before)
-    assert not torch.equal(trainer.student.backbone.blocks[0].mlp.fc1.weight, moved)
+    assert not torch.equal(trainer.student.backbone.blocks[0].mlp.fc1.weight, mlp_before)
 
 
 def tiny_model() -> dict:

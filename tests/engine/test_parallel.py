@@ -13,69 +13,69 @@ from patchlight.engine.parallel import Mesh, processes, set_gradient_sync
 from patchlight.run import Parallel
 
 STEPS = 6
-STEP_LENGTH = 1e-3  # learning rate of the tiny run at its peak: what a wrong gradient's sign costs per step
+STEP_LENGTH = 1e-3  # the tiny run's largest learning rate: how far a gradient with a wrong sign moves a weight
 
 
-def assert_equal_runs(one: dict, other: dict) -> None:
+def assert_equal_runs(expected: dict, result: dict) -> None:
     """Losses, gradient norms and weights up to fp32 rounding: a hundredth of one optimizer step."""
-    assert one["clock"] == other["clock"]
-    for a, b in zip(one["terms"], other["terms"], strict=True):
+    assert result["clock"] == expected["clock"]
+    for a, b in zip(expected["terms"], result["terms"], strict=True):
         for name in a.keys() - {"teacher/spread"}:  # of each rank's own images
             assert b[name] == pytest.approx(a[name], rel=2e-5), name
     for part in ("student", "teacher", "objectives"):
-        assert largest_difference(one[part], other[part]) < STEP_LENGTH / 100, part
+        assert largest_difference(expected[part], result[part]) < STEP_LENGTH / 100, part
 
 
 @pytest.mark.parametrize("options", [(DINO,), (IBOT,), (DINO, SELFPATCH)], ids=["dino", "ibot", "dino+selfpatch"])
 def test_two_replicas_and_two_shards_train_like_one_process(options, tmp_path):
-    one = train_tiny(tiny_run(tmp_path, options=options), STEPS)
-    assert len({terms["loss"] for terms in one["terms"]}) == STEPS
+    single = train_tiny(tiny_run(tmp_path, options=options), STEPS)
+    assert len({terms["loss"] for terms in single["terms"]}) == STEPS
     for shard in (1, 2):
         run = tiny_run(
             tmp_path, options=options, parallel={"precision": "fp32", "shard": shard}, data={"batch_per_rank": 4}
         )
         first, second = on_processes(2, train_tiny, run, STEPS)
-        assert_equal_runs(one, first)
+        assert_equal_runs(single, first)
         assert largest_difference(first["teacher"], second["teacher"]) == 0
 
 
 def test_two_by_two_processes_train_like_one(tmp_path):
-    one = train_tiny(tiny_run(tmp_path), STEPS)
+    single = train_tiny(tiny_run(tmp_path), STEPS)
     run = tiny_run(tmp_path, parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 2})
-    assert_equal_runs(one, on_processes(4, train_tiny, run, STEPS)[3])
+    assert_equal_runs(single, on_processes(4, train_tiny, run, STEPS)[3])
 
 
 @pytest.mark.parametrize("options", [(DINO,), (IBOT,)], ids=["dino", "ibot"])
 def test_four_accumulated_batches_are_one_batch_four_times_as_large(options, tmp_path):
     """Loss, gradients, centers and teacher: all move once per optimizer step."""
-    one = train_tiny(tiny_run(tmp_path, options=options), STEPS)
+    single = train_tiny(tiny_run(tmp_path, options=options), STEPS)
     parallel = {"precision": "fp32", "accumulate": 4}
     four = train_tiny(tiny_run(tmp_path, options=options, parallel=parallel, data={"batch_per_rank": 2}), STEPS)
-    assert_equal_runs(one, four)
+    assert_equal_runs(single, four)
 
 
 def test_accumulation_over_shards(tmp_path):
-    one = train_tiny(tiny_run(tmp_path), STEPS)
+    single = train_tiny(tiny_run(tmp_path), STEPS)
     parallel = {"precision": "fp32", "accumulate": 2, "shard": 2}
     run = tiny_run(tmp_path, parallel=parallel, data={"batch_per_rank": 2})
-    assert_equal_runs(one, on_processes(2, train_tiny, run, STEPS)[0])
+    assert_equal_runs(single, on_processes(2, train_tiny, run, STEPS)[0])
 
 
 def test_global_clipping_over_shards(tmp_path):
     """The norm must be that of the whole tensors, not of one rank's pieces."""
     optim = {"clip": 0.3, "clip_mode": "global", "warmup_epochs": 0, "base_lr": 1e-3 * 32}
-    one = train_tiny(tiny_run(tmp_path, optim=optim), STEPS)
+    single = train_tiny(tiny_run(tmp_path, optim=optim), STEPS)
     parallel = {"precision": "fp32", "shard": 2}
     run = tiny_run(tmp_path, optim=optim, parallel=parallel, data={"batch_per_rank": 4})
-    assert_equal_runs(one, on_processes(2, train_tiny, run, STEPS)[0])
+    assert_equal_runs(single, on_processes(2, train_tiny, run, STEPS)[0])
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb"])
 def test_layerwise_optimizers_over_shards(name, tmp_path):
     optim = {"name": name, "base_lr": {"lars": 0.3, "lamb": 1e-3}[name] * 32, "warmup_epochs": 0, "momentum": 0.9}
-    one = train_tiny(tiny_run(tmp_path, optim=optim), STEPS)
+    single = train_tiny(tiny_run(tmp_path, optim=optim), STEPS)
     run = tiny_run(tmp_path, optim=optim, parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 4})
-    assert_equal_runs(one, on_processes(2, train_tiny, run, STEPS)[0])
+    assert_equal_runs(single, on_processes(2, train_tiny, run, STEPS)[0])
 
 
 def test_checkpointed_activations_change_nothing(tmp_path):
@@ -89,24 +89,24 @@ def test_checkpointed_activations_change_nothing(tmp_path):
 
 
 def train_compiled(run, steps: int) -> dict:
-    """With compiled blocks, spared the minute that the default backend needs to build them."""
+    """With compiled blocks, by a backend that saves the minute that the default one needs."""
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     return train_tiny(run, steps)
 
 
 def test_compiled_checkpointed_and_sharded_blocks_train_like_plain_ones(tmp_path):
-    one = train_tiny(tiny_run(tmp_path), 3)
+    single = train_tiny(tiny_run(tmp_path), 3)
     parallel = {"precision": "fp32", "shard": 2, "compile": True, "checkpoint_activations": True}
     run = tiny_run(tmp_path, parallel=parallel, data={"batch_per_rank": 4})
-    assert_equal_runs(one, on_processes(2, train_compiled, run, 3)[0])
+    assert_equal_runs(single, on_processes(2, train_compiled, run, 3)[0])
 
 
 def test_bf16_over_shards_stays_near_fp32(tmp_path):
-    one = train_tiny(tiny_run(tmp_path, parallel={"precision": "bf16"}), STEPS)
+    single = train_tiny(tiny_run(tmp_path, parallel={"precision": "bf16"}), STEPS)
     exact = train_tiny(tiny_run(tmp_path), STEPS)
     run = tiny_run(tmp_path, parallel={"precision": "bf16", "shard": 2}, data={"batch_per_rank": 4})
     two = on_processes(2, train_tiny, run, STEPS)[0]
-    rounded = abs(one["terms"][-1]["loss"] - exact["terms"][-1]["loss"])
+    rounded = abs(single["terms"][-1]["loss"] - exact["terms"][-1]["loss"])
     assert 0 < rounded < 0.02
     assert abs(two["terms"][-1]["loss"] - exact["terms"][-1]["loss"]) < 2 * rounded + 0.005
     assert all(array.dtype == "float32" for array in two["teacher"].values())
@@ -133,7 +133,7 @@ def infinite_on_one_rank(run) -> tuple[float, tuple, bool]:
         return refused.item(), trainer.update.refusals(), same
 
 
-def test_what_one_rank_finds_not_finite_all_refuse_and_can_name(tmp_path):
+def test_what_is_not_finite_on_one_rank_all_ranks_refuse_and_name(tmp_path):
     run = tiny_run(tmp_path, parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 4})
     assert on_processes(2, infinite_on_one_rank, run) == [(1.0, (1, 1, "the loss term dino/cls"), True)] * 2
 
@@ -166,7 +166,7 @@ def start_with_another_seed(run) -> str:
 
 def test_processes_with_different_weights_are_refused(tmp_path):
     run = tiny_run(tmp_path, data={"batch_per_rank": 4})
-    assert all("equal weights" in said for said in on_processes(2, start_with_another_seed, run))
+    assert all("equal weights" in message for message in on_processes(2, start_with_another_seed, run))
 
 
 def fail_on_one_rank(run) -> str:
@@ -176,7 +176,7 @@ def fail_on_one_rank(run) -> str:
         return "rank 0 did not wait"
 
 
-def test_an_error_on_one_rank_does_not_leave_it_waiting(tmp_path):
+def test_an_error_ends_a_rank_without_waiting_for_others(tmp_path):
     with pytest.raises(AssertionError, match=r"exit codes \[\d+, 7\]|exit codes \[-?\d+, 7\]"):
         on_processes(2, fail_on_one_rank, tiny_run(tmp_path), timeout=20)
 
@@ -185,7 +185,7 @@ def test_gradient_sync_needs_no_sharding():
     set_gradient_sync(nn.Linear(2, 2), False)
 
 
-def test_a_lone_mesh_communicates_nothing():
+def test_a_mesh_of_one_process_communicates_nothing():
     mesh = Mesh(torch.device("cpu"))
     x = torch.tensor([3.0])
     assert mesh.sum_over_shards(x) is x

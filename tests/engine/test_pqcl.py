@@ -34,7 +34,7 @@ SEMI, VANILLA = replace(PQCL, heads="semi"), replace(PQCL, heads="vanilla")
 @HOSTS
 @pytest.mark.parametrize("pqcl", [PQCL, SEMI, VANILLA], ids=lambda options: options.heads)
 def test_the_query_term_falls(host, pqcl, tmp_path):
-    """A teacher with other weights that stands still, and the same images again and again: it can be guessed."""
+    """The teacher has other weights and stays fixed, and the images repeat: the student can learn its output."""
     optim = {"base_lr": 0.1, "warmup_epochs": 0, "teacher_momentum": 1.0, "freeze_prototypes_epochs": 0}
     sharp = replace(pqcl, student_temperature=0.1, teacher_temperature=0.1, center_momentum=1.0)
     trainer = tiny_trainer(tiny_run(tmp_path, options=(host, sharp), optim=optim))
@@ -68,10 +68,10 @@ def test_ten_steps_and_ten_resumed_are_twenty_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(("pqcl", "shard"), [(PQCL, 2), (SEMI, 1)], ids=["shared, sharded", "semi, replicated"])
 def test_two_processes_train_like_one(pqcl, shard, tmp_path):
     """Sharded, the host's head is gathered once more in a step."""
-    one = train_tiny(tiny_run(tmp_path, options=(IBOT, pqcl)), 6)
+    single = train_tiny(tiny_run(tmp_path, options=(IBOT, pqcl)), 6)
     parts = {"parallel": {"precision": "fp32", "shard": shard}, "data": {"batch_per_rank": 4}}
     run = tiny_run(tmp_path, options=(IBOT, pqcl), **parts)
-    assert_equal_runs(one, on_processes(2, train_tiny, run, 6)[0])
+    assert_equal_runs(single, on_processes(2, train_tiny, run, 6)[0])
 
 
 def built(*options, **parts):
@@ -81,7 +81,7 @@ def built(*options, **parts):
 
 
 @HOSTS
-def test_whose_head_serves_the_queries(host):
+def test_which_head_the_queries_use(host):
     for pqcl, student_has, teacher_has in ((PQCL, 0, 0), (SEMI, 1, 0), (VANILLA, 1, 1)):
         student, teacher, objectives, views = built(host, pqcl)
         check_teacher_student(teacher, student)
@@ -91,17 +91,17 @@ def test_whose_head_serves_the_queries(host):
             assert ((side.predictor or side.head) is not branch.heads[name]) == has
 
 
-def test_a_branch_looks_at_queries_and_query_crops_as_if_alone():
+def test_queries_and_query_crops_have_the_same_features_alone():
     student, teacher, objectives, views = built(IBOT, PQCL)
     cues = objectives.cue(views, (4, 4), CLOCK)
-    seen, taught = student(views, cues), teacher(views, wanted=Wanted(query_crops=True))
+    student_features, teacher_features = student(views, cues), teacher(views, wanted=Wanted(query_crops=True))
     for view in range(2):
         queries = replace(cues.queries, positions=cues.queries.positions[view])
         alone = student.backbone(views.global_crops.pixels[view], cues.mask[view], queries=queries)
-        torch.testing.assert_close(seen.global_crops.queries[view], alone.queries)
+        torch.testing.assert_close(student_features.global_crops.queries[view], alone.queries)
         alone = teacher.backbone(views.query_crops.pixels[view])
-        torch.testing.assert_close(taught.query_crops.patches[view], alone.patches)
-    assert seen.query_crops is None
+        torch.testing.assert_close(teacher_features.query_crops.patches[view], alone.patches)
+    assert student_features.query_crops is None
     assert teacher(views).query_crops is None
 
 
@@ -112,20 +112,20 @@ def test_queries_pass_the_norm_of_a_class_attention_summary():
     cues = objectives.cue(views, (4, 4), CLOCK)
     queries = replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
     alone = student.summary.norm(student.backbone(views.global_crops.pixels.flatten(0, 1), queries=queries).queries)
-    seen = student(views, cues)
-    torch.testing.assert_close(seen.global_crops.queries.flatten(0, 1), alone)
+    student_features = student(views, cues)
+    torch.testing.assert_close(student_features.global_crops.queries.flatten(0, 1), alone)
     with force(neighbor_topk="reference"):
         teacher_sides = teacher.sides(teacher(views, wanted=objectives.teacher_wants))
-    _, terms = objectives(student.sides(seen), teacher_sides, views, cues, CLOCK)
+    _, terms = objectives(student.sides(student_features), teacher_sides, views, cues, CLOCK)
     assert terms.keys() == {"dino/cls", "selfpatch/patch", "pqcl/query"}
 
 
 def test_other_features_do_not_depend_on_queries():
     student, _, objectives, views = built(IBOT, PQCL)
     cues = objectives.cue(views, (4, 4), CLOCK)
-    asked, alone = student(views, cues), student(views, Cues(cues.mask))
-    torch.testing.assert_close(asked.global_crops.summary, alone.global_crops.summary, rtol=0, atol=2e-6)
-    torch.testing.assert_close(asked.global_crops.patches, alone.global_crops.patches, rtol=0, atol=2e-6)
+    with_queries, alone = student(views, cues), student(views, Cues(cues.mask))
+    torch.testing.assert_close(with_queries.global_crops.summary, alone.global_crops.summary, rtol=0, atol=2e-6)
+    torch.testing.assert_close(with_queries.global_crops.patches, alone.global_crops.patches, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_recipes_build(name):
     assert (query.count, query.size, query.scale, query.flip) == (1, 96, (0.05, 0.25), 0.0)
 
 
-def test_recipes_say_what_the_tables_say():
+def test_recipes_agree_with_the_tables():
     assert pqcl_vits16_in1k(100).schedule.epochs == 100
     run = pqcl_vits16_in1k_ablation(query_size=32, query_area=0.4, query_count=4, prototypes=4096, heads="vanilla")
     (query,) = run.data.crops.query_crops

@@ -1,4 +1,4 @@
-"""Runs are refused where they make no sense, and explain themselves."""
+"""Invalid settings are refused, and every setting is documented."""
 
 import ast
 import inspect
@@ -45,13 +45,13 @@ PARTS = (Model, Objectives, Data, Optim, Schedule, Parallel, Output, Run)
         (lambda: Run(schedule=Schedule(epochs=5)), r"warmup_epochs must not exceed Schedule.epochs, got 10 of 5"),
     ],
 )
-def test_nonsense_is_refused_with_rule_value_and_remedy(part, sentence):
+def test_invalid_settings_are_refused_with_rule_value_and_remedy(part, sentence):
     with pytest.raises(ValueError, match=sentence):
         part()
 
 
 def test_every_field_has_its_docstring():
-    """A string after each field, which help shows."""
+    """A string after each field, which is its help text."""
     tree = ast.parse(inspect.getsource(run_module))
     for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
@@ -60,11 +60,11 @@ def test_every_field_has_its_docstring():
                 assert documented, f"{node.name}.{statement.target.id}"
 
 
-def test_help_shows_the_docstrings(capsys):
+def test_help_has_the_docstrings(capsys):
     with pytest.raises(SystemExit):
         tyro.cli(Parallel, args=["--help"])
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "Batches whose gradients make one optimizer step" in said
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Batches whose gradients make one optimizer step" in printed
 
 
 def test_a_run_is_plain_data():
@@ -77,7 +77,7 @@ def test_a_run_is_plain_data():
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_are_frozen(part):
     assert is_dataclass(part)
-    one = part(loader="procedural") if part is Data else part()
-    assert replace(one) == one
+    settings = part(loader="procedural") if part is Data else part()
+    assert replace(settings) == settings
     with pytest.raises(FrozenInstanceError):
-        setattr(one, fields(part)[0].name, None)
+        setattr(settings, fields(part)[0].name, None)

@@ -1,4 +1,4 @@
-"""All-reference and all-fast runs have the same training curve. Forced means forced: an op that fell back would be an error."""
+"""Runs with only reference ops and with only fast ops have the same losses. A forced op never falls back: it raises."""
 
 import pytest
 from engine.tiny_run import DINO, IBOT, PQCL, SELFPATCH, SERE, tiny_run, tiny_trainer

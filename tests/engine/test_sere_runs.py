@@ -12,7 +12,7 @@ from engine.tiny_run import (
     MOBY,
     MOCO,
     SERE,
-    Notebook,
+    MetricsInMemory,
     largest_difference,
     on_processes,
     tiny_run,
@@ -31,7 +31,7 @@ from patchlight.run import Data, Model, Objectives, Optim, Output, Parallel, Run
 
 
 class PictureLoader:
-    """A handful of smooth pictures, cropped and mirrored as their boxes and flips say."""
+    """Eight smooth pictures, cropped and mirrored according to boxes and flips."""
 
     dataset_size, stall_seconds, replaced = 8, 0.0, 0
 
@@ -74,14 +74,14 @@ def test_both_terms_fall(host, tmp_path):
         optim={"base_lr": 5e-3 * 32, "warmup_epochs": 1, "teacher_momentum": 0.9, "freeze_prototypes_epochs": 0},
         schedule={"epochs": 15, "steps_per_epoch": 4},
     )
-    notebook = Notebook()
-    trainer = build_trainer(run, loader=PictureLoader(crops), metrics=notebook)
+    metrics = MetricsInMemory()
+    trainer = build_trainer(run, loader=PictureLoader(crops), metrics=metrics)
     for _ in range(60):
         trainer.step()
-    assert not any(step["step/refused"] for step in notebook.steps)
+    assert not any(step["step/refused"] for step in metrics.steps)
     for term, drop in (("sere/spatial", 0.015), ("sere/channel", 0.1)):
         first, last = (
-            sum(float(step[term]) for step in steps) / 4 for steps in (notebook.steps[:4], notebook.steps[-4:])
+            sum(float(step[term]) for step in steps) / 4 for steps in (metrics.steps[:4], metrics.steps[-4:])
         )
         assert last < first - drop, f"{term}: {first:.3f} to {last:.3f}"
 
@@ -90,11 +90,11 @@ def test_both_terms_fall(host, tmp_path):
 @pytest.mark.parametrize("options", [(DINO, SERE), (IBOT, SereOptions(no_overlap="skip"))], ids=["dino", "ibot-skip"])
 def test_two_processes_train_like_one(options, shard, tmp_path):
     """BatchNorm has the statistics of both; pairs that overlap are counted over both."""
-    one = train_tiny(tiny_run(tmp_path, options=options), STEPS)
+    single = train_tiny(tiny_run(tmp_path, options=options), STEPS)
     parallel = {"precision": "fp32", "shard": shard}
     run = tiny_run(tmp_path, options=options, parallel=parallel, data={"batch_per_rank": 4})
     first, second = on_processes(2, train_tiny, run, STEPS)
-    assert_equal_runs(one, first)
+    assert_equal_runs(single, first)
     assert largest_difference(first["teacher"], second["teacher"]) == 0
 
 
@@ -130,8 +130,8 @@ def test_batch_norm_on_two_cpu_processes_is_that_of_all_rows(shape):
     [("ViT", MOCO), ("ViT", MOBY), ("Swin", DINO), ("Swin", IBOT), ("ResNet", DINO), ("ResNet", MOCO)],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__.removesuffix("Options"),
 )
-def test_every_map_of_features_will_do(backbone, host, tmp_path):
-    """Other hosts, other backbones with other grids: both terms are there, and all of SERE learns from them."""
+def test_other_hosts_and_backbones_train(backbone, host, tmp_path):
+    """Other hosts, other backbones with other grids: both terms are there, and all weights of SERE change."""
     model = BACKBONES[backbone]
     summary = "cls" if backbone == "ViT" else "mean"
     crops = dino_policy(2, model.image_size, 2 * model.patch_size)
@@ -144,27 +144,29 @@ def test_every_map_of_features_will_do(backbone, host, tmp_path):
         Parallel(precision="fp32"),
         Output(folder=str(tmp_path)),
     )
-    notebook = Notebook()
-    trainer = build_trainer(run, loader=PictureLoader(crops, batches=1), metrics=notebook)
+    metrics = MetricsInMemory()
+    trainer = build_trainer(run, loader=PictureLoader(crops, batches=1), metrics=metrics)
     before = {name: parameter.detach().clone() for name, parameter in trainer.student.named_parameters()}
     for _ in range(2):
         trainer.step()
-    for step in notebook.steps:
+    for step in metrics.steps:
         assert not step["step/refused"]
         assert 0 < step["sere/spatial"] < 4
         assert 0 < step["sere/channel"] < 5
-    ours = {name: p for name, p in trainer.student.named_parameters() if ".sere." in name}
-    assert len(ours) == 2 * 2 * 5  # two norms and a matrix, for space and channels, of global and of local crops
-    assert not [name for name, parameter in ours.items() if torch.equal(parameter, before[name])]
+    sere_parameters = {name: p for name, p in trainer.student.named_parameters() if ".sere." in name}
+    assert (
+        len(sere_parameters) == 2 * 2 * 5
+    )  # two norms and a matrix, for space and channels, of global and of local crops
+    assert not [name for name, parameter in sere_parameters.items() if torch.equal(parameter, before[name])]
 
 
-def test_only_whom_it_concerns_gets_features_before_the_norm():
+def test_features_before_the_norm_are_computed_only_for_sere():
     for options in ((DINO,), (DINO, SERE)):
         objectives = build_objectives(tiny_run("", options=options))
         student, _ = build_branches(tiny_run("").model, objectives.objectives())
         views = PictureLoader(dino_policy(2, 16, 12), batches=1).batches[0]
-        seen = student(views, wanted=objectives.student_wants)
-        for crops in (seen.global_crops, seen.local_crops):
+        features = student(views, wanted=objectives.student_wants)
+        for crops in (features.global_crops, features.local_crops):
             if SERE not in options:
                 assert crops.residual is None
                 continue

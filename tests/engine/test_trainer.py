@@ -12,8 +12,8 @@ from engine.tiny_run import (
     PQCL,
     SELFPATCH,
     SERE,
+    MetricsInMemory,
     NoiseLoader,
-    Notebook,
     largest_difference,
     on_processes,
     tiny_run,
@@ -41,7 +41,7 @@ class NoHostSync(TorchDispatchMode):
 
 
 class Prepared:
-    """Batches drawn beforehand."""
+    """Batches made beforehand."""
 
     stall_seconds, replaced = 0.0, 0
 
@@ -52,7 +52,7 @@ class Prepared:
         return self.views.pop(0)
 
 
-def test_the_guard_sees_a_wait():
+def test_a_wait_is_found():
     with NoHostSync(), pytest.raises(AssertionError, match="waits for the device"):
         bool(torch.ones(()) > 0)
 
@@ -113,22 +113,22 @@ def test_log_lines_come_when_due(tmp_path):
     assert expected <= trainer.metrics.lines[0].keys()
 
 
-def test_the_table_says_where_the_learning_rate_comes_from(tmp_path, capsys):
+def test_the_table_has_the_origin_of_the_learning_rate(tmp_path, capsys):
     run = tiny_run(tmp_path, parallel={"precision": "fp32", "accumulate": 4})
     tiny_trainer(run).begin()
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for words in ("32", "8 x 1 processes x 4 accumulated", "0.004", "linear rule: 0.032 x 32 / 256", "5 steps", "20"):
-        assert words in said, words
+        assert words in printed, words
 
 
 def test_an_epoch_follows_the_data(tmp_path):
     run = tiny_run(tmp_path, schedule={"epochs": 3, "steps_per_epoch": None})
     loader = NoiseLoader(run)
     loader.dataset_size = 8 * 11 + 3
-    assert build_trainer(run, None, loader, Notebook()).clock.total == 33
+    assert build_trainer(run, None, loader, MetricsInMemory()).clock.total == 33
     loader.dataset_size = 7
     with pytest.raises(ValueError, match=r"at least one global batch, got 7 images for 8"):
-        build_trainer(run, None, loader, Notebook())
+        build_trainer(run, None, loader, MetricsInMemory())
 
 
 def test_equal_seeds_give_equal_weights_and_other_seeds_others(tmp_path):
@@ -140,11 +140,11 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_others(tmp_path):
     assert not torch.equal(first_weight(1), first_weight(2))
 
 
-def test_a_student_learns_what_a_teacher_that_stands_still_says(tmp_path):
-    """Other weights, the same eight images again and again: the loss falls towards the entropy of the teacher's answers."""
+def test_a_student_learns_the_outputs_of_a_fixed_teacher(tmp_path):
+    """With other weights and the same eight images in each step, the loss falls towards the entropy of the teacher's outputs."""
     optim = {"base_lr": 0.1, "warmup_epochs": 0, "teacher_momentum": 1.0}
-    still = replace(DINO, student_temperature=0.1, teacher_temperature=0.1, center_momentum=1.0)
-    trainer = tiny_trainer(tiny_run(tmp_path, options=(still,), optim=optim))
+    dino = replace(DINO, student_temperature=0.1, teacher_temperature=0.1, center_momentum=1.0)
+    trainer = tiny_trainer(tiny_run(tmp_path, options=(dino,), optim=optim))
     with torch.no_grad():
         for parameter in trainer.student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -191,7 +191,7 @@ def test_train_runs_a_recipe_from_its_description_alone(tmp_path):
 
 
 def test_a_refused_step_leaves_nothing_in_the_queue(tmp_path):
-    """Neither keys nor BatchNorm statistics; the next step starts from what was there before."""
+    """Neither keys nor BatchNorm statistics; the next step starts from the state before it."""
     trainer = tiny_trainer(tiny_run(tmp_path, options=(MOBY,)))
     trainer.step()
     before = {

@@ -1,4 +1,4 @@
-"""A run that takes a second: a small ViT on noise, and what tests need to start it on several processes."""
+"""A run that takes a second: a small ViT on noise, and helpers to start it on several processes."""
 
 import faulthandler
 import multiprocessing
@@ -37,9 +37,9 @@ SERE = SereOptions(global_points=5, local_points=3)
 
 
 def tiny_run(folder: Path | str, **parts) -> Run:
-    """8 images per step, two crop sizes; a calm learning rate, so that rounding is not amplified."""
+    """8 images per step, two crop sizes; a low learning rate, so that rounding is not amplified."""
     options = parts.pop("options", (DINO,))
-    has_queries = any(isinstance(one, PqclOptions) for one in options)
+    has_queries = any(isinstance(part, PqclOptions) for part in options)
     of_parts = {
         "model": {
             "image_size": 16,
@@ -74,7 +74,7 @@ def tiny_run(folder: Path | str, **parts) -> Run:
 
 
 class NoiseLoader:
-    """Batches that depend on the samples' running numbers only, so any split over ranks and batches sees the same."""
+    """Batches that depend on the samples' running numbers only, so they are the same for any split over ranks and batches."""
 
     dataset_size = 10**6
     stall_seconds, replaced = 0.125, 0
@@ -106,7 +106,7 @@ class NoiseLoader:
         self.samples = state["samples"]
 
 
-class Notebook:
+class MetricsInMemory:
     """Metrics kept in memory: every step's numbers, every log line, every diagnosis."""
 
     def __init__(self) -> None:
@@ -129,15 +129,15 @@ class Notebook:
         self.closed = True
 
 
-def tiny_trainer(run: Run, mesh: Mesh | None = None, metrics: Notebook | None = None) -> Trainer:
-    return build_trainer(run, mesh, NoiseLoader(run, mesh), metrics or Notebook())
+def tiny_trainer(run: Run, mesh: Mesh | None = None, metrics: MetricsInMemory | None = None) -> Trainer:
+    return build_trainer(run, mesh, NoiseLoader(run, mesh), metrics or MetricsInMemory())
 
 
 def on_processes(count: int, work: Callable, *arguments, timeout: float = 600) -> list:
-    """Runs work(*arguments) on so many processes as torchrun would start them; what each returned, by rank.
+    """Runs work(*arguments) on `count` processes, started as torchrun does; returns their results by rank.
 
-    They meet at a store of this process, as at torchrun's: a free port that is only looked up may be taken by the time that
-    a child asks for it.
+    They connect to a store of this process, as to torchrun's: its port is in use from the start, so no other program can
+    take it before they connect.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["patchlight.engine.trainer"])
@@ -162,7 +162,7 @@ def on_processes(count: int, work: Callable, *arguments, timeout: float = 600) -
 
 
 def receive(receiver: multiprocessing.connection.Connection, timeout: float) -> object:
-    """What a process sent, None if it ended without."""
+    """The result of a process; None if it ended without one."""
     assert receiver.poll(timeout), "a process neither returned nor ended"
     try:
         return receiver.recv()
@@ -207,12 +207,12 @@ def outcome(trainer: Trainer) -> dict:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict:
-    """As numpy arrays, which travel between processes without sharing memory."""
+    """As numpy arrays, which can be sent between processes without shared memory."""
     full = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
     return {name: t.detach().clone().numpy() for name, t in full.items()}
 
 
 def largest_difference(a: dict, b: dict) -> float:
-    """Over all arrays of two dictionaries with equal keys."""
+    """The largest difference of two dictionaries of arrays with equal keys."""
     assert a.keys() == b.keys()
     return max(float(abs(a[name].astype("float64") - b[name].astype("float64")).max()) for name in a)

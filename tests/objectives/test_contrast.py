@@ -1,4 +1,4 @@
-"""MoCo v3 and MoBY against loops over images, and what enters a queue when."""
+"""MoCo v3 and MoBY against loops over images, and when keys enter a queue."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def rows(student, teacher):
 
 
 def nll(query, own, others, temperature):
-    """-log of the share of the own key among all."""
+    """-log of the softmax weight of the own key among all keys."""
     scores = torch.stack([query @ key for key in [own, *others]]) / temperature
     return scores.logsumexp(0) - scores[0]
 
@@ -73,10 +73,10 @@ def moby_loop(objective, student, teacher):
 def test_loss_and_gradient_are_those_of_the_loop(kind, options, loop):
     objective, heads = build(kind, options)
     student, teacher = sides(heads)
-    ours, theirs = run(objective, student, teacher), loop(objective, student, teacher)
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    result, expected = run(objective, student, teacher), loop(objective, student, teacher)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=0)
     learned = [*heads[0].parameters(), *heads[1].parameters()]
-    for a, b in zip(torch.autograd.grad(ours, learned), torch.autograd.grad(theirs, learned), strict=True):
+    for a, b in zip(torch.autograd.grad(result, learned), torch.autograd.grad(expected, learned), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-11)
 
 
@@ -95,15 +95,15 @@ def test_the_queue_takes_the_keys_of_all_batches_when_the_step_is_done_oldest_ou
     objective, heads = build(Moby, MOBY)
     before = objective.queue.clone()
     for _ in range(2):  # 8 keys per step fill the queue of 8
-        seen = []
+        keys = []
         for _ in range(2):
             student, teacher = sides(heads)
-            seen.append(torch.stack(rows(student, teacher)[1]))
+            keys.append(torch.stack(rows(student, teacher)[1]))
             run(objective, student, teacher)
             assert torch.equal(objective.queue, before)
         objective.after_step(cases.clock_of(0))
         before = objective.queue.clone()
-        torch.testing.assert_close(before, torch.cat(seen, dim=1))
+        torch.testing.assert_close(before, torch.cat(keys, dim=1))
         assert objective.oldest == 0
     student, teacher = sides(heads)
     run(objective, student, teacher)
@@ -145,7 +145,7 @@ def test_what_is_missing_is_named():
         (lambda: MobyOptions(queue=0), "queue and temperature must be positive, got 0"),
     ],
 )
-def test_nonsense_is_refused(options, sentence):
+def test_invalid_options_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         options()
 
@@ -153,11 +153,11 @@ def test_nonsense_is_refused(options, sentence):
 def patch_sides(heads, neighbors=True):
     summaries, patches = torch.randn(2, 2, BATCH, WIDTH).double(), torch.randn(3, 2, BATCH, 6, WIDTH).double()
     student = Side(Features(summaries[0], patches[0], (2, 3)), head=heads[0], predictor=heads[1])
-    taught = Features(summaries[1], patches[1], (2, 3), patches[2] if neighbors else None)
-    return student, Side(taught, head=heads[2])
+    teacher = Features(summaries[1], patches[1], (2, 3), patches[2] if neighbors else None)
+    return student, Side(teacher, head=heads[2])
 
 
-def test_patches_find_their_neighbors_among_the_summaries_of_other_images():
+def test_patches_must_match_their_neighbors_among_the_summaries_of_other_images():
     objective, heads = build(SelfPatchContrast, SelfPatchContrastOptions(hidden=10, out=5))
     student, teacher = patch_sides(heads)
     crops, total, count = teacher.global_crops, 0, 0
@@ -175,10 +175,10 @@ def test_patches_find_their_neighbors_among_the_summaries_of_other_images():
             for patch in range(6):
                 total = total + nll(queries[image, patch], keys[view][image, patch], others, 0.2)
                 count += 1
-    ours, theirs = run(objective, student, teacher), total / count
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    result, expected = run(objective, student, teacher), total / count
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=0)
     learned = [*heads[0].parameters(), *heads[1].parameters()]
-    for a, b in zip(torch.autograd.grad(ours, learned), torch.autograd.grad(theirs, learned), strict=True):
+    for a, b in zip(torch.autograd.grad(result, learned), torch.autograd.grad(expected, learned), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-11)
 
 

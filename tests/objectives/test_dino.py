@@ -1,4 +1,4 @@
-"""DINO against loops over pairs of views, and its choices."""
+"""DINO against loops over pairs of views, and its options."""
 
 import dataclasses
 
@@ -35,11 +35,11 @@ def logits(head, side):
 def loop(objective, student, teacher, temperature=0.04):
     """The formula, pair by pair."""
     total = pairs = 0
-    for t, taught in enumerate(logits(teacher.head, teacher)[:2]):
-        q = ((taught - objective.target.center) / temperature).softmax(dim=-1)
-        for s, seen in enumerate(logits(student.head, student)):
+    for t, teacher_logits in enumerate(logits(teacher.head, teacher)[:2]):
+        q = ((teacher_logits - objective.target.center) / temperature).softmax(dim=-1)
+        for s, student_logits in enumerate(logits(student.head, student)):
             if s != t:
-                total = total - (q * (seen / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean()
+                total = total - (q * (student_logits / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean()
                 pairs += 1
     return total / pairs
 
@@ -53,10 +53,10 @@ def test_loss_and_gradient_are_those_of_the_pair_loop(local):
     objective, *heads = build()
     student, teacher = sides(*heads, local=local)
     objective.target.center.normal_()
-    ours, theirs = run(objective, student, teacher), loop(objective, student, teacher)
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    result, expected = run(objective, student, teacher), loop(objective, student, teacher)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=0)
     parameters = [p for p in heads[0].parameters() if p.requires_grad]
-    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+    for a, b in zip(torch.autograd.grad(result, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
@@ -70,13 +70,13 @@ def test_pair_weights():
         other_views(1, torch.zeros(1, 1, 1))
 
 
-def test_a_view_does_not_learn_from_itself():
+def test_a_view_is_not_its_own_target():
     objective, *heads = build()
     student, teacher = sides(*heads, local=0)
-    seen = student.global_crops.summary.requires_grad_()
+    summary = student.global_crops.summary.requires_grad_()
 
     def gradient():
-        (result,) = torch.autograd.grad(run(objective, student, teacher), seen)
+        (result,) = torch.autograd.grad(run(objective, student, teacher), summary)
         return result
 
     before = gradient()
@@ -86,7 +86,7 @@ def test_a_view_does_not_learn_from_itself():
     assert not torch.allclose(after[1], before[1])
 
 
-def test_nothing_flows_into_the_teacher():
+def test_no_gradient_reaches_the_teacher():
     objective, student_head, teacher_head = build()
     student, teacher = sides(student_head, teacher_head.requires_grad_(True))
     teacher.global_crops.summary.requires_grad_()
@@ -101,8 +101,8 @@ def test_center_is_the_mean_of_the_crops_it_is_over(center_over):
     objective, *heads = build(dataclasses.replace(SMALL, center_over=center_over))
     student, teacher = sides(*heads, teacher_local=True)
     run(objective, student, teacher)
-    taught = logits(heads[1], teacher)
-    expected = torch.stack(taught if center_over == "all" else taught[:2]).mean(dim=(0, 1))
+    teacher_logits = logits(heads[1], teacher)
+    expected = torch.stack(teacher_logits if center_over == "all" else teacher_logits[:2]).mean(dim=(0, 1))
     with torch.no_grad():  # the teacher follows the student before the center moves
         heads[1].prototypes.weight_v.normal_()
     objective.after_step(cases.clock_of(0))
@@ -125,8 +125,8 @@ def test_four_micro_batches_are_one_batch():
         ]
         parts = parts + run(other, *cut) / 4
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=0)
-    for one in (objective, other):
-        one.after_step(cases.clock_of(0))
+    for each in (objective, other):
+        each.after_step(cases.clock_of(0))
     torch.testing.assert_close(other.target.center, objective.target.center, rtol=1e-12, atol=0)
 
 

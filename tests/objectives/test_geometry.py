@@ -1,4 +1,4 @@
-"""Overlap and sampling against maps that hold their own place in the source image, and against grid_sample."""
+"""Overlap and sampling, with maps that contain their own positions in the source image, and against grid_sample."""
 
 import pytest
 import torch
@@ -19,30 +19,30 @@ def some_crops(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def places(box: torch.Tensor, flip: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """[B, N, 2] the source pixel x, y under the middle of each patch of the crop as it is shown, by loops."""
+    """[B, N, 2] the source pixel x, y under the middle of each patch of the crop, mirrored if it is, by loops."""
     out = torch.empty(len(box), *grid, 2, dtype=torch.float64)
     for image, (x, y, w, h) in enumerate(box.tolist()):
         for row in range(grid[0]):
             for column in range(grid[1]):
-                shown = grid[1] - 1 - column if flip[image] else column
-                out[image, row, column, 0] = x + (shown + 0.5) * w / grid[1]
+                source_column = grid[1] - 1 - column if flip[image] else column
+                out[image, row, column, 0] = x + (source_column + 0.5) * w / grid[1]
                 out[image, row, column, 1] = y + (row + 0.5) * h / grid[0]
     return out.flatten(1, 2)
 
 
 @pytest.mark.parametrize("points", ["ends", "centers"])
-def test_two_crops_are_read_at_the_same_places_of_the_image(points):
-    """A map that holds its own place in the image, read at a point, is that point's place: the same for both crops."""
+def test_two_crops_are_sampled_at_the_same_positions_of_the_image(points):
+    """A map of source positions, sampled at a point, gives the point's source position: the same from both crops."""
     box, flip = some_crops(40)
     shared = overlap(*box)
     assert shared.exists.all()
     read, inside = [], []
     for crop, mirrored, grid in zip(box, flip, (GRID, OTHER_GRID), strict=True):
         at = sampling_matrices(shared, crop, mirrored, grid, 6, points)
-        whole = (at.rows.sum(-1)[:, :, None] * at.columns.sum(-1)[:, None, :]).flatten(1)  # less near the border
+        weight_sum = (at.rows.sum(-1)[:, :, None] * at.columns.sum(-1)[:, None, :]).flatten(1)  # less near the border
         one_region = type(at)(at.rows.unsqueeze(1), at.columns.unsqueeze(1))
         read.append(sample_patches(places(crop, mirrored, grid), grid, one_region).squeeze(1))
-        inside.append((whole - 1).abs() < 1e-12)
+        inside.append((weight_sum - 1).abs() < 1e-12)
     both = inside[0] & inside[1]
     assert 0.3 < both.double().mean() < 1
     torch.testing.assert_close(read[0][both], read[1][both], rtol=0, atol=1e-10)
@@ -81,19 +81,19 @@ def test_sampling_and_its_gradient_are_those_of_grid_sample():
     )
     patches = torch.randn(6, 35, 3, dtype=torch.float64, requires_grad=True)
     maps = patches.mT.unflatten(2, GRID)
-    theirs = torch.stack(
+    expected = torch.stack(
         [F.grid_sample(maps, 2 * grid[:, region] - 1, align_corners=False) for region in range(3)], dim=1
     )
-    theirs = theirs.flatten(3).mT
-    ours = sample_patches(patches, GRID, at)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    pull = torch.randn_like(ours)
-    gradients = [torch.autograd.grad(out, patches, pull)[0] for out in (ours, theirs)]
+    expected = expected.flatten(3).mT
+    result = sample_patches(patches, GRID, at)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(result)
+    gradients = [torch.autograd.grad(out, patches, upstream)[0] for out in (result, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("other", [(40, 0, 10, 10), (30, 5, 10, 10), (0, 30, 30, 5), (5, 5, 0, 0)])
-def test_without_an_overlap_nothing_is_read(other):
+def test_without_an_overlap_nothing_is_sampled(other):
     """Apart, sharing an edge, or empty: all weights are exactly 0, and nothing is NaN."""
     box = torch.tensor([[0.0, 0.0, 30.0, 30.0], list(other)])
     shared = overlap(box, box.flip(0))
@@ -103,7 +103,7 @@ def test_without_an_overlap_nothing_is_read(other):
     assert torch.equal(at.columns, torch.zeros(2, 3, 2))
 
 
-def test_a_point_on_the_border_reads_half_and_a_corner_a_quarter():
+def test_a_point_on_the_border_has_half_the_value_and_a_corner_a_quarter():
     """As released: the zeros beyond the border are part of the mean."""
     box = torch.tensor([[3.0, 4.0, 20.0, 10.0]])
     at = sampling_matrices(overlap(box, box), box, torch.tensor([False]), (3, 3), 4)

@@ -1,4 +1,4 @@
-"""iBOT against loops over images and masked patches, and its choices."""
+"""iBOT against loops over images and masked patches, and its options."""
 
 import dataclasses
 
@@ -69,10 +69,10 @@ def test_patch_term_and_gradient_are_those_of_the_loop(options, average, padding
     objective, *heads = build(dataclasses.replace(options, patch_average=average), given_masks(padding))
     objective.patch_target.center.normal_()
     student, teacher = sides(*heads)
-    ours, theirs = run(objective, student, teacher)["ibot/patch"], patch_loop(objective, student, teacher, average)
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    result, expected = run(objective, student, teacher)["ibot/patch"], patch_loop(objective, student, teacher, average)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=0)
     parameters = [p for p in heads[0].parameters() if p.requires_grad]
-    gradients = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (ours, theirs)]
+    gradients = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (result, expected)]
     for a, b in zip(*gradients, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -116,12 +116,12 @@ def test_sinkhorn_ignores_padding():
     few, *heads = build(options)
     many = Ibot(cases.GivenMasks(few.masks.mask, padding=8), options).double()
     student, teacher = sides(*heads)
-    ours, theirs = run(few, student, teacher), run(many, student, teacher)
-    torch.testing.assert_close(ours["ibot/patch"], theirs["ibot/patch"], rtol=1e-5, atol=0)
-    assert not torch.allclose(ours["ibot/patch"], patch_loop_of(build(SEPARATE, few.masks)[0], student, teacher))
+    result, expected = run(few, student, teacher), run(many, student, teacher)
+    torch.testing.assert_close(result["ibot/patch"], expected["ibot/patch"], rtol=1e-5, atol=0)
+    assert not torch.allclose(result["ibot/patch"], patch_term(build(SEPARATE, few.masks)[0], student, teacher))
 
 
-def patch_loop_of(objective, student, teacher):
+def patch_term(objective, student, teacher):
     return run(objective, student, teacher)["ibot/patch"]
 
 
@@ -130,13 +130,13 @@ def test_patches_have_a_temperature_of_their_own():
     objective, *heads = build(options)
     student, teacher = sides(*heads)
     for epoch, temperature in ((0, 0.04), (5, 0.1)):
-        ours = run(objective, student, teacher, cases.clock_of(epoch))
+        result = run(objective, student, teacher, cases.clock_of(epoch))
         expected = patch_loop(objective, student, teacher, temperature=temperature)
-        torch.testing.assert_close(ours["ibot/patch"], expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(result["ibot/patch"], expected, rtol=1e-9, atol=0)
         assert objective.temperature.at(cases.clock_of(epoch)) == 0.04
 
 
-def test_masks_and_their_schedule_wait_for_their_epoch():
+def test_masks_and_their_schedule_start_at_their_epoch():
     options = dataclasses.replace(SMALL, warmup_epochs=3, patch_start_epoch=2)
     objective, *heads = build(options)
     student, teacher = sides(*heads)
@@ -157,7 +157,7 @@ def test_shared_prototypes_are_one_module():
 
 
 class Recorder(cases.GivenMasks):
-    """Notes the running numbers it is asked for."""
+    """Records the running numbers that it gets."""
 
     def __call__(self, first, views, batch, grid, device):
         self.first = [*getattr(self, "first", []), first]

@@ -1,4 +1,4 @@
-"""A method is one file: a toy from outside the package trains through train.py, and the docs show it as it is."""
+"""A method is one file: a toy from outside the package trains through train.py, and the docs contain it unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOY = ROOT / "tests/objectives/toy_method.py"
 
 @pytest.fixture
 def unregistered():
-    """Forgets what a test registers."""
+    """Removes what a test registers."""
     known = dict(OBJECTIVES)
     yield
     OBJECTIVES.clear()
@@ -67,12 +67,12 @@ def test_what_is_wrong_with_a_recipe_is_named(tmp_path):
 
 @pytest.mark.usefixtures("unregistered")
 def test_a_second_method_of_a_name_is_refused():
-    register(DinoOptions)  # the same again is no second one
+    register(DinoOptions)  # the same class may be registered again
     with pytest.raises(ValueError, match="a second DinoOptions"):
         register(type("DinoOptions", (DinoOptions,), {}))
 
 
-def test_the_docs_show_the_toy_as_it_is():
+def test_the_docs_contain_the_toy_unchanged():
     """Each code block of docs/new_method.md is a part of the file, to the letter."""
     source = TOY.read_text()
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/new_method.md").read_text(), re.DOTALL)

@@ -1,4 +1,4 @@
-"""PQCL against loops over views, images and patches, its heads, and what it asks of a run."""
+"""PQCL against loops over views, images and patches, its heads, and its needs."""
 
 import dataclasses
 
@@ -25,8 +25,10 @@ def build(**options):
 
 
 def features(*shape: int, queries: int = 0) -> Features:
-    summary, patches, asked = (torch.randn(*shape[:2], n, WIDTH, dtype=torch.float64) for n in (1, shape[2], queries))
-    return Features(summary[:, :, 0], patches, GRID, queries=asked if queries else None)
+    summary, patches, predicted = (
+        torch.randn(*shape[:2], n, WIDTH, dtype=torch.float64) for n in (1, shape[2], queries)
+    )
+    return Features(summary[:, :, 0], patches, GRID, queries=predicted if queries else None)
 
 
 def sides(student_head, teacher_head, predictor=None):
@@ -44,8 +46,8 @@ def loop(objective, student, teacher, head, temperature=0.07):
         for image in range(BATCH):
             for crop in range(CROPS):
                 for patch in range(6):
-                    taught = teacher.query_crops.patches[crop, image, patch]
-                    t = teacher.head.prototypes.logits(teacher.head(taught))
+                    t = teacher.head(teacher.query_crops.patches[crop, image, patch])
+                    t = teacher.head.prototypes.logits(t)
                     s = student.global_crops.queries[view, image, crop * 6 + patch]
                     s = (head.prototypes.logits(head(s)) / 0.1).log_softmax(-1)
                     total -= (((t - center) / temperature).softmax(-1) * s).sum()
@@ -54,7 +56,7 @@ def loop(objective, student, teacher, head, temperature=0.07):
 
 @pytest.mark.parametrize("own", [False, True])
 def test_loss_and_gradient_are_those_of_the_loop(own):
-    """With a head of its own (the predictor slot) the student's queries go through that one."""
+    """The student's queries go through its predictor if there is one, else through the shared head."""
     objective, student_head, teacher_head = build()
     predictor = build()[1] if own else None
     objective.target.center.normal_()
@@ -62,9 +64,9 @@ def test_loss_and_gradient_are_those_of_the_loop(own):
     student.global_crops.queries.requires_grad_()
     used = predictor or student_head
     leaves = [student.global_crops.queries, *(p for p in used.parameters() if p.requires_grad)]
-    ours, theirs = run(objective, student, teacher), loop(objective, student, teacher, used)
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
-    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+    result, expected = run(objective, student, teacher), loop(objective, student, teacher, used)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=0)
+    for a, b in zip(torch.autograd.grad(result, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
@@ -78,7 +80,7 @@ def test_the_center_is_its_own_and_counts_every_query_patch_once():
     torch.testing.assert_close(objective.target.center, expected, rtol=1e-9, atol=0)
 
 
-def test_nothing_flows_into_the_teacher():
+def test_no_gradient_reaches_the_teacher():
     objective, student_head, teacher_head = build()
     student, teacher = sides(student_head, teacher_head.requires_grad_(True))
     teacher.query_crops.patches.requires_grad_()
@@ -87,7 +89,7 @@ def test_nothing_flows_into_the_teacher():
     assert all(parameter.grad is None for parameter in teacher_head.parameters())
 
 
-def test_a_host_with_patch_prototypes_lends_those():
+def test_the_patch_prototypes_of_a_host_are_used():
     host = IbotOptions(prototypes=9, patch_prototypes=14, bottleneck=6, hidden=12)
     objective = Pqcl(host, PqclOptions(warmup_epochs=0))
     assert objective.target.center.shape == (14,)
@@ -95,16 +97,16 @@ def test_a_host_with_patch_prototypes_lends_those():
     student = Side(
         Features(torch.zeros(2, 1, 14), torch.zeros(2, 1, 4, 14), GRID, queries=torch.randn(2, 1, 6, 14)), head=head
     )
-    taught = torch.randn(1, 1, 6, 14)
-    teacher = Side(student.global_crops, query_crops=Features(taught[:, :, 0], taught, GRID), head=head)
+    patches = torch.randn(1, 1, 6, 14)
+    teacher = Side(student.global_crops, query_crops=Features(patches[:, :, 0], patches, GRID), head=head)
     objective.target = torch.nn.Identity()
     objective.target.forward = lambda z, directions, temperature: torch.zeros(14)
-    expected = -((taught / 0.07).softmax(-1) * (student.global_crops.queries / 0.1).log_softmax(-1)).sum(-1).mean()
+    expected = -((patches / 0.07).softmax(-1) * (student.global_crops.queries / 0.1).log_softmax(-1)).sum(-1).mean()
     torch.testing.assert_close(run(objective, student, teacher), expected)
 
 
 @pytest.mark.parametrize(("heads", "own", "student_only"), [("shared", 0, 0), ("semi", 0, 1), ("vanilla", 1, 0)])
-def test_heads_of_its_own(heads, own, student_only):
+def test_separate_heads(heads, own, student_only):
     objective = build(heads=heads)[0]
     head, predictor = objective.head(WIDTH), objective.predictor(WIDTH)
     assert (head is not None, predictor is not None) == (own, student_only)
@@ -125,11 +127,11 @@ def views() -> Views:
     ("query_keys", "keys", "crop"), [("all", "all", None), ("crop", "all", 6), ("raw", "raw", None)]
 )
 @pytest.mark.parametrize(("flip_aware", "anchor"), [(True, "corner"), (False, "center")])
-def test_the_cue_says_where_and_what_to_look_at(query_keys, keys, crop, flip_aware, anchor):
-    objective, seen = build(query_keys=query_keys, flip_aware=flip_aware, anchor=anchor)[0], views()
-    cue = objective.cue(seen, (4, 4), cases.clock_of(0))
+def test_the_cue_has_the_positions_and_the_keys(query_keys, keys, crop, flip_aware, anchor):
+    objective, batch = build(query_keys=query_keys, flip_aware=flip_aware, anchor=anchor)[0], views()
+    cue = objective.cue(batch, (4, 4), cases.clock_of(0))
     assert (cue.mask, cue.queries.keys, cue.queries.crop) == (None, keys, crop)
-    expected = relative_positions(seen.query_crops, seen.global_crops, GRID, (4, 4), flip_aware, anchor)
+    expected = relative_positions(batch.query_crops, batch.global_crops, GRID, (4, 4), flip_aware, anchor)
     assert torch.equal(cue.queries.positions, expected)
 
 
@@ -160,9 +162,9 @@ def test_what_is_missing_is_named():
         run(objective, student, dataclasses.replace(teacher, head=None))
     with pytest.raises(ValueError, match="got none in the teacher; pass"):
         run(objective, student, dataclasses.replace(teacher, query_crops=None))
-    blind = dataclasses.replace(student, global_crops=dataclasses.replace(student.global_crops, queries=None))
+    without_queries = dataclasses.replace(student, global_crops=dataclasses.replace(student.global_crops, queries=None))
     with pytest.raises(ValueError, match="got none in the student; pass"):
-        run(objective, blind, teacher)
+        run(objective, without_queries, teacher)
     for field, value in (("heads", "own"), ("query_keys", "none"), ("anchor", "middle")):
         with pytest.raises(ValueError, match=f"PqclOptions.{field}"):
             PqclOptions(**{field: value})

@@ -1,4 +1,4 @@
-"""SelfPatch against loops over crops, and its choices."""
+"""SelfPatch against loops over crops, and its options."""
 
 import dataclasses
 
@@ -39,8 +39,8 @@ def run(objective, student, teacher):
 
 def crop_losses(objective, student, teacher):
     """[patches] the loss of every patch, one tensor per crop."""
-    for seen, taught in zip(student.crop_sizes(), teacher.crop_sizes(), strict=True):
-        for crop, neighbors in zip(seen.patches, taught.neighbors, strict=True):
+    for student_size, teacher_size in zip(student.crop_sizes(), teacher.crop_sizes(), strict=True):
+        for crop, neighbors in zip(student_size.patches, teacher_size.neighbors, strict=True):
             t = teacher.head.prototypes.logits(teacher.head(neighbors))
             q = ((t - objective.target.center) / 0.04).softmax(dim=-1)
             s = student.head.prototypes.logits(student.head(crop))
@@ -53,11 +53,11 @@ def test_loss_and_gradient_are_those_of_the_loop(average):
     objective.target.center.normal_()
     student, teacher = sides(*heads)
     losses = list(crop_losses(objective, student, teacher))
-    theirs = torch.stack([x.mean() for x in losses]).mean() if average == "crop" else torch.cat(losses).mean()
-    ours = run(objective, student, teacher)
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
+    expected = torch.stack([x.mean() for x in losses]).mean() if average == "crop" else torch.cat(losses).mean()
+    result = run(objective, student, teacher)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=0)
     parameters = [p for p in heads[0].parameters() if p.requires_grad]
-    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+    for a, b in zip(torch.autograd.grad(result, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
@@ -65,8 +65,8 @@ def test_without_local_crops_in_the_teacher_only_global_crops_count():
     objective, *heads = build(teacher_sees_local=False)
     student, teacher = sides(*heads)
     expected = torch.stack([x.mean() for x in crop_losses(objective, student, teacher)][:2]).mean()
-    for seen_by_teacher in (teacher, Side(teacher.global_crops, head=teacher.head)):
-        torch.testing.assert_close(run(objective, student, seen_by_teacher), expected, rtol=1e-9, atol=0)
+    for teacher_side in (teacher, Side(teacher.global_crops, head=teacher.head)):
+        torch.testing.assert_close(run(objective, student, teacher_side), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("center_over", ["all", "global"])
@@ -89,7 +89,7 @@ def test_sinkhorn_changes_the_targets():
     balanced.after_step(cases.clock_of(0))
 
 
-def test_nothing_flows_into_the_teacher_or_the_class_summary():
+def test_no_gradient_reaches_the_teacher_or_the_class_summary():
     objective, student_head, teacher_head = build()
     student, teacher = sides(student_head, teacher_head.requires_grad_(True))
     student.global_crops.summary.requires_grad_()
@@ -98,17 +98,17 @@ def test_nothing_flows_into_the_teacher_or_the_class_summary():
     assert all(parameter.grad is None for parameter in teacher_head.parameters())
 
 
-def test_needs_say_what_the_branches_must_offer():
+def test_needs_follow_the_options():
     rule = NeighborRule(radius=2, k=8, border="clip")
     needs = build(neighbors=rule)[0].needs()
     assert needs.neighbors == rule
     assert needs.local_crops
     assert needs.teacher_sees_local
     assert needs.summary == "class_attention"
-    spared = build(teacher_sees_local=False, neighbors=NeighborRule(pool="mean"))[0].needs()
-    assert not spared.local_crops
-    assert not spared.teacher_sees_local
-    assert spared.summary is None
+    fewer = build(teacher_sees_local=False, neighbors=NeighborRule(pool="mean"))[0].needs()
+    assert not fewer.local_crops
+    assert not fewer.teacher_sees_local
+    assert fewer.summary is None
 
 
 def test_the_defaults_are_the_released_ones():

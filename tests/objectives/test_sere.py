@@ -18,7 +18,7 @@ SMALL = SereOptions(heads=3, global_points=4, local_points=3)
 
 
 def build(views=2, local=4, dtype=torch.float64, seed=0, **options):
-    """The objective, both sides with features as a backbone would leave them, and the views."""
+    """The objective, both sides with features like those of a backbone, and the views."""
     torch.manual_seed(seed)
     given = dataclasses.replace(SMALL, **options)
     objective = Sere(given, given.heads, local=local > 0)
@@ -51,7 +51,7 @@ def some_views(views, local, dtype):
 
 
 def grid_of(crops, view, image, other, count, points):
-    """[S, S, 2] for grid_sample: where this crop shows the points of its overlap with another box; -2 if there is none."""
+    """[S, S, 2] for grid_sample: where the points of the overlap with another box lie in this crop; -2 if there is none."""
     (x, y, w, h), (ox, oy, ow, oh) = crops.box[view, image].tolist(), other.tolist()
     left, top, right, bottom = max(x, ox), max(y, oy), min(x + w, ox + ow), min(y + h, oy + oh)
     grid = torch.full((count, count, 2), -2.0, dtype=torch.float64)
@@ -82,37 +82,38 @@ def cross_entropy(teacher, student):
 def official(objective, student, teacher, views):
     """Both terms, pair by pair and image by image."""
     o, predictor = objective.options, student.predictor
-    taught, seen = teacher.head(teacher.global_crops.residual), student.head(student.global_crops.residual)
+    teacher_global = teacher.head(teacher.global_crops.residual)
+    student_global = student.head(student.global_crops.residual)
     local = None
     if o.asymmetric:
-        seen = predictor.prediction(seen)
+        student_global = predictor.prediction(student_global)
     if student.local_crops is not None:
         local = predictor.local_head(student.local_crops.residual)
         local = predictor.local_prediction(local) if o.asymmetric else local
-    spatial, channel, met = [], [], []
+    spatial, channel, overlap = [], [], []
     globals_ = views.global_crops
     for q in range(len(globals_.box)):
-        pairs = [(seen, globals_, v, GRID, o.global_points) for v in range(len(globals_.box)) if v != q]
+        pairs = [(student_global, globals_, v, GRID, o.global_points) for v in range(len(globals_.box)) if v != q]
         if local is not None:
             pairs += [(local, views.local_crops, v, LOCAL_GRID, o.local_points) for v in range(len(local.spatial))]
-        for shown, crops, v, size, count in pairs:
+        for features, crops, v, size, count in pairs:
             for image in range(BATCH):
                 grids = [
                     grid_of(*place, image, box, count, o.points)
                     for place, box in (((globals_, q), crops.box[v, image]), ((crops, v), globals_.box[q, image]))
                 ]
-                met.append(bool((grids[0] > -2).any()))
-                relations = [relation(x, o) for x in (taught.spatial[q, image], shown.spatial[v, image])]
+                overlap.append(bool((grids[0] > -2).any()))
+                relations = [relation(x, o) for x in (teacher_global.spatial[q, image], features.spatial[v, image])]
                 t, s = (sampled(r, g, z) for r, g, z in zip(relations, grids, (GRID, size), strict=True))
                 spatial.append(cross_entropy(t / o.teacher_spatial_temperature, s / o.student_spatial_temperature))
-                t, s = taught.channel[q, image] / 20**0.5, shown.channel[v, image] / math.prod(size) ** 0.5
+                t, s = teacher_global.channel[q, image] / 20**0.5, features.channel[v, image] / math.prod(size) ** 0.5
                 channel.append(
                     cross_entropy(t.T @ t / o.teacher_channel_temperature, s.T @ s / o.student_channel_temperature)
                 )
-    assert any(met)
+    assert any(overlap)
     if o.no_overlap == "skip":
-        assert not all(met)
-        spatial = [loss for loss, overlaps in zip(spatial, met, strict=True) if overlaps]
+        assert not all(overlap)
+        spatial = [loss for loss, exists in zip(spatial, overlap, strict=True) if exists]
     return {"sere/spatial": torch.stack(spatial).mean(), "sere/channel": torch.stack(channel).mean()}
 
 
@@ -132,7 +133,7 @@ def leaves_of(student):
     return leaves + ([] if student.predictor is None else list(student.predictor.parameters()))
 
 
-def test_the_random_crops_include_some_that_do_not_meet():
+def test_the_random_crops_include_some_without_overlap():
     *_, views = build()
     corners = torch.cat([views.global_crops.box, views.local_crops.box])[..., :2]
     assert len(corners.unique(dim=0)) == 6
@@ -155,14 +156,14 @@ def test_the_random_crops_include_some_that_do_not_meet():
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
 def test_terms_and_gradients_are_those_of_the_released_formulation(views, local, options):
-    objective, student, teacher, seen = build(views, local, **options)
-    ours, theirs = run(objective, student, teacher, seen), official(objective, student, teacher, seen)
-    assert ours.keys() == theirs.keys()
+    objective, student, teacher, crops = build(views, local, **options)
+    result, expected = run(objective, student, teacher, crops), official(objective, student, teacher, crops)
+    assert result.keys() == expected.keys()
     leaves = leaves_of(student)
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-10, atol=0)
+    for name in result:
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-10, atol=0)
         pair = [
-            torch.autograd.grad(term[name], leaves, retain_graph=True, allow_unused=True) for term in (ours, theirs)
+            torch.autograd.grad(term[name], leaves, retain_graph=True, allow_unused=True) for term in (result, expected)
         ]
         assert any(gradient is not None and gradient.abs().max() > 1e-6 for gradient in pair[1])
         for a, b in zip(*pair, strict=True):
@@ -170,7 +171,7 @@ def test_terms_and_gradients_are_those_of_the_released_formulation(views, local,
             torch.testing.assert_close(a, b.expand_as(a).to(a), rtol=1e-8, atol=1e-11)
 
 
-def test_crops_that_do_not_meet_cost_a_constant_without_a_gradient():
+def test_crops_without_overlap_have_a_constant_loss_without_a_gradient():
     for rule, expected in (("count", math.log(16)), ("skip", 0.0)):
         objective, student, teacher, views = build(local=0, no_overlap=rule)
         views.global_crops.box[0, :, 0] += 1000
@@ -181,18 +182,18 @@ def test_crops_that_do_not_meet_cost_a_constant_without_a_gradient():
 
 
 def test_bf16_is_no_further_off_than_the_released_formulation():
-    """Over a few batches: a single number's error is luck."""
-    errors = {(term, which): 0.0 for term in ("sere/spatial", "sere/channel") for which in ("ours", "theirs")}
+    """Over several batches, as a single error may be small by chance."""
+    errors = {(term, which): 0.0 for term in ("sere/spatial", "sere/channel") for which in ("result", "released")}
     with torch.no_grad():
         for seed in range(8):
             objective, *parts = build(local=2, dtype=torch.float32, seed=seed)
             with torch.autocast("cpu", torch.bfloat16):
-                found = {"ours": run(objective, *parts), "theirs": official(objective, *parts)}
+                found = {"result": run(objective, *parts), "released": official(objective, *parts)}
             exact = run(objective, *(mapped(part, torch.Tensor.double) for part in parts))
             for term, which in errors:
                 errors[term, which] += abs(found[which][term].item() - exact[term].item())
     for term in ("sere/spatial", "sere/channel"):
-        assert 0 < errors[term, "ours"] <= 2 * errors[term, "theirs"], errors
+        assert 0 < errors[term, "result"] <= 2 * errors[term, "released"], errors
 
 
 def mapped(part, change):
@@ -206,8 +207,8 @@ def mapped(part, change):
 
 
 @pytest.mark.parametrize("rule", ["count", "skip"])
-def test_a_step_never_asks_the_device(rule):
-    """Fake tensors have no values: whatever would wait for one, or shape a result by it, raises."""
+def test_a_step_does_not_wait_for_the_device(rule):
+    """Fake tensors have no values: code that reads one, or makes a shape from it, raises."""
     objective, *parts = build(no_overlap=rule)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         student, teacher, views = (mapped(part, mode.from_tensor) for part in parts)
@@ -219,7 +220,7 @@ def test_a_step_never_asks_the_device(rule):
 def test_what_cannot_work_is_refused():
     objective, student, teacher, views = build()
     bare = dataclasses.replace(student.global_crops, residual=None)
-    one = dataclasses.replace(views.global_crops, box=views.global_crops.box[:1])
+    one_view = dataclasses.replace(views.global_crops, box=views.global_crops.box[:1])
     for wrong, sentence in (
         (
             lambda: run(objective, dataclasses.replace(student, global_crops=bare), teacher, views),
@@ -230,7 +231,10 @@ def test_what_cannot_work_is_refused():
             "the student needs a predictor",
         ),
         (lambda: run(objective, student, dataclasses.replace(teacher, head=None), views), "got none in the teacher"),
-        (lambda: run(objective, student, teacher, dataclasses.replace(views, global_crops=one)), "got one per image"),
+        (
+            lambda: run(objective, student, teacher, dataclasses.replace(views, global_crops=one_view)),
+            "got one per image",
+        ),
         (lambda: run(Sere(SMALL, 3, local=False), student, teacher, views), "got crops but no heads"),
         (lambda: Sere(SereOptions(), heads=5).head(12), "heads must divide the backbone's width, got 5 and 12"),
         (lambda: SereOptions(heads=0), "heads must be at least 1, got 0"),
@@ -244,7 +248,7 @@ def test_what_cannot_work_is_refused():
             wrong()
 
 
-def test_weights_rescale_the_host_as_released_unless_told_not_to():
+def test_weights_rescale_the_host_as_released_unless_turned_off():
     host = {"ibot/cls": 1.0, "ibot/patch": 0.5}
     released = sere_weights(host, 0.2, 0.5)
     assert released == pytest.approx({"ibot/cls": 1.65, "ibot/patch": 0.825, "sere/spatial": 0.2, "sere/channel": 0.5})

@@ -1,4 +1,4 @@
-"""An objective holds parameters, buffers and options, nothing else; whatever a step leaves behind is in buffers."""
+"""An objective holds parameters, buffers and options, nothing else; all that a step changes is in buffers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUNS = {
 
 
 def attributes(objectives) -> dict[str, object]:
-    """Everything that hangs on the objectives and their parts but parameters, buffers and modules."""
+    """All attributes of the objectives and their parts, except parameters, buffers and modules."""
     return {
         f"{path}.{name}": value
         for path, module in objectives.named_modules()

@@ -1,4 +1,4 @@
-"""Centers, Sinkhorn and temperatures against what they mean."""
+"""Centers, Sinkhorn and temperatures against their definitions."""
 
 import harness
 import objective_cases as cases
@@ -29,17 +29,17 @@ def test_temperature_by_epoch_is_the_released_one(name):
     temperature = TeacherTemperature(
         config["warmup_teacher_temp"], config["teacher_temp"], config["warmup_teacher_temp_epochs"]
     )
-    ours = [temperature.at(clock(10 * epoch + 9)) for epoch in range(config["nepochs"])]
-    assert (torch.tensor(ours, dtype=torch.float64) - case[f"output.{name}"]).abs().max() <= 1e-12
+    result = [temperature.at(clock(10 * epoch + 9)) for epoch in range(config["nepochs"])]
+    assert (torch.tensor(result, dtype=torch.float64) - case[f"output.{name}"]).abs().max() <= 1e-12
 
 
 def test_temperature_by_step_is_the_same_line_in_small_steps():
     temperature = TeacherTemperature(0.04, 0.07, 3, by="step")
-    ours = [temperature.at(clock(step)) for step in range(32)]
-    assert ours[0] == 0.04
-    assert ours[29] == pytest.approx(0.07, abs=1e-15)
-    assert ours[30:] == [0.07, 0.07]
-    assert len(set(ours[:30])) == 30
+    result = [temperature.at(clock(step)) for step in range(32)]
+    assert result[0] == 0.04
+    assert result[29] == pytest.approx(0.07, abs=1e-15)
+    assert result[30:] == [0.07, 0.07]
+    assert len(set(result[:30])) == 30
 
 
 def test_one_warmup_epoch_stays_at_the_warmup_temperature():
@@ -62,7 +62,7 @@ def test_center_over_four_micro_batches_is_the_center_of_one_batch():
     z, w = rows_and_directions()
     whole, pieces = Center(COUNT), Center(COUNT)
     whole(z, w, 0.04)
-    for part in z.split([1, 7, 6, 10]):  # of unequal size, so that a mean of means would show
+    for part in z.split([1, 7, 6, 10]):  # of unequal size, so that a mean of means would differ
         pieces(part, w, 0.04)
         assert not pieces.center.any()
     whole.after_step()
@@ -99,15 +99,15 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_batch_that_is_not_finite_does_not_outlive_its_step(bad):
+def test_a_batch_that_is_not_finite_does_not_change_the_center(bad):
     z, w = rows_and_directions()
     center = Center(COUNT)
     center(z, w, 0.04)
     center.after_step()
     kept = center.center.clone()
-    poisoned = z.clone()
-    poisoned[3, 2] = bad
-    center(poisoned, w, 0.04)
+    with_bad = z.clone()
+    with_bad[3, 2] = bad
+    center(with_bad, w, 0.04)
     center.after_step()
     assert torch.equal(center.center, kept)
     center(z, w, 0.04)
@@ -115,7 +115,7 @@ def test_a_batch_that_is_not_finite_does_not_outlive_its_step(bad):
     torch.testing.assert_close(center.center, 0.19 * (z @ w.T).mean(dim=0))
 
 
-def test_a_step_in_which_no_row_counts_leaves_the_center():
+def test_a_step_without_marked_rows_does_not_change_the_center():
     z, w = rows_and_directions()
     center = Center(COUNT)
     center.center.fill_(2.0)
@@ -156,8 +156,8 @@ def softmax_with(bias, z, w, temperature):
 def test_sinkhorn_bias_gives_the_plain_algorithms_rows(temperature, chunk, monkeypatch):
     monkeypatch.setattr(targets, "CHUNK_LOGITS", chunk)  # the second one makes chunks of 5, 5, 5, 5 and 4 rows
     z, w = rows_and_directions()
-    ours = softmax_with(Sinkhorn()(z, w, temperature), z, w, temperature)
-    torch.testing.assert_close(ours, plain_sinkhorn(z @ w.T, temperature), rtol=1e-4, atol=1e-6)
+    result = softmax_with(Sinkhorn()(z, w, temperature), z, w, temperature)
+    torch.testing.assert_close(result, plain_sinkhorn(z @ w.T, temperature), rtol=1e-4, atol=1e-6)
 
 
 def test_sinkhorn_uses_all_prototypes_equally_in_the_limit():
@@ -168,14 +168,14 @@ def test_sinkhorn_uses_all_prototypes_equally_in_the_limit():
     assert (z @ w.T / 0.2).softmax(dim=1).mean(dim=0).max() > 3 / COUNT
 
 
-def test_sinkhorn_leaves_out_rows_that_do_not_count():
+def test_sinkhorn_leaves_out_rows_that_are_not_marked():
     z, w = rows_and_directions()
     marked = torch.arange(ROWS) % 4 > 0
     torch.testing.assert_close(Sinkhorn()(z, w, 0.1, marked), Sinkhorn()(z[marked], w, 0.1))
     assert not Sinkhorn()(z, w, 0.1, torch.zeros(ROWS, dtype=torch.bool)).any()
 
 
-def test_sinkhorn_survives_logits_that_plain_exp_does_not():
+def test_sinkhorn_is_finite_for_logits_too_large_for_exp():
     z, w = rows_and_directions()
     bias = Sinkhorn()(z, 100 * w, 0.04)
     assert bias.isfinite().all()
@@ -188,9 +188,9 @@ def test_two_processes_agree_with_one():
     center(z, w, 0.1)
     center.after_step()
     bias = Sinkhorn()(z, w, 0.1)
-    for their_center, their_bias in cases.in_two_processes(cases.targets_on_a_rank, z.split([5, 19]), w):
-        torch.testing.assert_close(their_center, center.center, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(their_bias, bias, rtol=1e-5, atol=1e-6)
+    for rank_center, rank_bias in cases.in_two_processes(cases.targets_on_a_rank, z.split([5, 19]), w):
+        torch.testing.assert_close(rank_center, center.center, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(rank_bias, bias, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_choices_are_refused():

@@ -1,10 +1,10 @@
-"""Every pairing that builds also trains, and the page says what the code says."""
+"""Every pairing that builds also trains, and the page agrees with the code."""
 
 from functools import cache
 
 import pytest
 import torch
-from engine.tiny_run import Notebook
+from engine.tiny_run import MetricsInMemory
 from parity import ROOT
 
 from patchlight.data.policy import CropPolicy
@@ -30,7 +30,7 @@ def batch(backbone: str, crops: CropPolicy) -> Views:
 
 
 class SameBatch:
-    """Real crops, drawn once per backbone and kinds of crops."""
+    """Real crops, made once per backbone and crop policy."""
 
     dataset_size, stall_seconds, replaced = 8, 0.0, 0
 
@@ -44,7 +44,7 @@ class SameBatch:
 @pytest.mark.parametrize("pairing", ALLOWED, ids=name)
 def test_an_allowed_pairing_trains(pairing):
     """Two steps: all terms finite, and every part that can learn has moved."""
-    metrics = Notebook()
+    metrics = MetricsInMemory()
     trainer = build_trainer(pairing.run, None, SameBatch(pairing), metrics)
     before = {name: parameter.detach().clone() for name, parameter in trainer.student.named_parameters()}
     for _ in range(2):
@@ -55,21 +55,21 @@ def test_an_allowed_pairing_trains(pairing):
         for part in trainer.objectives.objectives():
             assert any(term.startswith(f"{part.name}/") for term in step)
     learning = [(n, p) for n, p in trainer.student.named_parameters() if p.requires_grad]
-    still = {
+    unchanged = {
         n for n, p in learning if torch.equal(p, before[n]) and not n.endswith(".k.bias")
-    }  # shifts all scores alike
+    }  # adds the same to all scores
     needs = [objective.needs() for objective in trainer.objectives.objectives()]
     if not any(need.masks or need.queries for need in needs):
-        still.discard("backbone.mask_token")
-    assert not still
+        unchanged.discard("backbone.mask_token")
+    assert not unchanged
 
 
-def test_the_page_is_what_the_code_says():
+def test_the_page_agrees_with_the_code():
     assert (ROOT / "docs/compatibility.md").read_text() == page(), (
         "run python -m patchlight.recipes.compatibility > docs/compatibility.md"
     )
 
 
-def test_every_backbone_carries_something_and_what_is_refused_has_a_reason():
+def test_every_backbone_has_a_pairing_and_every_refusal_a_reason():
     assert {pairing.backbone for pairing in ALLOWED} == set(BACKBONES)
     assert all(pairing.reason for pairing in ALL if pairing.run is None)

@@ -1,4 +1,4 @@
-"""Every recipe is a run whose parts fit, for the number of processes that its text names."""
+"""The parts of every recipe work together, for the number of processes that its text names."""
 
 import re
 
@@ -25,12 +25,12 @@ def test_a_recipe_builds_for_the_processes_it_names(name):
         assert int(product[1]) == world * run.data.batch_per_rank * run.parallel.accumulate
 
 
-def test_moco_v3_as_its_readme_says():
+def test_moco_v3_as_in_its_readme():
     run = RECIPES["moco_v3_vits16_in1k"]()
     student, _ = build_branches(run.model, build_objectives(run, 8).objectives())
     assert student.backbone.heads == 12
-    still = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
-    assert still == {"backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"}
+    frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"}
     assert "backbone.pos_embed" in dict(student.named_buffers())
     sizes = [tuple(p.shape) for p in student.heads["moco_v3"].parameters() if p.ndim == 2]
     assert sizes == [(4096, 384), (4096, 4096), (256, 4096)]

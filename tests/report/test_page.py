@@ -1,4 +1,4 @@
-"""The report: everything inside of one file, from the folder alone, and what is in the folder is in it."""
+"""The report: one file without outside resources, made from the run's folder alone, with everything in that folder."""
 
 import base64
 import json
@@ -41,7 +41,7 @@ VOID = {"meta", "img", "line", "circle", "polyline"}
 
 
 class Page(HTMLParser):
-    """Tags in balance, and the text between them."""
+    """Checks that all tags are closed; keeps the text between them."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -68,13 +68,13 @@ class Page(HTMLParser):
 
 def test_everything_of_the_folder_is_in_the_page(tmp_path):
     text = build_report(fill(tmp_path / "my-run"))
-    said = " ".join(Page(text).words)
+    visible = " ".join(Page(text).words)
     for words in ("my-run", "Dino", "vit_small/4", "step 60 of 100", "epoch 3.0", "480 images", "k-NN accuracy, k=10", "40%",
                   "from 20% at step 0", "dino/cls", "loss / ln K", "learning rate", "teacher momentum", "gradient norm",
                   "images per second", "waiting for data", "12.5%", "3.0 s in all", "3.00 s of 24.00 s",
                   "50.0 ms per step on the slowest process", "procedural, 0 workers", "1.50 GiB", "attention, step 0",
                   "crops", "data.batch_per_rank", "packages.torch"):  # fmt: skip
-        assert words in said, words
+        assert words in visible, words
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
@@ -98,7 +98,7 @@ def test_it_is_a_function_of_the_folder(tmp_path):
     assert "77.7%" not in first
 
 
-def test_it_replaces_the_old_one_at_once(tmp_path):
+def test_it_replaces_the_old_report_at_once(tmp_path):
     fill(tmp_path)
     path = write_report(tmp_path)
     assert path.name == "report.html"
@@ -111,8 +111,8 @@ def test_it_replaces_the_old_one_at_once(tmp_path):
 
 @pytest.mark.parametrize("lines", [0, 1])
 def test_a_run_that_has_just_begun(tmp_path, lines):
-    said = " ".join(Page(build_report(fill(tmp_path, lines, knn=lines, pictures=0))).words)
-    assert ("no log line yet" in said) == (lines == 0)
+    visible = " ".join(Page(build_report(fill(tmp_path, lines, knn=lines, pictures=0))).words)
+    assert ("no log line yet" in visible) == (lines == 0)
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "no log line yet" in build_report(empty)
@@ -157,7 +157,7 @@ def test_lines_go_where_the_values_are():
     drawn = points(line_chart([Series("a", [0, 50, 100], [1.0, 3.0, 2.0])], total=200))
     xs, ys = zip(*drawn, strict=True)
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.11)
-    assert ys[1] < ys[2] < ys[0], "up is less in an SVG"
+    assert ys[1] < ys[2] < ys[0], "in an SVG, y grows downwards"
     assert (ys[0] - ys[2]) == pytest.approx((ys[0] - ys[1]) / 2, abs=0.11)
     whole = points(line_chart([Series("a", [0, 50, 100], [1.0, 3.0, 2.0])], total=100))
     assert whole[-1][0] - whole[0][0] == pytest.approx(2 * (xs[2] - xs[0]), abs=0.21), "half the run, half the width"
@@ -165,10 +165,10 @@ def test_lines_go_where_the_values_are():
 
 def test_one_spike_does_not_flatten_a_long_curve():
     values = [1.0 + (i % 2) for i in range(200)]
-    calm = points(line_chart([Series("a", range(200), values)]))
+    normal = points(line_chart([Series("a", range(200), values)]))
     values[20] = 1e6
     spiked = points(line_chart([Series("a", range(200), values)]))
-    assert spiked[100] == calm[100]
+    assert spiked[100] == normal[100]
     assert spiked[20][1] >= 0
 
 
@@ -190,6 +190,6 @@ def test_ticks_enclose_the_values():
 
 
 def test_numbers_are_short():
-    shown = [short(v) for v in (0, 1, 0.5, 6.2345, 123.4, 12345.0, 2.5e6, 1e-5, 0.00321)]
-    assert shown == ["0", "1", "0.5", "6.234", "123", "12.3k", "2.5M", "1.0e-05", "0.00321"]
+    texts = [short(v) for v in (0, 1, 0.5, 6.2345, 123.4, 12345.0, 2.5e6, 1e-5, 0.00321)]
+    assert texts == ["0", "1", "0.5", "6.234", "123", "12.3k", "2.5M", "1.0e-05", "0.00321"]
     assert percent(0.4567) == "45.7%"
