@@ -68,7 +68,7 @@ def query_refusals(run: Run) -> Iterator[str]:
         yield "The objectives need query crops, got a crop policy without them; use pqcl_policy()."
         return
     if run.model.positions == "learned":
-        yield "Queries lie between the patches and need fixed positions, got Model.positions='learned'; use 'sincos'."
+        yield "Queries lie between the patches and need fixed positions, got Model.positions='learned'; set it to 'sincos'."
     size, largest = crops.query_crops[0].size, crops.global_crops[0].size
     if size > largest:
         yield f"Query crops must not be larger than the global crops, got {size} and {largest} pixels; shrink them."

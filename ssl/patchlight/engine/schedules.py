@@ -15,8 +15,8 @@ def cosine(
     """A line from `start` to `base` over `warmup` steps, then half a cosine towards `final`.
 
     Step 0 has `start`, the first cosine step has `base`, and `final` is reached only one step after the last. With
-    ends="last" the last warm-up step has `base` already, as DINO, iBOT and SelfPatch release it; with "next" the line
-    meets the cosine one step later, as in MoCo v3. Learning rate, weight decay and teacher momentum all follow it.
+    ends="last" the last warm-up step has `base` already, as DINO, iBOT and SelfPatch release it; with "next" the first
+    cosine step has it first, as in MoCo v3. Learning rate, weight decay and teacher momentum all follow it.
     """
     if step < warmup:
         return start + (base - start) * step / max(1, warmup - (ends == "last"))

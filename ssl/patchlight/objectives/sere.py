@@ -26,7 +26,7 @@ class SereOptions(ObjectiveOptions):
     """The defaults are those of the released code. Weights belong to the recipe, see `sere_weights`.
 
     heads: M, the groups of channels that each have a spatial relation. None: as many as the backbone has attention
-        heads, as released; the paper says 6, which is the same for a ViT-S. M must divide the width.
+        heads, as released; 6 in the paper, which is the same for a ViT-S. M must divide the width.
     teacher_*_temperature and student_*_temperature: the teacher's targets are sharpened, as released and in the paper's
         equations; its text has 0.5 and 0.1 for the student and 1 for the teacher.
     global_points, local_points: points per side of the region that two global crops, or a global and a local one, share.
