@@ -43,12 +43,11 @@ PATCH_CONFIGS = [
 
 @triton.jit
 def _block(count, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """The program's image and head, and the numbers of its BLOCK out of `count` states or patches, and which of them exist."""
+    """The program's image and head, and the numbers of its BLOCK out of `count` states or patches."""
     blocks = tl.cdiv(count, BLOCK)
     head = (tl.program_id(0) // blocks) % HEADS
     image = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
-    offs = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    return image, head, offs, offs < count
+    return image, head, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -89,13 +88,6 @@ def _load_patches(k_ptr, v_ptr, k_strides, v_strides, patch, exists, offs_e, mas
     return k, _load_rows(v_ptr, patch.to(tl.int64) * v_strides[1], offs_e, mask)
 
 
-@triton.jit
-def _load_indices(index_ptr, patches, mask_q):
-    """The patch that each state reads, and whether it exists."""
-    patch = tl.load(index_ptr, mask=mask_q, other=-1).to(tl.int64)
-    return patch, (patch >= 0) & (patch < patches)
-
-
 @autotune(INDEX_CONFIGS, key=[*KEY, "K"])
 @triton.jit
 def _index_fwd_kernel(
@@ -116,8 +108,8 @@ def _index_fwd_kernel(
 ):
     """BLOCK_Q states of one head: the softmax runs along the neighbors, keys and values of each loaded once."""
     q_strides, k_self_strides, v_self_strides, k_strides, v_strides = strides
-    image, head, offs_q, mask_q = _block(states, HEADS, BLOCK_Q)
-    offs_e = tl.arange(0, BLOCK_E)
+    image, head, offs_q = _block(states, HEADS, BLOCK_Q)
+    mask_q, offs_e = offs_q < states, tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
     mask = mask_q[:, None] & mask_e[None, :]
     offs_q = offs_q.to(tl.int64)
@@ -130,7 +122,8 @@ def _index_fwd_kernel(
     top = tl.sum(q * k, axis=1) * scale  # a state's own key has weight 1 at the start
     total = tl.full((BLOCK_Q,), 1.0, tl.float32)
     for s in tl.range(0, K, loop_unroll_factor=TOGETHER):
-        patch, exists = _load_indices(index_ptr + s, patches, mask_q)
+        patch = tl.load(index_ptr + s, mask=mask_q, other=-1).to(tl.int64)
+        exists = (patch >= 0) & (patch < patches)
         k, v = _load_patches(k_ptr, v_ptr, k_strides, v_strides, patch, exists, offs_e, mask_e)
         score = tl.where(exists, tl.sum(q * k, axis=1) * scale, -float("inf"))
         new_top = tl.maximum(top, score)
@@ -216,8 +209,8 @@ def _index_states_bwd_kernel(
 ):
     """BLOCK_Q states of one head. dq = sum w (dw - mean) k is kept as two sums, as the mean is known at the end only."""
     grad_strides, q_strides, k_self_strides, v_self_strides, k_strides, v_strides = strides
-    image, head, offs_q, mask_q = _block(states, HEADS, BLOCK_Q)
-    offs_e = tl.arange(0, BLOCK_E)
+    image, head, offs_q = _block(states, HEADS, BLOCK_Q)
+    mask_q, offs_e = offs_q < states, tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
     mask = mask_q[:, None] & mask_e[None, :]
     offs_q = offs_q.to(tl.int64)
@@ -232,10 +225,10 @@ def _index_states_bwd_kernel(
     own_weight = tl.exp(tl.sum(q * k, axis=1) * scale - lse)
     own_d_weight = tl.sum(grad * v, axis=1)
     mean = own_weight * own_d_weight
-    weighted_k = own_weight[:, None] * k
-    d_weighted_k = mean[:, None] * k
+    weighted_k, d_weighted_k = own_weight[:, None] * k, mean[:, None] * k
     for s in tl.range(0, K, loop_unroll_factor=TOGETHER):
-        patch, exists = _load_indices(index_ptr + s, patches, mask_q)
+        patch = tl.load(index_ptr + s, mask=mask_q, other=-1).to(tl.int64)
+        exists = (patch >= 0) & (patch < patches)
         k, v = _load_patches(k_ptr, v_ptr, k_strides, v_strides, patch, exists, offs_e, mask_e)
         weight = tl.where(exists, tl.exp(tl.sum(q * k, axis=1) * scale - lse), 0.0)
         d_weight = tl.sum(grad * v, axis=1)
@@ -341,8 +334,8 @@ def _patches_bwd_kernel(
 ):
     """BLOCK_N patches of one head gather from the states that read them, in the order of the states."""
     grad_strides, q_strides = strides
-    image, head, offs_n, mask_n = _block(patches, HEADS, BLOCK_N)
-    offs_e = tl.arange(0, BLOCK_E)
+    image, head, offs_n = _block(patches, HEADS, BLOCK_N)
+    mask_n, offs_e = offs_n < patches, tl.arange(0, BLOCK_E)
     mask_e = offs_e < WIDTH
     grad_ptr, q_ptr = _starts(read, strides, image, head, 0)
     first_row = image * states * HEADS + head
