@@ -51,19 +51,11 @@ def _segment(block, RAW: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _head(HEADS: tl.constexpr):
-    """The program's image and head."""
-    return (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-
-
-@triton.jit
-def _keys(first, start, RAW: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tokens of BLOCK_N of the keys that a row reads, and which of them exist: the raw ones, then those of its segment."""
-    offs_n = first + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < KEYS
-    if KEYS > RAW:
-        return tl.where(offs_n < RAW, offs_n, offs_n - RAW + start), mask_n
-    return offs_n, mask_n
+def _key_tokens(offs_n, start, RAW: tl.constexpr, OWN: tl.constexpr):
+    """The tokens of the keys that a row reads, in its own order: the raw ones and, if OWN, those of its segment."""
+    if OWN:
+        return tl.where(offs_n < RAW, offs_n, offs_n - RAW + start)
+    return offs_n
 
 
 @triton.jit
@@ -84,7 +76,9 @@ def _attend(
     q, k_ptr, v_ptr, stride_t, start, scale, offs_e = block
     scale *= LOG2E
     if KEYS <= BLOCK_N:
-        tokens, mask_n = _keys(0, start, RAW, KEYS, BLOCK_N)
+        offs_n = tl.arange(0, BLOCK_N)
+        mask_n = offs_n < KEYS
+        tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
         k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
         scores = _scores(q, k, mask_n, scale)
         top = tl.maximum(tl.max(scores, axis=1), LOWEST)
@@ -97,7 +91,9 @@ def _attend(
         total = tl.zeros((q.shape[0],), tl.float32)
         acc = tl.zeros(q.shape, tl.float32)
         for first in range(0, KEYS, BLOCK_N):
-            tokens, mask_n = _keys(first, start, RAW, KEYS, BLOCK_N)
+            offs_n = first + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < KEYS
+            tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
             k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
             scores = _scores(q, k, mask_n, scale)
             higher = tl.maximum(tl.max(scores, axis=1), top)
@@ -129,7 +125,7 @@ def _fwd_kernel(
 ):
     """BLOCK_M rows of one head."""
     stride_m, stride_t, stride_part, stride_h = strides
-    image, head = _head(HEADS)
+    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
     start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_M)
     qkv_ptr += image * stride_m + head * stride_h
     k_ptr, v_ptr = qkv_ptr + stride_part, qkv_ptr + 2 * stride_part
@@ -152,7 +148,9 @@ def _sum_over_keys(block, RAW: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.const
     scale *= LOG2E
     dq = tl.zeros(q.shape, tl.float32)
     for first in range(0, KEYS, BLOCK_N):
-        tokens, mask_n = _keys(first, start, RAW, KEYS, BLOCK_N)
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < KEYS
+        tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
         k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
         v = _load(v_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
         p = tl.exp2(_scores(q, k, mask_n, scale) - log2_sum[:, None])
@@ -184,7 +182,7 @@ def _rows_bwd_kernel(
 ):
     """BLOCK_M rows of one head."""
     stride_m, stride_t, stride_part, stride_h = strides
-    image, head = _head(HEADS)
+    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
     start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_M)
     qkv_ptr += image * stride_m + head * stride_h
     k_ptr, v_ptr = qkv_ptr + stride_part, qkv_ptr + 2 * stride_part
@@ -252,7 +250,7 @@ def _keys_bwd_kernel(
 ):
     """BLOCK_N keys of one head: every token reads raw keys, a query's key is read by its segment or not at all."""
     stride_m, stride_t, stride_part, stride_h = strides
-    image, head = _head(HEADS)
+    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
     start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_N)
     qkv_ptr += image * stride_m + head * stride_h
     grad_ptr += image * grad_strides[0] + head * grad_strides[2]
