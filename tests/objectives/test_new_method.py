@@ -67,9 +67,17 @@ def test_what_is_wrong_with_a_recipe_is_named(tmp_path):
 
 @pytest.mark.usefixtures("unregistered")
 def test_a_second_method_of_a_name_is_refused():
-    register(DinoOptions)  # the same class may be registered again
-    with pytest.raises(ValueError, match="a second DinoOptions"):
-        register(type("DinoOptions", (DinoOptions,), {}))
+    register(DinoOptions)  # the same again is no second one
+    with pytest.raises(ValueError, match=r"DinoOptions is in patchlight.objectives.dino, got .*test_new_method"):
+        register(type("DinoOptions", (DinoOptions,), {"__module__": __name__}))
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_a_class_that_is_defined_again_replaces_itself():
+    """As a notebook does when a cell runs again."""
+    first, second = (recipe_of_file(TOY, "toy")().objectives.options[0] for _ in range(2))
+    assert type(first) is not type(second)
+    assert OBJECTIVES["ToyOptions"] is type(second)
 
 
 def test_the_docs_contain_the_toy_unchanged():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from ..checks import check
 from .dino import DinoOptions
 from .ibot import IbotOptions
 from .interface import ObjectiveOptions
@@ -19,10 +20,16 @@ OBJECTIVES: dict[str, type[ObjectiveOptions]] = {}  # by the name of the options
 
 
 def register(options: type[ObjectiveOptions]) -> type[ObjectiveOptions]:
-    """Adds an objective to the registry by its options. Also a decorator."""
+    """Adds an objective to the registry by its options. Also a decorator. A class that is defined again, as in a notebook,
+    replaces itself."""
     name = options.__name__
-    if OBJECTIVES.get(name, options) is not options:
-        raise ValueError(f"Options must have a name of their own, got a second {name}; rename the class.")
+    module = OBJECTIVES.get(name, options).__module__
+    check(
+        module == options.__module__,
+        f"Options must have a name of their own, {name} is in {module}",
+        options,
+        "rename it",
+    )
     OBJECTIVES[name] = options
     return options
 
