@@ -24,12 +24,8 @@ def register(options: type[ObjectiveOptions]) -> type[ObjectiveOptions]:
     replaces itself."""
     name = options.__name__
     module = OBJECTIVES.get(name, options).__module__
-    check(
-        module == options.__module__,
-        f"Options must have a name of their own, {name} is in {module}",
-        options,
-        "rename it",
-    )
+    got = f"{name} of {options.__module__} beside that of {module}"
+    check(module == options.__module__, "Options must have a name of their own", got, "rename the class")
     OBJECTIVES[name] = options
     return options
 
