@@ -84,16 +84,17 @@ def run_instruction_set(row: str) -> Outcome:
 def run_in_environment(row: str, *packages: str) -> Outcome:
     """Runs all tests in an environment with these packages and the project's other dependencies."""
     home = FOLDER / row
-    python = str(home / "bin/python")
-    if not home.exists():
+    python, complete = str(home / "bin/python"), home / "complete"  # the file exists once all packages are there
+    if not complete.exists():
         print(f"{row}: setting up {home.relative_to(ROOT)} (several gigabytes)", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
     extras = (PROJECT["optional-dependencies"][name] for name in ("test", "bench", "tracking"))
     others = [*PROJECT["dependencies"], *(package for extra in extras for package in extra)]
     requirements = (*packages, "setuptools>=77", *others)  # in one call: none may change torch's version
     install = subprocess.run([python, "-m", "pip", "install", "-q", *requirements], capture_output=True, text=True)
     if install.returncode:
         return Outcome(row, f"not run: pip: {install.stderr.strip()[-300:]}", failed=True)
+    complete.touch()
     versions = "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
     found = subprocess.run([python, "-c", versions], capture_output=True, text=True, check=True).stdout.strip()
     result = run_tests(row, python=python, PYTHONPATH=f"{ROOT / 'kernels'}:{ROOT / 'ssl'}")
