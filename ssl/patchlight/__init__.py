@@ -2,10 +2,9 @@
 
 
 def __getattr__(name: str) -> str:
-    if (
-        name == "__version__"
-    ):  # read when needed: patchlight_kernels imports torch, which parts of patchlight do without
-        from patchlight_kernels import __version__
+    """The version, read when it is needed: patchlight_kernels imports torch, which parts of patchlight do without."""
+    if name != "__version__":
+        raise AttributeError(f"module 'patchlight' has no attribute {name!r}")
+    from patchlight_kernels import __version__
 
-        return __version__
-    raise AttributeError(f"module 'patchlight' has no attribute {name!r}")
+    return __version__

@@ -300,6 +300,10 @@ class Run:
             "shorten the warm-up",
         )
 
+    def global_batch(self, world: int) -> int:
+        """Images of one optimizer step on so many processes."""
+        return self.data.batch_per_rank * world * self.parallel.accumulate
+
     def to_dict(self) -> dict:
         """Plain values only, for run.json and checkpoints; an objective's options include the name of their class."""
         plain = asdict(self)

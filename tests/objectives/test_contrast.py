@@ -142,7 +142,7 @@ def test_what_is_missing_is_named():
     ("options", "sentence"),
     [
         (lambda: MocoV3Options(temperature=0), "temperature must be positive, got 0"),
-        (lambda: MobyOptions(queue=0), "queue and temperature must be positive, got 0"),
+        (lambda: MobyOptions(queue=0), "MobyOptions.queue must be positive, got 0"),
     ],
 )
 def test_invalid_options_are_refused(options, sentence):

@@ -197,7 +197,7 @@ def build_metrics(run: Run, mesh: Mesh, objectives: WeightedObjectives) -> Metri
 
 def build_clock(run: Run, world: int, dataset_size: int) -> Clock:
     """The clock at the start of a run."""
-    batch = run.data.batch_per_rank * world * run.parallel.accumulate
+    batch = run.global_batch(world)
     steps = run.schedule.steps_per_epoch or dataset_size // batch
     check(
         steps > 0,

@@ -51,7 +51,7 @@ def refusals(run: Run, name: str, needs: Needs, world: int) -> Iterator[str]:
         )
     if needs.batch_norm and batch < 2:
         yield f"{name} has BatchNorm, which needs 2 images per process, got {batch}; raise Data.batch_per_rank."
-    global_batch = batch * world * run.parallel.accumulate
+    global_batch = run.global_batch(world)
     if needs.batch_divides and needs.batch_divides % global_batch:
         yield (
             f"{name} needs a global batch that divides its queue of {needs.batch_divides}, got {global_batch} "

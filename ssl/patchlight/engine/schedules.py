@@ -39,10 +39,15 @@ def peak_lr(optim: Optim, global_batch: int) -> float:
     return optim.base_lr * global_batch / 256
 
 
+def warmup_steps(clock: Clock, optim: Optim) -> int:
+    """Steps over which the learning rate rises."""
+    return int(optim.warmup_epochs * clock.steps_per_epoch)
+
+
 def rates_at(clock: Clock, optim: Optim, global_batch: int) -> Rates:
     """The rates of the step that comes next."""
     step, total = clock.step, clock.total
-    warmup = int(optim.warmup_epochs * clock.steps_per_epoch)
+    warmup = warmup_steps(clock, optim)
     peak, start, ends = peak_lr(optim, global_batch), optim.warmup_start_lr, optim.warmup_ends
     return Rates(
         lr=cosine(step, total, peak, optim.min_lr, warmup, start, ends),

@@ -6,14 +6,13 @@ from rich.table import Table
 
 from ..records import Clock
 from ..run import Run
-from .schedules import peak_lr
+from .schedules import peak_lr, warmup_steps
 
 
 def settings_table(run: Run, clock: Clock, world: int, dataset_size: int, loader_reason: str) -> Table:
     """Name, value and origin of each number."""
     optim, accumulate, per_rank = run.optim, run.parallel.accumulate, run.data.batch_per_rank
-    batch = per_rank * world * accumulate
-    warmup = int(optim.warmup_epochs * clock.steps_per_epoch)
+    batch = run.global_batch(world)
     lr = f"{optim.base_lr:g}"
     rows = [
         ("loader", run.data.loader, loader_reason),
@@ -22,7 +21,11 @@ def settings_table(run: Run, clock: Clock, world: int, dataset_size: int, loader
         ("steps", clock.total, f"{run.schedule.epochs} epochs"),
         ("base learning rate", lr, "per 256 images"),
         ("effective learning rate", f"{peak_lr(optim, batch):g}", f"linear rule: {lr} x {batch} / 256"),
-        ("warm-up", f"{warmup} steps", f"{optim.warmup_epochs:g} epochs, then a cosine to {optim.min_lr:g}"),
+        (
+            "warm-up",
+            f"{warmup_steps(clock, optim)} steps",
+            f"{optim.warmup_epochs:g} epochs, then a cosine to {optim.min_lr:g}",
+        ),
         ("weight decay", f"{optim.weight_decay:g}", f"a cosine to {optim.weight_decay_end:g}"),
         ("teacher momentum", f"{optim.teacher_momentum:g}", f"a cosine to {optim.teacher_momentum_end:g}"),
     ]

@@ -66,7 +66,7 @@ class Trainer:
         self.loader_reason = loader_reason  # why this loader was chosen
         self.step_state = StepState(student, teacher, objectives)
         self.sentinels = Sentinels(student, teacher, update, mesh, objectives.prototype_counts())
-        self.global_batch = run.data.batch_per_rank * mesh.world * run.parallel.accumulate
+        self.global_batch = run.global_batch(mesh.world)
         self.probe: TeacherProbe | None = None
         self.first_probe: dict[str, float] = {}
         self.last_rates: dict[str, float] = {}

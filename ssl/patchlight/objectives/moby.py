@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check
+from ..checks import check, check_positive
 from ..heads.contrast import ContrastHead
 from ..records import Clock, Cues, Side, Views
 from .contrast import cross_entropy, gather_rows, ordered_pairs, queries_and_keys, unit_rows
@@ -34,11 +34,8 @@ class MobyOptions(ObjectiveOptions):
     predictor_layers: int = 2
 
     def __post_init__(self) -> None:
-        if self.queue < 1 or self.temperature <= 0:
-            raise ValueError(
-                f"MobyOptions: queue and temperature must be positive, got {self.queue} and {self.temperature}; "
-                "4096 and 0.2 are usual."
-            )
+        check_positive("MobyOptions.queue", self.queue, "4096 is usual")
+        check_positive("MobyOptions.temperature", self.temperature, "0.2 is usual")
 
     def build(self, context: BuildContext) -> Moby:
         return Moby(self)
