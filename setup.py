@@ -153,6 +153,11 @@ def build_cpp(target: Path, work: Path, level: int | None = None) -> None:
     link([compiler(), "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10"], target)
 
 
+def quoted(flags: list[str]) -> list[str]:
+    """-I and -L for nvcc, which splits a path at its commas unless it is quoted."""
+    return [f'{flag[:2]}"{flag[2:]}"' for flag in flags]
+
+
 def cuda_objects(work: Path, archs: list[str], op: str = "*") -> list[str]:
     """Objects of every op: machine code for each architecture, and PTX of the newest for later GPUs."""
     path = nvcc()
@@ -161,7 +166,7 @@ def cuda_objects(work: Path, archs: list[str], op: str = "*") -> list[str]:
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     compile_ = [path, "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-    compile_ += [f"-ccbin={compiler()}", "--threads", "0", *gencode, STABLE_ABI, *include]
+    compile_ += [f"-ccbin={compiler()}", "--threads", "0", *gencode, STABLE_ABI, *quoted(include)]
     return compile_all(compile_, sorted(CSRC.rglob(f"{op}_cuda.cu")), work / f"cuda_{'_'.join(archs)}")
 
 
@@ -170,7 +175,7 @@ def build_cuda(target: Path, work: Path, archs: list[str]) -> None:
     _, libraries = torch_flags()
     objects = cuda_objects(work, archs)
     static = [nvcc(), f"-ccbin={compiler()}", "-shared", "-cudart", "static"]
-    link([*static, *objects, *libraries, "-ltorch_cpu", "-ltorch", "-lc10"], target)
+    link([*static, *objects, *quoted(libraries), "-ltorch_cpu", "-ltorch", "-lc10"], target)
 
 
 def build_cpu_device(target: Path, work: Path, sanitizer: str | None) -> None:

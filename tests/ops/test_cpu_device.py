@@ -87,7 +87,8 @@ def build_and_run(tmp_path, source: str, *flags: str) -> subprocess.CompletedPro
 
     (tmp_path / "program.cpp").write_text(source)
     includes = [f"-I{path}" for path in [ROOT / "csrc", *include_paths()]]
-    links = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    # Not -Wl, which a comma in the path would split.
+    links = [flag for path in library_paths() for flag in (f"-L{path}", "-Xlinker", "-rpath", "-Xlinker", path)]
     command = [
         compiler,
         "-std=c++20",
