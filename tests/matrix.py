@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable
@@ -56,8 +57,9 @@ class Outcome:
 def run_tests(row: str, *arguments: str, python: str = sys.executable, log: str = "", **environment: str) -> Outcome:
     """Runs pytest in another process; returns its last line and the tests that failed."""
     path, began = FOLDER / f"{log or row}.log", time.perf_counter()
-    # Inductor keeps what it compiled for one instruction set and would run it under another.
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(FOLDER / f"inductor-{row}")
+    # Inductor keeps what it compiled for one instruction set and would run it under another. Its own folder cannot have
+    # spaces in its name, which ours may.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/patchlight-inductor-{os.getuid()}/{row}"
     print(f"{log or row}: running; log in {path.relative_to(ROOT)}", flush=True)
     with open(path, "w") as file:
         command = [python, *PYTEST, *arguments]
