@@ -24,7 +24,7 @@ from patchlight.objectives.pqcl import PqclOptions
 from patchlight.objectives.selfpatch import SelfPatchOptions
 from patchlight.objectives.sere import SereOptions, sere_weights
 from patchlight.recipes.papers import HALF_MASKED, LAMBDA
-from patchlight.records import Clock, Crops, Views
+from patchlight.records import Clock, Crops, Views, now_at
 from patchlight.run import Data, Model, Objectives, Optim, Parallel, Run, Schedule
 
 from .official_layers import vit_of
@@ -217,7 +217,7 @@ def last_loss(trainer: Trainer) -> float:
 def build_official(kind: type[OfficialStep], trainer: Trainer) -> OfficialStep:
     """On copies of the trainer's branches, before the trainer changes these."""
     student, teacher, views = copy.deepcopy(trainer.student), copy.deepcopy(trainer.teacher), next(trainer.loader)
-    return kind(student, teacher, trainer.run, trainer.rates().lr, views, next_mask(trainer))
+    return kind(student, teacher, trainer.run, trainer.schedule(trainer.clock)["lr"], views, next_mask(trainer))
 
 
 def next_mask(trainer: Trainer) -> Tensor | None:
@@ -225,4 +225,6 @@ def next_mask(trainer: Trainer) -> Tensor | None:
     views = next(trainer.loader)
     pixels = views.global_crops.pixels
     grid = vit_of(trainer.student).grid(*pixels.shape[-2:])
-    return trainer.objectives.cue(views, grid, trainer.clock.at_batch(0, 0, 1, pixels.shape[1])).mask
+    clock = trainer.clock.at_batch(0, 0, 1, pixels.shape[1])
+    now = now_at(clock, trainer.schedule(clock), pixels.device)
+    return trainer.objectives.cue(views, grid, now).mask

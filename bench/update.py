@@ -53,11 +53,12 @@ def measure(method: Method, size: StepSize, seconds: float) -> list[Row]:
     peers = {name: build_official(step, trainer) for name, step in steps.items()}
     branches = {name: (peer.student, peer.teacher) for name, peer in peers.items()}
     branches[OURS] = (trainer.student, trainer.teacher)
+    trainer.step_values.write(trainer.clock)
     terms = {"loss": torch.ones((), device=device)}
 
     def our_update() -> None:
-        refused, _ = trainer.update.step(terms, trainer.rates().lr, run.optim.weight_decay, freeze=False)
-        trainer.teacher.follow(trainer.student, run.optim.teacher_momentum, refused)
+        refused, _ = trainer.update.step(terms, trainer.step_values.values)
+        trainer.teacher.follow(trainer.student, trainer.step_values.values["momentum"], refused)
 
     updates: dict[str, Callable[[], None]] = {name: peer.update for name, peer in peers.items()}
     updates[OURS] = our_update

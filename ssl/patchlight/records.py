@@ -5,8 +5,10 @@ Letters: V crops of one size, B images on this rank, S pixels, N patches, D widt
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.export import register_dataclass
 
@@ -19,6 +21,9 @@ class Crops:
     box: Tensor  # [V, B, 4] x, y, w, h in source pixels, fp32
     flip: Tensor  # [V, B] bool, whether the crop was mirrored left to right
 
+    def tensors(self) -> list[Tensor]:
+        return [self.pixels, self.box, self.flip]
+
 
 @dataclass(frozen=True, slots=True)
 class Views:
@@ -28,6 +33,21 @@ class Views:
     local_crops: Crops | None
     query_crops: Crops | None
     ids: Tensor  # [B] int64, the samples' numbers in the source
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, always in the same order."""
+        crops = [c for c in (self.global_crops, self.local_crops, self.query_crops) if c is not None]
+        return [tensor for c in crops for tensor in c.tensors()] + [self.ids]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Views:
+        """The same crops with other tensors, in the order of `tensors`."""
+        rest = iter(tensors)
+        crops = [
+            None if c is None else Crops(next(rest), next(rest), next(rest))
+            for c in (self.global_crops, self.local_crops, self.query_crops)
+        ]
+        assert crops[0] is not None
+        return Views(crops[0], crops[1], crops[2], next(rest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,3 +167,21 @@ class Clock:
     def next(self, images: int) -> Clock:
         """The clock of the next step, after a step of `images` images."""
         return replace(self, step=self.step + 1, images_seen=self.images_seen + images)
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """The numbers that differ from those of the step before. A step reads them on its device, and nothing else changes in it."""
+
+    values: Mapping[str, Tensor]  # by name, each [] fp64: rates of the engine, and what Objective.schedule gives
+    first_image: Tensor  # [] int64, Clock.first_image
+    clock: Clock  # on the host, for what is drawn there; a step that reads it cannot be one CUDA graph
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+
+def now_at(clock: Clock, numbers: Mapping[str, float], device: torch.device | str = "cpu") -> Now:
+    """The numbers of a step for a training loop of one's own: `now_at(clock, objective.schedule(clock), device)`."""
+    values = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in numbers.items()}
+    return Now(values, torch.tensor(clock.first_image, device=device), clock)

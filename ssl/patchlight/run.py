@@ -214,6 +214,8 @@ class Parallel:
     """Batches whose gradients make one optimizer step; teacher, centers and schedules change once per step."""
     precision: str = "bf16"
     """bf16, fp16 (with loss scaling) or fp32: the format of the forward pass; parameters stay fp32."""
+    graph: str = "auto"
+    """The whole step as one CUDA graph: on, off, or auto: where it can be; the run says which it is, and why."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
     checkpoint_activations: bool = False
@@ -225,6 +227,7 @@ class Parallel:
 
     def __post_init__(self) -> None:
         check_choice("Parallel.precision", self.precision, ("bf16", "fp16", "fp32"))
+        check_choice("Parallel.graph", self.graph, ("auto", "on", "off"))
         for name in ("shard", "accumulate"):
             check(getattr(self, name) > 0, f"Parallel.{name} must be positive", getattr(self, name), "use 1 or more")
         check(

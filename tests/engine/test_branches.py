@@ -12,10 +12,13 @@ from patchlight.engine.assembly import build_branches, build_objectives
 from patchlight.engine.branches import check_teacher_student
 from patchlight.objectives.interface import Needs, NeighborRule, Objective
 from patchlight.objectives.weighted import WeightedObjectives
-from patchlight.records import Clock, Cues, Wanted
+from patchlight.records import Clock, Cues, Wanted, now_at
 from patchlight_kernels import force
 
-CLOCK = Clock(0, 10, 0, 5)
+
+def now_of(objectives):
+    clock = Clock(0, 10, 0, 5)
+    return now_at(clock, objectives.schedule(clock))
 
 
 def built(run):
@@ -125,7 +128,7 @@ def test_the_loss_is_the_weighted_sum_of_the_terms():
     student, teacher, objectives, views = built(run)
     with force(neighbor_topk="reference"):
         teacher_sides = teacher.sides(teacher(views, wanted=objectives.teacher_wants))
-    loss, terms = objectives(student.sides(student(views)), teacher_sides, views, Cues(), CLOCK)
+    loss, terms = objectives(student.sides(student(views)), teacher_sides, views, Cues(), now_of(objectives))
     assert terms.keys() == {"dino/cls", "selfpatch/patch"}
     torch.testing.assert_close(loss, terms["dino/cls"] + 0.1 * terms["selfpatch/patch"])
 
@@ -139,7 +142,7 @@ def test_an_objective_gets_only_what_it_needs_from_the_teacher():
     received = {}
 
     def remember(name: str):
-        def forward(student, teacher, views, cues, clock):
+        def forward(student, teacher, views, cues, now):
             received[name] = teacher
             return {name: torch.zeros(())}
 
@@ -147,7 +150,7 @@ def test_an_objective_gets_only_what_it_needs_from_the_teacher():
 
     for objective in objectives.objectives():
         objective.forward = remember(objective.name)
-    objectives(teacher.sides(features), teacher.sides(features), views, Cues(), CLOCK)
+    objectives(teacher.sides(features), teacher.sides(features), views, Cues(), now_of(objectives))
     assert received["dino"].local_crops is None
     assert received["selfpatch"].local_crops is features.local_crops
     assert received["dino"].head is teacher.heads["dino"]
@@ -158,7 +161,7 @@ def test_a_weight_without_a_term_is_refused():
     run = replace(run, objectives=replace(run.objectives, weights={"dino/clss": 2.0}))
     student, teacher, objectives, views = built(run)
     with pytest.raises(ValueError, match=r"got \['dino/clss'\] where the terms are \['dino/cls'\]"):
-        objectives(student.sides(student(views)), teacher.sides(teacher(views)), views, Cues(), CLOCK)
+        objectives(student.sides(student(views)), teacher.sides(teacher(views)), views, Cues(), now_of(objectives))
 
 
 class WithNeeds(Objective):

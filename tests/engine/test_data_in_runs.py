@@ -53,9 +53,9 @@ def test_a_stopped_run_continues_with_the_same_images(images, tmp_path):
     def ids(trainer, count):
         batches, forward = [], trainer.forward
 
-        def keep(views, clock):
+        def keep(views, now):
             batches.append((views.ids, views.global_crops.pixels))
-            return forward(views, clock)
+            return forward(views, now)
 
         trainer.forward = keep
         for _ in range(count):

@@ -23,10 +23,15 @@ from patchlight.engine.assembly import build_branches, build_objectives, train
 from patchlight.engine.branches import check_teacher_student
 from patchlight.recipes import RECIPES
 from patchlight.recipes.papers import pqcl_vits16_in1k, pqcl_vits16_in1k_ablation
-from patchlight.records import Clock, Cues, Wanted
+from patchlight.records import Clock, Cues, Wanted, now_at
 from patchlight_kernels import force
 
-CLOCK = Clock(0, 10, 0, 5)
+
+def now_of(objectives):
+    clock = Clock(0, 10, 0, 5)
+    return now_at(clock, objectives.schedule(clock))
+
+
 HOSTS = pytest.mark.parametrize("host", [IBOT, DINO], ids=["ibot", "dino"])
 SEMI, VANILLA = replace(PQCL, heads="semi"), replace(PQCL, heads="vanilla")
 
@@ -93,7 +98,7 @@ def test_which_head_the_queries_use(host):
 
 def test_queries_and_query_crops_have_the_same_features_alone():
     student, teacher, objectives, views = built(IBOT, PQCL)
-    cues = objectives.cue(views, (4, 4), CLOCK)
+    cues = objectives.cue(views, (4, 4), now_of(objectives))
     student_features, teacher_features = student(views, cues), teacher(views, wanted=Wanted(query_crops=True))
     for view in range(2):
         queries = replace(cues.queries, positions=cues.queries.positions[view])
@@ -109,20 +114,20 @@ def test_queries_pass_the_norm_of_a_class_attention_summary():
     """Beside SelfPatch the backbone has neither class token nor final norm."""
     crops = replace(pqcl_policy(2, 12, global_size=16), local_crops=dino_policy(2, 16, 12).local_crops)
     student, teacher, objectives, views = built(DINO, SELFPATCH, PQCL, data={"crops": crops})
-    cues = objectives.cue(views, (4, 4), CLOCK)
+    cues = objectives.cue(views, (4, 4), now_of(objectives))
     queries = replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
     alone = student.summary.norm(student.backbone(views.global_crops.pixels.flatten(0, 1), queries=queries).queries)
     student_features = student(views, cues)
     torch.testing.assert_close(student_features.global_crops.queries.flatten(0, 1), alone)
     with force(neighbor_topk="reference"):
         teacher_sides = teacher.sides(teacher(views, wanted=objectives.teacher_wants))
-    _, terms = objectives(student.sides(student_features), teacher_sides, views, cues, CLOCK)
+    _, terms = objectives(student.sides(student_features), teacher_sides, views, cues, now_of(objectives))
     assert terms.keys() == {"dino/cls", "selfpatch/patch", "pqcl/query"}
 
 
 def test_other_features_do_not_depend_on_queries():
     student, _, objectives, views = built(IBOT, PQCL)
-    cues = objectives.cue(views, (4, 4), CLOCK)
+    cues = objectives.cue(views, (4, 4), now_of(objectives))
     with_queries, alone = student(views, cues), student(views, Cues(cues.mask))
     torch.testing.assert_close(with_queries.global_crops.summary, alone.global_crops.summary, rtol=0, atol=2e-6)
     torch.testing.assert_close(with_queries.global_crops.patches, alone.global_crops.patches, rtol=0, atol=2e-6)

@@ -54,7 +54,7 @@ class EqualImages(NoiseLoader):
 
 def test_features_that_do_not_depend_on_the_image_are_constant(tmp_path):
     trainer = logging_trainer(tmp_path)
-    trainer.loader = EqualImages(trainer.run)
+    trainer.batches.loader = EqualImages(trainer.run)
     assert "constant features" in fit(trainer)
 
 
@@ -96,7 +96,7 @@ class InfinitePixels(NoiseLoader):
 def test_non_finite_steps_are_named_and_end_the_run_when_they_do_not_stop(tmp_path):
     optim = {"base_lr": 0.03, "warmup_epochs": 0, "most_refused": 5}
     trainer = logging_trainer(tmp_path, optim=optim)
-    trainer.loader = InfinitePixels(trainer.run)
+    trainer.batches.loader = InfinitePixels(trainer.run)
     sentence = r"non-finite: .*skipped on all ranks \(5 in a row .*the loss term dino/cls"
     with pytest.raises(TrainingError, match=sentence):
         trainer.fit()

@@ -66,7 +66,7 @@ def test_a_wait_is_found():
 def test_a_step_does_not_wait_for_the_device(options, optimizer, tmp_path):
     parallel = {"precision": "fp16", "accumulate": 2}
     trainer = tiny_trainer(tiny_run(tmp_path, options=options, optim={"name": optimizer}, parallel=parallel))
-    trainer.loader = Prepared(trainer.loader, 4)
+    trainer.batches.loader = Prepared(trainer.loader, 4)
     with force(neighbor_topk="reference"):
         trainer.step()  # optimizer states are made here
         with NoHostSync():
@@ -86,11 +86,11 @@ def test_the_schedules_are_those_of_the_step(tmp_path):
     peak = 0.5 * 16 / 256
     for step in range(20):
         trainer.clock = replace(trainer.clock, step=step)
-        rates = trainer.rates()
-        assert rates.lr == cosine(step, 20, peak, 0.001, 5)
-        assert rates.weight_decay == cosine(step, 20, 0.1, 0.3)
-        assert rates.momentum == cosine(step, 20, 0.9, 1.0)
-        assert rates.freeze_prototypes == (step < 5)
+        rates = trainer.schedule(trainer.clock)
+        assert rates["lr"] == cosine(step, 20, peak, 0.001, 5)
+        assert rates["weight_decay"] == cosine(step, 20, 0.1, 0.3)
+        assert rates["momentum"] == cosine(step, 20, 0.9, 1.0)
+        assert rates["freeze_prototypes"] == (step < 5)
     assert [round(cosine(step, 20, peak, 0.001, 5) / peak, 6) for step in (0, 2, 4, 5)] == [0, 0.5, 1, 1]
 
 
@@ -202,14 +202,14 @@ def test_a_refused_step_leaves_nothing_in_the_queue(tmp_path):
     good = trainer.loader
     bad = next(NoiseLoader(trainer.run))
     bad.global_crops.pixels[0, 0, 0, 0, 0] = float("nan")
-    trainer.loader = Prepared(good, 0)
+    trainer.batches.loader = Prepared(good, 0)
     trainer.loader.views = [bad]
     trainer.step()
     assert trainer.metrics.steps[-1]["step/refused"] == 1
     for module in (trainer.student, trainer.teacher, trainer.objectives):
         for name, buffer in module.named_buffers():
             assert torch.equal(buffer, before[name]), name
-    trainer.loader = good
+    trainer.batches.loader = good
     trainer.step()
     assert trainer.metrics.steps[-1]["step/refused"] == 0
     assert trainer.objectives.parts[0].oldest == 16

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchlight.data.policy import dino_policy, pqcl_policy
 from patchlight.engine.assembly import build_trainer
+from patchlight.engine.graph import Recorder
 from patchlight.engine.parallel import Mesh, processes
 from patchlight.engine.trainer import Trainer
 from patchlight.objectives.dino import DinoOptions
@@ -129,8 +130,13 @@ class MetricsInMemory:
         self.closed = True
 
 
-def tiny_trainer(run: Run, mesh: Mesh | None = None, metrics: MetricsInMemory | None = None) -> Trainer:
-    return build_trainer(run, mesh, NoiseLoader(run, mesh), metrics or MetricsInMemory())
+def tiny_trainer(
+    run: Run, mesh: Mesh | None = None, metrics: MetricsInMemory | None = None, recorder: Recorder | None = None
+) -> Trainer:
+    """recorder: of the step, in place of the one that the run chooses."""
+    trainer = build_trainer(run, mesh, NoiseLoader(run, mesh), metrics or MetricsInMemory())
+    trainer.repeated_step.recorder = recorder or trainer.repeated_step.recorder
+    return trainer
 
 
 def on_processes(count: int, work: Callable, *arguments, timeout: float = 600) -> list:

@@ -6,9 +6,9 @@ import re
 import torch
 from harness import Case, check, skip_unsupported
 from objective_cases import (
-    clock_of,
     moco_loss_and_gradient,
     moco_on_a_rank,
+    now_of,
     one_direction,
     recorded_in_processes,
     views_of,
@@ -187,13 +187,13 @@ class RecordedSteps:
 
     def run_step(self, number: int) -> None:
         """A step: the loss, the gradients that are recorded, then SGD."""
-        case, clock = self.case, clock_of(0)
+        case, now = self.case, now_of(self.objectives)
         pixels = torch.stack(list(case.numbered(f"step{number}.x")))
         shape = views_of(pixels.shape[1], len(pixels))
         views = Views(Crops(pixels, shape.global_crops.box, shape.global_crops.flip), None, None, shape.ids)
         with torch.no_grad():
             teacher = self.teacher.sides(self.teacher(views))
-        loss, _ = self.objectives(self.student.sides(self.student(views)), teacher, views, Cues(), clock)
+        loss, _ = self.objectives(self.student.sides(self.student(views)), teacher, views, Cues(), now)
         case.close(f"step{number}.loss", loss, rel=LOSS)
         loss.backward()
         parameters = dict(self.student.named_parameters())
@@ -207,7 +207,7 @@ class RecordedSteps:
             for parameter in parameters.values():
                 parameter -= float(case.meta["sgd_lr_between_steps"]) * parameter.grad
                 parameter.grad = None
-        self.objectives.after_step(clock)
+        self.objectives.after_step()
         self.compare(f"step{number}.after.")
 
     def compare(self, prefix: str) -> None:

@@ -16,7 +16,7 @@ from patchlight.data.policy import dino_policy
 from patchlight.engine import assembly
 from patchlight.engine.optim import Lars, Update
 from patchlight.engine.parallel import Mesh
-from patchlight.engine.schedules import Rates, cosine
+from patchlight.engine.schedules import cosine
 from patchlight.heads.projection import ProjectionHead
 from patchlight.heads.prototypes import Prototypes
 from patchlight.objectives.dino import DinoOptions
@@ -142,7 +142,8 @@ class RecordedTrainer:
     def __init__(self, run: Run, case: Case) -> None:
         self.case, self.number = case, 0
         self.trainer = assembly.build_trainer(run, CPU, RecordedViews(case), LastMetrics())
-        self.trainer.rates = self.recorded_rates
+        self.scheduled = self.trainer.schedule
+        self.trainer.step_values.schedules = self.recorded_schedule
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
         self.objectives, self.metrics, self.update = self.trainer.objectives, self.trainer.metrics, self.trainer.update
         self.unclipped: list[Tensor | None] = []
@@ -154,12 +155,10 @@ class RecordedTrainer:
 
         self.update.norms = norms
 
-    def recorded_rates(self) -> Rates:
-        lr, weight_decay, momentum = (
-            self.case.config[name][self.number] for name in ("lr", "weight_decay", "ema_momentum")
-        )
-        frozen = self.trainer.clock.epoch < self.trainer.run.optim.freeze_prototypes_epochs
-        return Rates(lr, weight_decay, momentum, frozen)
+    def recorded_schedule(self, clock: Clock) -> dict[str, float]:
+        recorded = {"lr": "lr", "weight_decay": "weight_decay", "momentum": "ema_momentum"}
+        rates = {name: self.case.config[where][self.number] for name, where in recorded.items()}
+        return self.scheduled(clock) | rates
 
     def step(self, number: int, epoch: int) -> None:
         self.number, clock = number, self.trainer.clock
@@ -289,6 +288,8 @@ def ibot_options(case: Case) -> IbotOptions:
 
 class RecordedMasks:
     """The recorded masks, step by step."""
+
+    on_host = True
 
     def __init__(self, case: Case) -> None:
         masks = (list(case.numbered(f"step{number}.input.mask_crop")) for number in range(case.step_count()))

@@ -11,6 +11,7 @@ from patchlight.heads.summary import ClassAttentionSummary
 from patchlight.objectives.dino import Dino, DinoOptions
 from patchlight.objectives.interface import NeighborRule
 from patchlight.objectives.selfpatch import SelfPatch, SelfPatchOptions
+from patchlight.objectives.weighted import WeightedObjectives
 from patchlight.records import Cues, Features, Side, Tokens
 
 FP32 = 1e-5
@@ -129,11 +130,11 @@ def compare_neighborhood(case: Case, k: int) -> None:
     with torch.no_grad():
         teacher_features = teacher.features(objectives[1].needs().neighbors, batch)
     student_features = student.features(None, batch)
-    terms, clock = {}, cases.clock_of(0)
+    terms, now = {}, cases.now_of(WeightedObjectives(objectives))
     for objective, part in zip(objectives, ("c_head", "p_head"), strict=True):
         sides = Side(*student_features, head=student.parts[part]), Side(*teacher_features, head=teacher.parts[part])
-        terms |= objective(*sides, cases.views_of(batch, len(student_features[0].summary)), Cues(), clock)
-        objective.after_step(clock)
+        terms |= objective(*sides, cases.views_of(batch, len(student_features[0].summary)), Cues(), now)
+        objective.after_step()
     loss = terms["dino/cls"] + case.config["patch_weight"] * terms["selfpatch/patch"]
     case.close(f"output.loss_cls.k{k}", terms["dino/cls"], FP32)
     case.close(f"output.loss_patch.k{k}", terms["selfpatch/patch"], FP32)

@@ -15,7 +15,7 @@ from patchlight.engine.assembly import build_branches, build_objectives
 from patchlight.objectives.geometry import relative_positions
 from patchlight.objectives.ibot import Ibot, IbotOptions
 from patchlight.objectives.pqcl import Pqcl, PqclOptions
-from patchlight.records import Crops, Cues, Features, Side, Views
+from patchlight.records import Crops, Cues, Features, Now, Side, Views, now_at
 from patchlight.run import Data, Model, Objectives, Run
 
 OUR_NAMES = {
@@ -129,17 +129,22 @@ def losses(case: Case) -> None:
     teacher = Side(
         features(case["teacher_global"], batch), query_crops=Features(query[:, :, 0], query, (0, 0)), head=head
     )
-    views, clock = cases.views_of(batch, len(ibot.masks.mask)), cases.clock_of(0)
-    cues = ibot.cue(views, student.global_crops.grid, clock)
-    terms = ibot(student, teacher, views, cues, clock) | pqcl(student, teacher, views, cues, clock)
+    views, now = cases.views_of(batch, len(ibot.masks.mask)), now_of_both(ibot, pqcl)
+    cues = ibot.cue(views, student.global_crops.grid, now)
+    terms = ibot(student, teacher, views, cues, now) | pqcl(student, teacher, views, cues, now)
     loss = check_terms(case, terms, [float(case.meta[f"lambda{n}"]) for n in (1, 2, 3)])
     loss.backward()
     for name, leaf in leaves.items():
         case.close(f"grad_student_{name}", leaf.grad, rel=1e-5)
     for objective in (ibot, pqcl):
-        objective.after_step(clock)
+        objective.after_step()
     for name, target in targets.items():
         case.close(f"{name}_after", target.center.view_as(case[f"{name}_after"]), rel=1e-5)
+
+
+def now_of_both(ibot: Ibot, pqcl: Pqcl) -> Now:
+    clock = cases.clock_of(0)
+    return now_at(clock, ibot.schedule(clock) | pqcl.schedule(clock))
 
 
 def masks_of(case: Case, prefix: str) -> Tensor:
@@ -221,10 +226,10 @@ def whole_step(case: Case) -> None:
     flip = torch.randint(2, pixels.shape[:2])  # ignored, as in the released code
     crops, queries = boxes(case["rect_global"], flip, pixels), boxes(case["rect_query"], pixels=query_pixels)
     views = Views(crops, None, queries, torch.arange(pixels.shape[1]))
-    clock = cases.clock_of(0)
+    now = cases.now_of(objectives)
     with torch.no_grad():
         teacher_features = teacher(views, wanted=objectives.teacher_wants)
-    cues = objectives.cue(views, teacher_features.global_crops.grid, clock)
+    cues = objectives.cue(views, teacher_features.global_crops.grid, now)
     check_cues(case, student, cues, teacher_features.query_crops.grid)
     student_features = student(views, cues)
     check_logits(case, "student_global_logits", student.heads["ibot"], tokens_of(student_features.global_crops))
@@ -234,10 +239,10 @@ def whole_step(case: Case) -> None:
     check_logits(case, "teacher_global_logits", teacher.heads["ibot"], tokens_of(teacher_features.global_crops))
     by_image = teacher_features.query_crops.patches.transpose(0, 1).flatten(1, 2)
     check_logits(case, "teacher_query_logits", teacher.heads["ibot"], by_image)
-    loss, terms = objectives(student.sides(student_features), teacher.sides(teacher_features), views, cues, clock)
+    loss, terms = objectives(student.sides(student_features), teacher.sides(teacher_features), views, cues, now)
     check_terms(case, terms, [float(case.meta.get(f"lambda{n}", 1.0)) for n in (1, 2, 3)])  # 1 as released
     loss.backward()
-    objectives.after_step(clock)
+    objectives.after_step()
     for name, target in (("center", ibot.target), ("center2", ibot.patch_target), ("center3", pqcl.target)):
         case.close(name, target.center.view_as(case[name]), rel=1e-5)
     recorded = renamed({name: name for name in case.under("grad.")}, OUR_NAMES)

@@ -2,7 +2,7 @@
 
 import torch
 from harness import Case, check, parse_value
-from objective_cases import clock_of, square
+from objective_cases import now_of, square
 from torch import Tensor, nn
 
 from patchlight.heads.relation import RelationHead, RelationPrediction, RelationPredictor
@@ -154,7 +154,7 @@ def steps(case: Case) -> None:
             objective.sides[crops.grid] = objective.recorded[size[kind]]
     local_crops = crops_of(case["rects_local"]) if locals_ else None
     views = Views(crops_of(case["rects_global"].transpose(0, 1)), local_crops, None, None)
-    terms = objective(student, teacher, views, Cues(), clock_of(0))
+    terms = objective(student, teacher, views, Cues(), now_of(objective))
     parameters = {
         f"{name}.{part}.{key}": parameter
         for name, pair in parts.items()

@@ -7,6 +7,7 @@ what the objective, its targets and `Prototypes.forward` do.
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import harness
 import torch
@@ -23,7 +24,8 @@ from patchlight.objectives.moby import Moby
 from patchlight.objectives.moco_v3 import MocoV3, MocoV3Options
 from patchlight.objectives.selfpatch import SelfPatch, SelfPatchOptions
 from patchlight.objectives.targets import Center, Sinkhorn
-from patchlight.records import Clock, Crops, Cues, Features, Side, Views
+from patchlight.objectives.weighted import WeightedObjectives
+from patchlight.records import Clock, Crops, Cues, Features, Now, Side, Views, now_at
 
 STEPS_PER_EPOCH = 7
 
@@ -53,6 +55,7 @@ class GivenMasks:
 
     mask: Tensor
     padding: int = 3
+    on_host: ClassVar[bool] = True
 
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         return int(self.mask.sum()) + self.padding
@@ -65,6 +68,12 @@ def clock_of(epoch: int) -> Clock:
     return Clock(
         step=epoch * STEPS_PER_EPOCH + 2, total=10**6, images_seen=epoch * 1000, steps_per_epoch=STEPS_PER_EPOCH
     )
+
+
+def now_of(objective, epoch: int = 0) -> Now:
+    """What an objective, or all of a run, get in an epoch."""
+    clock = clock_of(epoch)
+    return now_at(clock, objective.schedule(clock))
 
 
 def by_crop(x: Tensor, batch: int, width: int | None = None) -> Tensor:
@@ -120,11 +129,11 @@ def dino_step(tensors: dict, objective: Dino, batch: int, epoch: int = 0) -> dic
     student = Side(cls_features(of_globals), cls_features(of_locals) if len(of_locals) else None)
     student = with_head(student, LogitsHead(count, count))
     teacher = with_head(Side(cls_features(teacher_logits)), LogitsHead(count, count))
-    clock = clock_of(epoch)
+    now = now_of(objective, epoch)
     before = objective.target.center.clone()
-    loss = objective(student, teacher, views_of(batch, len(teacher_logits)), Cues(), clock)["dino/cls"]
+    loss = objective(student, teacher, views_of(batch, len(teacher_logits)), Cues(), now)["dino/cls"]
     loss.backward()
-    objective.after_step(clock)
+    objective.after_step()
     return {
         "input.center": before[None],
         "output.loss": loss.detach(),
@@ -164,17 +173,17 @@ def ibot_step(tensors: dict, objective: Ibot, config: dict, epoch: int) -> dict:
     student = Side(Features(wide["student_cls"], wide["student_patch"], grid), local, head=head)
     teacher = Side(Features(wide["teacher_cls"], wide["teacher_patch"], grid), head=head)
     objective.masks.mask = mask
-    clock, views = clock_of(epoch), views_of(batch, len(mask))
+    now, views = now_of(objective, epoch), views_of(batch, len(mask))
     before = objective.target.center.clone(), objective.patch_target.center.clone()
-    cues = objective.cue(views, grid, clock)
+    cues = objective.cue(views, grid, now)
     assert torch.equal(cues.mask, mask & (epoch >= o.patch_start_epoch))
     # Before that epoch it is the released loader that masks nothing, not the loss.
-    terms = objective(student, teacher, views, Cues(mask=mask), clock)
+    terms = objective(student, teacher, views, Cues(mask=mask), now)
     lambdas = (config.get(name, 1.0) for name in ("lambda1", "lambda2"))
     weighted = [w * terms[name] for w, name in zip(lambdas, ("ibot/cls", "ibot/patch"), strict=True)]  # as recorded
     loss = sum(weighted)
     loss.backward()
-    objective.after_step(clock)
+    objective.after_step()
     return {f"grad.input.{k}": x.grad for k, x in leaves.items()} | {
         "input.center_cls": before[0][None],
         "input.center_patch": before[1][None, None],
@@ -214,16 +223,20 @@ def selfpatch_step(
     student = {size: recorded_features(leaves, f"student_{size}", batch) for size in sizes}
     recorded = {k[len("input.") :]: x for k, x in tensors.items() if k.startswith("input.teacher_")}
     teacher = {size: recorded_features(recorded, f"teacher_{size}", batch) for size in sizes}
-    clock, views, terms = clock_of(epoch), views_of(batch, len(student["global"].summary)), {}
+    now, views, terms = (
+        now_of(WeightedObjectives(objectives), epoch),
+        views_of(batch, len(student["global"].summary)),
+        {},
+    )
     before = dino.target.center.clone(), selfpatch.target.center.clone()
     for objective in objectives:
         head = LogitsHead(objective.options.prototypes, objective.options.prototypes)
         sides = [Side(side["global"], side.get("local"), head=head) for side in (student, teacher)]
-        terms |= objective(*sides, views, Cues(), clock)
+        terms |= objective(*sides, views, Cues(), now)
     loss = terms["dino/cls"] + weight * terms["selfpatch/patch"]
     loss.backward()
     for objective in objectives:
-        objective.after_step(clock)
+        objective.after_step()
     return {f"grad.input.{k}": x.grad for k, x in leaves.items()} | {
         "input.center_cls": before[0][None, None],
         "input.center_patch": before[1][None],

@@ -33,7 +33,7 @@ def sides(heads, views=2):
 
 
 def run(objective, student, teacher):
-    (term,) = objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(0)).values()
+    (term,) = objective(student, teacher, cases.views_of(BATCH), Cues(), cases.now_of(objective)).values()
     return term
 
 
@@ -101,13 +101,13 @@ def test_the_queue_takes_the_keys_of_all_batches_when_the_step_is_done_oldest_ou
             keys.append(torch.stack(rows(student, teacher)[1]))
             run(objective, student, teacher)
             assert torch.equal(objective.queue, before)
-        objective.after_step(cases.clock_of(0))
+        objective.after_step()
         before = objective.queue.clone()
         torch.testing.assert_close(before, torch.cat(keys, dim=1))
         assert objective.oldest == 0
     student, teacher = sides(heads)
     run(objective, student, teacher)
-    objective.after_step(cases.clock_of(0))
+    objective.after_step()
     torch.testing.assert_close(objective.queue[:, :4], torch.stack(rows(student, teacher)[1]))
     assert torch.equal(objective.queue[:, 4:], before[:, 4:])
     assert objective.oldest == 4

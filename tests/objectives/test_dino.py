@@ -45,7 +45,7 @@ def loop(objective, student, teacher, temperature=0.04):
 
 
 def run(objective, student, teacher, epoch=0):
-    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(epoch))["dino/cls"]
+    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.now_of(objective, epoch))["dino/cls"]
 
 
 @pytest.mark.parametrize("local", [0, LOCAL])
@@ -105,7 +105,7 @@ def test_center_is_the_mean_of_the_crops_it_is_over(center_over):
     expected = torch.stack(teacher_logits if center_over == "all" else teacher_logits[:2]).mean(dim=(0, 1))
     with torch.no_grad():  # the teacher follows the student before the center moves
         heads[1].prototypes.weight_v.normal_()
-    objective.after_step(cases.clock_of(0))
+    objective.after_step()
     torch.testing.assert_close(objective.target.center, 0.1 * expected, rtol=1e-9, atol=0)
 
 
@@ -126,7 +126,7 @@ def test_four_micro_batches_are_one_batch():
         parts = parts + run(other, *cut) / 4
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=0)
     for each in (objective, other):
-        each.after_step(cases.clock_of(0))
+        each.after_step()
     torch.testing.assert_close(other.target.center, objective.target.center, rtol=1e-12, atol=0)
 
 
@@ -146,7 +146,7 @@ def test_sinkhorn_balances_the_teachers_rows():
     share = ((logits + target.bias) / 0.04).softmax(dim=-1).mean(dim=(0, 1))
     assert share.std() < 0.7 * (logits / 0.04).softmax(dim=-1).mean(dim=(0, 1)).std()
     assert run(objective, student, teacher).isfinite()
-    objective.after_step(cases.clock_of(0))
+    objective.after_step()
     assert objective.state_dict() == {}
 
 

@@ -8,7 +8,7 @@ import torch
 
 from patchlight.data.masking import FixedMasks, MaskRule, ReleasedMasks
 from patchlight.objectives.ibot import Ibot, IbotOptions
-from patchlight.records import Cues, Features, Side
+from patchlight.records import Cues, Features, Side, now_at
 
 WIDTH, BATCH, GRID = 10, 3, (3, 4)
 SMALL = IbotOptions(prototypes=16, bottleneck=6, hidden=12, warmup_epochs=0)
@@ -41,8 +41,9 @@ def sides(student_head, teacher_head):
 
 def run(objective, student, teacher, clock=None):
     clock = clock or cases.clock_of(0)
-    cues = objective.cue(cases.views_of(BATCH), GRID, clock)
-    return objective(student, teacher, cases.views_of(BATCH), cues, clock)
+    now = now_at(clock, objective.schedule(clock))
+    cues = objective.cue(cases.views_of(BATCH), GRID, now)
+    return objective(student, teacher, cases.views_of(BATCH), cues, now)
 
 
 def patch_loop(objective, student, teacher, average="image", temperature=0.07):
@@ -94,7 +95,7 @@ def test_empty_masks_everywhere_give_zero():
     for target in ("centering", "sinkhorn"):
         again = Ibot(objective.masks, dataclasses.replace(SMALL, target=target, patch_center_over="masked")).double()
         assert run(again, student, teacher)["ibot/patch"] == 0
-        again.after_step(cases.clock_of(0))
+        again.after_step()
         assert all(value.isfinite().all() for value in again.state_dict().values())
 
 
@@ -103,7 +104,7 @@ def test_patch_center_is_the_mean_of_the_patches_it_is_over(over):
     objective, *heads = build(dataclasses.replace(SEPARATE, patch_center_over=over), given_masks(padding=5))
     student, teacher = sides(*heads)
     run(objective, student, teacher)
-    objective.after_step(cases.clock_of(0))
+    objective.after_step()
     logits = heads[1].patch_prototypes.logits(heads[1](teacher.global_crops.patches))
     logits = logits.flatten(0, 2) if over == "all" else logits[objective.masks.mask]
     torch.testing.assert_close(objective.patch_target.center, 0.1 * logits.mean(dim=0), rtol=1e-9, atol=0)
@@ -143,9 +144,10 @@ def test_masks_and_their_schedule_start_at_their_epoch():
     for epoch, temperature in enumerate([0.04, 0.04, 0.04, 0.055, 0.07, 0.07]):
         clock = cases.clock_of(epoch)
         assert objective.patch_temperature.at(clock) == pytest.approx(temperature)
-        cues = objective.cue(cases.views_of(BATCH), GRID, clock)
+        now = now_at(clock, objective.schedule(clock))
+        cues = objective.cue(cases.views_of(BATCH), GRID, now)
         assert cues.mask.any() == (epoch >= 2)
-        assert (objective(student, teacher, cases.views_of(BATCH), cues, clock)["ibot/patch"] > 0) == (epoch >= 2)
+        assert (objective(student, teacher, cases.views_of(BATCH), cues, now)["ibot/patch"] > 0) == (epoch >= 2)
         assert objective.temperature.at(clock) == pytest.approx([0.04, 0.055, 0.07][min(epoch, 2)])
 
 
@@ -170,7 +172,7 @@ def test_micro_batches_get_the_running_numbers_of_one_batch():
     clock = cases.clock_of(1)  # after 1000 images
     for number in range(3):
         run(objective, *sides(*heads), clock.at_batch(number, 0, 1, BATCH))
-    objective.after_step(clock)
+    objective.after_step()
     run(objective, *sides(*heads), clock.next(3 * BATCH).at_batch(0, 0, 1, BATCH))
     assert recorder.first == [1000, 1000 + BATCH, 1000 + 2 * BATCH, 1000 + 3 * BATCH]
 
@@ -180,7 +182,8 @@ def test_ranks_get_their_part_of_the_running_numbers():
     for rank in range(2):
         objective = Ibot(Recorder(given_masks().mask), SMALL)
         for number in range(2):
-            objective.cue(cases.views_of(BATCH), GRID, cases.clock_of(0).at_batch(number, rank, 2, BATCH))
+            clock = cases.clock_of(0).at_batch(number, rank, 2, BATCH)
+            objective.cue(cases.views_of(BATCH), GRID, now_at(clock, objective.schedule(clock)))
         first.append(objective.masks.first)
     assert first == [[0, 2 * BATCH], [BATCH, 3 * BATCH]]
 
@@ -189,7 +192,7 @@ def test_ranks_get_their_part_of_the_running_numbers():
 def test_runs_on_both_kinds_of_masks(masks):
     objective, *heads = build(masks=masks)
     student, teacher = sides(*heads)
-    cues = objective.cue(cases.views_of(BATCH), GRID, cases.clock_of(0))
+    cues = objective.cue(cases.views_of(BATCH), GRID, cases.now_of(objective))
     assert cues.mask.shape == (2, BATCH, 12)
     rows = objective.masked_patches(cues, GRID)
     assert len(rows.row) == masks.rows(2, BATCH, GRID)
@@ -201,7 +204,7 @@ def test_what_is_missing_is_named():
     objective, *heads = build()
     student, teacher = sides(*heads)
     with pytest.raises(ValueError, match="forward needs the mask that cue returned, got none"):
-        objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(0))
+        objective(student, teacher, cases.views_of(BATCH), Cues(), cases.now_of(objective))
     with pytest.raises(ValueError, match=r"ibot: its head .* got none in the teacher"):
         run(objective, student, Side(features()))
     with pytest.raises(ValueError, match="at least one patch of a batch must be masked"):

@@ -37,7 +37,7 @@ def sides(student_head, teacher_head, predictor=None):
 
 
 def run(objective, student, teacher):
-    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(0))["pqcl/query"]
+    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.now_of(objective))["pqcl/query"]
 
 
 def loop(objective, student, teacher, head, temperature=0.07):
@@ -74,7 +74,7 @@ def test_the_center_is_its_own_and_counts_every_query_patch_once():
     objective, *heads = build()
     student, teacher = sides(*heads)
     run(objective, student, teacher)
-    objective.after_step(cases.clock_of(0))
+    objective.after_step()
     rows = teacher.query_crops.patches.flatten(0, 2)
     expected = 0.1 * heads[1].prototypes.logits(heads[1](rows)).mean(dim=0)
     torch.testing.assert_close(objective.target.center, expected, rtol=1e-9, atol=0)
@@ -129,7 +129,7 @@ def views() -> Views:
 @pytest.mark.parametrize(("flip_aware", "anchor"), [(True, "corner"), (False, "center")])
 def test_the_cue_has_the_positions_and_the_keys(query_keys, keys, crop, flip_aware, anchor):
     objective, batch = build(query_keys=query_keys, flip_aware=flip_aware, anchor=anchor)[0], views()
-    cue = objective.cue(batch, (4, 4), cases.clock_of(0))
+    cue = objective.cue(batch, (4, 4), cases.now_of(objective))
     assert (cue.mask, cue.queries.keys, cue.queries.crop) == (None, keys, crop)
     expected = relative_positions(batch.query_crops, batch.global_crops, GRID, (4, 4), flip_aware, anchor)
     assert torch.equal(cue.queries.positions, expected)

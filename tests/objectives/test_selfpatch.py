@@ -34,7 +34,7 @@ def sides(student_head, teacher_head):
 
 
 def run(objective, student, teacher):
-    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.clock_of(0))["selfpatch/patch"]
+    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.now_of(objective))["selfpatch/patch"]
 
 
 def crop_losses(objective, student, teacher):
@@ -74,7 +74,7 @@ def test_center_counts_every_patch_once(center_over):
     objective, *heads = build(center_over=center_over)
     student, teacher = sides(*heads)
     run(objective, student, teacher)
-    objective.after_step(cases.clock_of(0))
+    objective.after_step()
     used = teacher.crop_sizes() if center_over == "all" else [teacher.global_crops]
     rows = torch.cat([size.neighbors.flatten(0, 2) for size in used])
     expected = 0.1 * heads[1].prototypes.logits(heads[1](rows)).mean(dim=0)
@@ -86,7 +86,7 @@ def test_sinkhorn_changes_the_targets():
     balanced, *_ = build(target="sinkhorn")
     student, teacher = sides(*heads)
     assert not torch.allclose(run(objective, student, teacher), run(balanced, student, teacher), rtol=1e-3)
-    balanced.after_step(cases.clock_of(0))
+    balanced.after_step()
 
 
 def test_no_gradient_reaches_the_teacher_or_the_class_summary():

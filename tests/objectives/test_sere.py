@@ -124,7 +124,7 @@ def relation(x, options):
 
 
 def run(objective, student, teacher, views):
-    return objective(student, teacher, views, Cues(), cases.clock_of(0))
+    return objective(student, teacher, views, Cues(), cases.now_of(objective))
 
 
 def leaves_of(student):

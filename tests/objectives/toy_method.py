@@ -12,7 +12,7 @@ from patchlight.checks import check_positive
 from patchlight.objectives import register
 from patchlight.objectives.interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of
 from patchlight.recipes.ours import debug
-from patchlight.records import Clock, Cues, Side, Views
+from patchlight.records import Cues, Now, Side, Views
 from patchlight.run import Objectives, Run
 
 
@@ -50,7 +50,7 @@ class Toy(Objective):
     def head(self, width: int) -> nn.Module:
         return nn.Linear(width, self.options.out)
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         head, teacher_head = heads_of(self.name, student, teacher)
         with torch.no_grad():
             rows = teacher_head(teacher.global_crops.summary).float()  # [V, B, out]
@@ -59,7 +59,7 @@ class Toy(Objective):
         prediction = head(student.global_crops.summary).float()
         return {"toy/cosine": 1 - F.cosine_similarity(prediction, target, dim=-1).mean()}
 
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self) -> None:
         self.mean.lerp_(self.total[:-1] / self.total[-1], 1 - self.options.momentum)
         self.total.zero_()
 

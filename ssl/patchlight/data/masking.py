@@ -10,6 +10,7 @@ import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class ReleasedMasks:
 
     rule: MaskRule = MaskRule()
     seed: int = 0
+    on_host: ClassVar[bool] = True
 
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         """The largest number of masked patches in any batch."""
@@ -128,15 +130,18 @@ class FixedMasks:
 
     rule: MaskRule = MaskRule()
     seed: int = 0
+    on_host: ClassVar[bool] = False
 
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         """The number of masked patches in every batch."""
         return sum(_even_counts(self.rule.ratios, views * batch, grid[0] * grid[1]))
 
-    def __call__(self, first: int, views: int, batch: int, grid: tuple[int, int], device: torch.device | str) -> Tensor:
+    def __call__(
+        self, first: int | Tensor, views: int, batch: int, grid: tuple[int, int], device: torch.device | str
+    ) -> Tensor:
         """[V, B, N] bool for the samples first .. first + batch - 1, view by view."""
         number = grid[0] * grid[1]
-        sample = torch.arange(first, first + batch, device=device)
+        sample = first + torch.arange(batch, device=device)
         view = torch.arange(views, device=device).unsqueeze(1)
         crop = random_bits_on(device, self.seed, MASKS, sample, view).flatten()
         count = _counts_on(self.rule.ratios, len(crop), number, device)[_uniform(crop, COUNT).argsort()]

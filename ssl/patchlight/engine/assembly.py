@@ -32,6 +32,7 @@ from ..threads import limit_spinning
 from .branches import Student, Teacher, check_teacher_student
 from .checkpoint import Checkpoints
 from .cost import cost_of
+from .graph import choose_recorder
 from .init_from import init_from
 from .metrics import Metrics
 from .optim import Update
@@ -81,6 +82,7 @@ def build_trainer(
     torch.manual_seed(run.parallel.seed + 1 + mesh.rank)  # dropped paths differ between ranks
     scaler = build_scaler(run.parallel.precision, mesh.device)
     loader = loader or build_loader(run, mesh)
+    recorder, step_reason = choose_recorder(run, mesh, any(o.needs().masks for o in objectives.objectives()))
     return Trainer(
         run,
         mesh,
@@ -93,7 +95,8 @@ def build_trainer(
         metrics or build_metrics(run, mesh, objectives),
         Checkpoints(Path(run.output.folder) / "checkpoints", mesh, run.output.keep, run.output.save_async),
         build_clock(run, mesh.world, loader.dataset_size),
-        loader_reason,
+        recorder,
+        {"loader": loader_reason, "step": step_reason},
     )
 
 

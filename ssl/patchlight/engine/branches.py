@@ -114,7 +114,7 @@ class Teacher(Branch):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def follow(self, student: Student, momentum: float, refused: Tensor | None = None) -> None:
+    def follow(self, student: Student, momentum: Tensor, refused: Tensor | None = None) -> None:
         """Moves each parameter by 1 - momentum towards the student's, unless refused is 1; buffers stay as they are.
 
         On a CPU: a lerp per parameter. Elsewhere: three multi-tensor kernels, because `refused`, and so the weight, is a tensor.
@@ -122,7 +122,7 @@ class Teacher(Branch):
         by_name = dict(student.named_parameters())
         named = dict(self.named_parameters())
         own, target = [local(parameter) for parameter in named.values()], [local(by_name[name]) for name in named]
-        weight = torch.full((), 1 - momentum, dtype=own[0].dtype, device=own[0].device)
+        weight = (1 - momentum).to(own[0].dtype)
         weight = weight if refused is None else weight * (1 - refused)
         if weight.device.type == "cpu":
             for parameter, student_parameter in zip(own, target, strict=True):

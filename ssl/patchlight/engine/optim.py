@@ -6,7 +6,7 @@ sharded and whole parameters, and nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,9 @@ class Update:
         return [{"params": members[decayed], "decayed": decayed} for decayed in (True, False)]
 
     @torch.no_grad()
-    def step(self, terms: dict[str, Tensor], lr: float, weight_decay: float, freeze: bool) -> tuple[Tensor, Tensor]:
+    def step(self, terms: dict[str, Tensor], values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Updates the student and clears its gradients; returns whether the step was refused (0 or 1), and the norm."""
+        lr, weight_decay, freeze = (values[name] for name in ("lr", "weight_decay", "freeze_prototypes"))
         self._read_gradients()
         if self.scaler is not None:
             self.scaler.unscale([piece.grad for piece in self.pieces if piece.grad is not None])
@@ -77,16 +78,23 @@ class Update:
         self._clip(norms)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-            group["weight_decay"] = weight_decay if group["decayed"] else 0.0
-        if freeze:
-            for name, piece in zip(self.names, self.pieces, strict=True):
-                if name in self.frozen_first:
-                    piece.grad = None
+            group["weight_decay"] = weight_decay if group["decayed"] else weight_decay * 0
+        before = {
+            n: (p.detach().clone(), {k: v.clone() for k, v in self.optimizer.state.get(p, {}).items()})
+            for n, p in zip(self.names, self.pieces, strict=True)
+            if n in self.frozen_first
+        }
         self.optimizer.found_inf = refused
         self.optimizer.step()
+        for n, p in zip(self.names, self.pieces, strict=True):
+            if n in self.frozen_first:
+                old, state = before[n]
+                p.data.copy_(torch.where(freeze > 0, old, p.data))
+                for k, v in self.optimizer.state[p].items():
+                    v.copy_(torch.where(freeze > 0, state.get(k, torch.zeros_like(v)), v))
         if self.scaler is not None:
             self.scaler.update(refused)
-        self._drop_gradients()
+        self.drop_gradients()
         return refused, norms.square().sum().sqrt()
 
     def norms(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -127,7 +135,7 @@ class Update:
                 piece.data = local(parameter)  # FSDP2 may have moved an uneven shard when it started
                 piece.grad = None if parameter.grad is None else local(parameter.grad)
 
-    def _drop_gradients(self) -> None:
+    def drop_gradients(self) -> None:
         for parameter, piece in zip(self.parameters, self.pieces, strict=True):
             parameter.grad = piece.grad = None
 
@@ -195,7 +203,7 @@ def build_optimizer(groups: list[dict], options: Optim, norms: Norms) -> torch.o
         return Lars(groups, options.momentum, norms)
     if options.name == "lamb":
         return Lamb(groups, options.betas, norms)
-    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, fused=True)
+    return AdamW(groups, options.betas, norms, 1e-8)
 
 
 class Lars(torch.optim.Optimizer):
@@ -215,7 +223,7 @@ class Lars(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override] # no loss is computed again
         for group in self.param_groups:
             pieces = [p for p in group["params"] if p.grad is not None]
-            updates = [p.grad.add(p, alpha=group["weight_decay"]) if group["decayed"] else p.grad for p in pieces]
+            updates = [p.grad + p * group["weight_decay"] if group["decayed"] else p.grad for p in pieces]
             if group["decayed"] and pieces:
                 updates = [
                     *torch._foreach_mul(updates, list(_ratios(self.norms, pieces, updates, self.TRUST).unbind()))
@@ -240,7 +248,7 @@ class Lamb(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override] # no loss is computed again
         for group in self.param_groups:
             pieces = [p for p in group["params"] if p.grad is not None]
-            updates = [self._adam(p, p.grad).add(p, alpha=group["weight_decay"]) for p in pieces]
+            updates = [self._adam(p, p.grad) + p * group["weight_decay"] for p in pieces]
             if group["decayed"] and pieces:
                 updates = [*torch._foreach_mul(updates, list(_ratios(self.norms, pieces, updates).unbind()))]
             for p, update in zip(pieces, updates, strict=True):
@@ -257,6 +265,17 @@ class Lamb(torch.optim.Optimizer):
         _replace(state["exp_avg_sq"], state["exp_avg_sq"].lerp(gradient.square(), 1 - beta2), self.found_inf)
         mean = state["exp_avg"] / (1 - beta1 ** state["step"])
         return mean / ((state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt() + self.eps)
+
+
+class AdamW(Lamb):
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                direction = self._adam(p, p.grad)
+                _replace(p, p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction, self.found_inf)
 
 
 def _ratios(norms: Norms, pieces: list[Tensor], updates: list[Tensor], trust: float = 1.0) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from ..records import Clock
 from ..run import Optim
@@ -24,16 +23,6 @@ def cosine(
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """The values of all schedules for one step."""
-
-    lr: float
-    weight_decay: float
-    momentum: float  # of the teacher
-    freeze_prototypes: bool
-
-
 def peak_lr(optim: Optim, global_batch: int) -> float:
     """Linear rule: base_lr per 256 images."""
     return optim.base_lr * global_batch / 256
@@ -44,14 +33,14 @@ def warmup_steps(clock: Clock, optim: Optim) -> int:
     return int(optim.warmup_epochs * clock.steps_per_epoch)
 
 
-def rates_at(clock: Clock, optim: Optim, global_batch: int) -> Rates:
-    """The rates of the step that comes next."""
+def rates_at(clock: Clock, optim: Optim, global_batch: int) -> dict[str, float]:
+    """The rates of the step that comes next; momentum is the teacher's, freeze_prototypes 0 or 1."""
     step, total = clock.step, clock.total
     warmup = warmup_steps(clock, optim)
     peak, start, ends = peak_lr(optim, global_batch), optim.warmup_start_lr, optim.warmup_ends
-    return Rates(
-        lr=cosine(step, total, peak, optim.min_lr, warmup, start, ends),
-        weight_decay=cosine(step, total, optim.weight_decay, optim.weight_decay_end),
-        momentum=cosine(step, total, optim.teacher_momentum, optim.teacher_momentum_end),
-        freeze_prototypes=clock.epoch < optim.freeze_prototypes_epochs,
-    )
+    return {
+        "lr": cosine(step, total, peak, optim.min_lr, warmup, start, ends),
+        "weight_decay": cosine(step, total, optim.weight_decay, optim.weight_decay_end),
+        "momentum": cosine(step, total, optim.teacher_momentum, optim.teacher_momentum_end),
+        "freeze_prototypes": float(clock.epoch < optim.freeze_prototypes_epochs),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from ..data.interface import Loader
 from ..objectives.weighted import WeightedObjectives
-from ..records import Clock, Views
+from ..records import Clock, Now, Views
 from ..report.console import print_sentence
 from ..report.run_folder import RUN_FILE, write_whole
 from ..run import Run
+from .batches import Batches
 from .branches import Student, Teacher
 from .checkpoint import (
     Checkpoints,
@@ -31,14 +33,16 @@ from .checkpoint import (
     stored_tensors,
     timm_weights,
 )
+from .graph import Recorder, RepeatedStep, Terms
 from .metrics import Metrics
 from .optim import StepState, Update
 from .parallel import Mesh, set_gradient_sync
 from .precision import LossScaler, autocast
 from .probe import TeacherProbe
-from .schedules import Rates, rates_at
+from .schedules import rates_at
 from .sentinels import Sentinels, TrainingError, spread
 from .settings_table import settings_table
+from .step_values import StepValues
 
 
 class Trainer:
@@ -57,20 +61,28 @@ class Trainer:
         metrics: Metrics,
         checkpoints: Checkpoints,
         clock: Clock,
-        loader_reason: str = "",
+        recorder: Recorder | None = None,
+        reasons: Mapping[str, str] | None = None,
     ) -> None:
+        """recorder: of the step, on a GPU. reasons: why this loader, and why the step is recorded or not."""
         self.run, self.mesh, self.folder = run, mesh, Path(run.output.folder)
         self.student, self.teacher, self.objectives = student, teacher, objectives
-        self.update, self.scaler, self.loader = update, scaler, loader
+        self.update, self.scaler = update, scaler
         self.metrics, self.checkpoints, self.clock = metrics, checkpoints, clock
-        self.loader_reason = loader_reason  # why this loader was chosen
+        self.reasons = dict(reasons or {})
         self.step_state = StepState(student, teacher, objectives)
         self.sentinels = Sentinels(student, teacher, update, mesh, objectives.prototype_counts())
         self.global_batch = run.global_batch(mesh.world)
+        self.step_values = StepValues(self.schedule, clock, mesh.device)
+        self.batches = Batches(loader, run.parallel.accumulate, mesh.device)
+        self.repeated_step = RepeatedStep(self.compute, recorder, self.not_recorded, run.parallel.graph == "on")
         self.probe: TeacherProbe | None = None
         self.first_probe: dict[str, float] = {}
         self.last_rates: dict[str, float] = {}
-        self.waited = 0.0  # seconds for data since the last log line
+
+    @property
+    def loader(self) -> Loader:
+        return self.batches.loader
 
     def fit(self) -> None:
         """Trains to the end, or until SIGTERM; writes a checkpoint in both cases."""
@@ -100,48 +112,59 @@ class Trainer:
 
     def step(self) -> None:
         """One optimizer step, over one or more batches."""
-        rates = self.rates()
-        self.step_state.remember()
-        terms = self.accumulate()
-        refused, norm = self.update.step(terms, rates.lr, rates.weight_decay, freeze=rates.freeze_prototypes)
-        self.teacher.follow(self.student, rates.momentum, refused)
-        self.objectives.after_step(self.clock)
-        self.step_state.restore(refused)
-        self.last_rates = {"lr": rates.lr, "weight_decay": rates.weight_decay, "momentum": rates.momentum}
-        self.metrics.add(terms | {"gradient/norm": norm, "step/refused": refused})
+        numbers = self.step_values.write(self.clock)
+        self.last_rates = {name: numbers[name] for name in ("lr", "weight_decay", "momentum")}
+        self.metrics.add(self.repeated_step(self.batches))
         self.clock = self.clock.next(self.global_batch)
+        if self.repeated_step.recorded and self.clock.step < self.clock.total:
+            self.batches.read_ahead()
 
-    def rates(self) -> Rates:
-        """The values of all schedules for the next step."""
-        return rates_at(self.clock, self.run.optim, self.global_batch)
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        """All numbers of the next step that follow from the clock."""
+        return rates_at(clock, self.run.optim, self.global_batch) | self.objectives.schedule(clock)
 
-    def accumulate(self) -> dict[str, Tensor]:
+    def compute(self, batches: Iterable[Views]) -> Terms:
+        """All that a step does on the device. A recording of it is repeated, so no number in it may come from the host."""
+        self.step_state.remember()
+        terms = self.accumulate(batches)
+        values = self.step_values.values
+        refused, norm = self.update.step(terms, values)
+        self.teacher.follow(self.student, values["momentum"], refused)
+        self.objectives.after_step()
+        self.step_state.restore(refused)
+        return terms | {"gradient/norm": norm, "step/refused": refused}
+
+    def not_recorded(self, reason: str) -> None:
+        """Goes on with steps that are launched, after a recording failed."""
+        self.update.drop_gradients()
+        self.say(f"Steps are launched from Python: recording one failed: {reason}.")
+
+    def accumulate(self, batches: Iterable[Views]) -> Terms:
         """Gradients of the mean loss over the step's batches; the mean terms."""
-        batches = self.run.parallel.accumulate
-        total: dict[str, Tensor] = {}
-        for number in range(batches):
-            set_gradient_sync(self.student, number == batches - 1)
-            views = next(self.loader)
+        count, images = self.run.parallel.accumulate, self.run.data.batch_per_rank
+        total: Terms = {}
+        for number, views in enumerate(batches):
+            set_gradient_sync(self.student, number == count - 1)
             if self.probe is not None and self.clock.step == number == 0:
                 self.probe.draw_crops(views)
-            self.waited += self.loader.stall_seconds
-            clock = self.clock.at_batch(number, self.mesh.rank, self.mesh.world, self.run.data.batch_per_rank)
-            loss, terms = self.forward(views, clock)
-            loss = loss / batches
+            clock = self.clock.at_batch(number, self.mesh.rank, self.mesh.world, images)
+            now = self.step_values.now(clock, clock.first_image - clock.images_seen)
+            loss, terms = self.forward(views, now)
+            loss = loss / count
             (loss if self.scaler is None else self.scaler.scaled(loss)).backward()
             for name, term in terms.items():
-                total[name] = total.get(name, 0.0) + term.detach() / batches
+                total[name] = total.get(name, 0.0) + term.detach() / count
         return total
 
-    def forward(self, views: Views, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: Views, now: Now) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch; its terms, and a few numbers for the log."""
         with autocast(self.run.parallel.precision, self.mesh.device):
             with torch.no_grad():
                 teacher_features = self.teacher(views, wanted=self.objectives.teacher_wants)
-            cues = self.objectives.cue(views, teacher_features.global_crops.grid, clock)
+            cues = self.objectives.cue(views, teacher_features.global_crops.grid, now)
             student_features = self.student(views, cues, self.objectives.student_wants)
             student, teacher = self.student.sides(student_features), self.teacher.sides(teacher_features)
-            loss, terms = self.objectives(student, teacher, views, cues, clock)
+            loss, terms = self.objectives(student, teacher, views, cues, now)
         return loss, terms | {"loss": loss, "teacher/spread": spread(teacher_features.global_crops)}
 
     def evaluate_teacher(self) -> dict[str, float]:
@@ -156,9 +179,9 @@ class Trainer:
 
     def log(self) -> None:
         """A log line and the sentinels' diagnoses; the only place where the host waits for the device."""
-        waited = {"data/wait_seconds": self.waited, "data/replaced": float(self.loader.replaced)}
+        waited = {"data/wait_seconds": self.batches.stalled, "data/replaced": float(self.loader.replaced)}
         means = self.metrics.log(self.clock, self.last_rates | waited)
-        self.waited = 0.0
+        self.batches.stalled = 0.0
         for diagnosis in self.sentinels.check(self.clock, means):
             self.metrics.diagnose(self.clock, diagnosis)
             if diagnosis.fatal:
@@ -185,7 +208,7 @@ class Trainer:
         if self.mesh.rank == 0:
             write_whole(self.folder / RUN_FILE, json.dumps(self.run.to_dict(), indent=1))
             Console().print(
-                settings_table(self.run, self.clock, self.mesh.world, self.loader.dataset_size, self.loader_reason)
+                settings_table(self.run, self.clock, self.mesh.world, self.loader.dataset_size, self.reasons)
             )
 
     def save(self) -> None:
@@ -193,7 +216,7 @@ class Trainer:
         facts = {
             "clock": self.clock.state(),
             "run": self.run.to_dict(),
-            "loader": self.loader.state_dict(),
+            "loader": self.batches.state_dict(),
             "processes": self.mesh.world,
             "torch": torch.__version__,
         }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check, check_choice
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
-from ..records import Clock, Cues, Side, SoftTarget, Views
+from ..records import Clock, Cues, Now, Side, SoftTarget, Views
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, local_crops_of
 from .targets import build_target, temperature_of
 
@@ -72,16 +72,19 @@ class Dino(Objective):
     def head(self, width: int) -> nn.Module:
         return prototype_head(width, self.options)
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        return {"dino/teacher_temperature": self.temperature.at(clock)}
+
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         head, teacher_head = heads_of(self.name, student, teacher)
         has_local = student.local_crops is not None
-        target = self.teacher_targets(teacher, teacher_head, self.temperature.at(clock), has_local)
+        target = self.teacher_targets(teacher, teacher_head, now["dino/teacher_temperature"], has_local)
         z = head(torch.cat([crops.summary for crops in student.crop_sizes()]))
         pairs = other_views(len(target.z), z)
         return {"dino/cls": head.prototypes(z, target, self.options.student_temperature, pairs)}
 
     @torch.no_grad()
-    def teacher_targets(self, teacher: Side, head: Any, temperature: float, has_local: bool) -> SoftTarget:
+    def teacher_targets(self, teacher: Side, head: Any, temperature: Tensor, has_local: bool) -> SoftTarget:
         """The targets of the global crops; with center_over="all" the local crops are in the center's mean."""
         sizes = [teacher.global_crops]
         if self.options.center_over == "all" and has_local:
@@ -91,7 +94,7 @@ class Dino(Objective):
         bias = self.target(z.flatten(0, 1), directions, temperature)
         return SoftTarget(z[: len(teacher.global_crops.summary)], directions, temperature, bias)
 
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self) -> None:
         self.target.after_step()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check, check_choice, sentence
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
-from ..records import Clock, Cues, Side, SoftTarget, Views
+from ..records import Clock, Cues, Now, Side, SoftTarget, Views
 from .dino import other_views
 from .interface import BuildContext, Masks, Needs, Objective, ObjectiveOptions, heads_of
 from .targets import TeacherTemperature, build_target, temperature_of
@@ -106,7 +106,14 @@ class Ibot(Objective):
             width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, patch_prototypes=for_patches
         )
 
-    def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        return {
+            "ibot/teacher_temperature": self.temperature.at(clock),
+            "ibot/patch_teacher_temperature": self.patch_temperature.at(clock),
+            "ibot/masks_patches": float(clock.epoch >= self.options.patch_start_epoch),
+        }
+
+    def cue(self, views: Views, grid: tuple[int, int], now: Now) -> Cues:
         pixels = views.global_crops.pixels
         crops, batch = pixels.shape[:2]
         check(
@@ -115,15 +122,16 @@ class Ibot(Objective):
             f"none in {crops} x {batch} crops with a grid of {grid}",
             "use larger ratios",
         )
-        mask = self.masks(clock.first_image, crops, batch, grid, pixels.device)
-        if clock.epoch < self.options.patch_start_epoch:
-            mask = torch.zeros_like(mask)  # all rows are padding, so the shapes of a step stay the same
+        first = now.clock.first_image if self.masks.on_host else now.first_image
+        mask = self.masks(first, crops, batch, grid, pixels.device)
+        if self.options.patch_start_epoch:  # until then all rows are padding, so the shapes of a step stay the same
+            mask = mask & now["ibot/masks_patches"].bool()
         return Cues(mask=mask)
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         head, teacher_head = heads_of(self.name, student, teacher)
         masked = self.masked_patches(cues, student.global_crops.grid)
-        target, patch_target = self.teacher_targets(teacher, teacher_head, masked, clock)
+        target, patch_target = self.teacher_targets(teacher, teacher_head, masked, now)
         summaries = torch.cat([crops.summary for crops in student.crop_sizes()])
         patches = student.global_crops.patches.flatten(0, 2).index_select(0, masked.row)
         z = head(torch.cat([summaries.flatten(0, 1), patches]))
@@ -150,11 +158,11 @@ class Ibot(Objective):
 
     @torch.no_grad()
     def teacher_targets(
-        self, teacher: Side, head: Any, masked: MaskedPatches, clock: Clock
+        self, teacher: Side, head: Any, masked: MaskedPatches, now: Now
     ) -> tuple[SoftTarget, SoftTarget]:
         """The targets of the global crops' summaries and of the masked patches."""
         crops = teacher.global_crops
-        temperature, patch_temperature = self.temperature.at(clock), self.patch_temperature.at(clock)
+        temperature, patch_temperature = now["ibot/teacher_temperature"], now["ibot/patch_teacher_temperature"]
         all_patches = self.options.target == "centering" and self.options.patch_center_over == "all"
         patches = crops.patches.flatten(0, 2)
         if not all_patches:
@@ -172,6 +180,6 @@ class Ibot(Objective):
         target = SoftTarget(z.unflatten(0, crops.summary.shape[:2]), directions, temperature, bias)
         return target, SoftTarget(z_patch.unsqueeze(0), patch_directions, patch_temperature, patch_bias)
 
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self) -> None:
         self.target.after_step()
         self.patch_target.after_step()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check, sentence
-from ..records import Clock, Cues, Features, NeighborRule, Side, Views
+from ..records import Clock, Cues, Features, NeighborRule, Now, Side, Views
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,15 @@ class Needs:
 class Masks(Protocol):
     """The source of masks: `data.masking.FixedMasks`, or `ReleasedMasks`."""
 
+    on_host: ClassVar[bool]  # whether masks are drawn on the host, and so need the number of the first sample there
+
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         """The number of masked patches of a batch, or a number that no batch exceeds."""
         ...
 
-    def __call__(self, first: int, views: int, batch: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """[V, B, N] bool for the samples with the running numbers first .. first + batch - 1."""
+    def __call__(self, first: Any, views: int, batch: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """[V, B, N] bool for the samples with the running numbers first .. first + batch - 1; first: an int if `on_host`, else
+        an int or an int64 tensor."""
         ...
 
 
@@ -64,6 +67,8 @@ class Objective(nn.Module):
     """A loss. It holds parameters, buffers and options, nothing else: no loop, no optimizer, no backbone, no weight.
 
     The engine calls, for each batch, `cue` and then `forward` with what `cue` returned, and `after_step` once per step.
+    On a GPU it may record a step once and then repeat it without Python: what changes from step to step comes from
+    `schedule`, whose numbers the other methods get on the device, in `now`.
     """
 
     name: str
@@ -83,15 +88,19 @@ class Objective(nn.Module):
         """A module that only the student has."""
         return None
 
-    def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        """The numbers of the next step that follow from the clock, by name, "<objective>/<number>": always the same names."""
+        return {}
+
+    def cue(self, views: Views, grid: tuple[int, int], now: Now) -> Cues:
         """What the student's backbone gets with the global crops: a mask, or queries. grid: their rows and columns."""
         return Cues()
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         """Unweighted loss terms by name, "<objective>/<term>", each averaged over this rank's images."""
         raise NotImplementedError
 
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self) -> None:
         """Updates centers and queues, once per optimizer step. They are buffers, so checkpoints have them."""
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import check, check_positive
 from ..heads.contrast import ContrastHead
-from ..records import Clock, Cues, Side, Views
+from ..records import Cues, Now, Side, Views
 from .contrast import cross_entropy, gather_rows, ordered_pairs, queries_and_keys, unit_rows
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions
 
@@ -71,7 +71,7 @@ class Moby(Objective):
     def predictor(self, width: int) -> nn.Module:
         return moby_head(self.options.out, self.options.predictor_layers, self.options)
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         queries, keys = queries_and_keys(self.name, student, teacher)
         check(len(keys) == 2, "moby: there must be two views, each with its queue", len(keys), "use two global crops")
         self.keep(gather_rows(keys)[0])
@@ -98,7 +98,7 @@ class Moby(Objective):
         self.new_count += number
 
     @torch.no_grad()
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self) -> None:
         """The new keys take the places of the oldest ones; how many there are is never read on the host."""
         number = torch.arange(self.options.queue, device=self.queue.device)
         place = (self.oldest + number) % self.options.queue

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import check_positive
 from ..heads.contrast import ContrastHead
-from ..records import Clock, Cues, Side, Views
+from ..records import Cues, Now, Side, Views
 from .contrast import cross_entropy, gather_rows, ordered_pairs, queries_and_keys
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions
 
@@ -61,7 +61,7 @@ class MocoV3(Objective):
         last_norm = o.predictor_last_norm
         return ContrastHead(o.out, o.hidden, o.out, o.predictor_layers, bias=False, last_norm=last_norm)
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         queries, keys = queries_and_keys(self.name, student, teacher)
         return {"moco_v3/contrast": self.contrast(queries, keys)}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checks import check_choice
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
-from ..records import Clock, Cues, Features, Queries, Side, SoftTarget, Views
+from ..records import Clock, Cues, Features, Now, Queries, Side, SoftTarget, Views
 from .dino import DinoOptions
 from .geometry import ANCHORS, relative_positions
 from .ibot import IbotOptions
@@ -91,7 +91,10 @@ class Pqcl(Objective):
         prototypes = Prototypes(o.bottleneck, self.prototypes, o.train_norm)
         return ProjectionHead(width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, hidden_norm=norm)
 
-    def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        return {"pqcl/teacher_temperature": self.temperature.at(clock)}
+
+    def cue(self, views: Views, grid: tuple[int, int], now: Now) -> Cues:
         assert views.query_crops is not None  # engine/pairing.py has checked it
         patch = views.global_crops.pixels.shape[-1] // grid[1]
         rows, columns = (side // patch for side in views.query_crops.pixels.shape[-2:])
@@ -102,7 +105,7 @@ class Pqcl(Objective):
         keys, crop = ("raw", None) if o.query_keys == "raw" else ("all", rows * columns)
         return Cues(queries=Queries(positions, keys, crop if o.query_keys == "crop" else None))
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         host_head, teacher_head = heads_of(self.name, student, teacher)
         if student.global_crops.queries is None or teacher.query_crops is None:
             raise ValueError(
@@ -110,20 +113,20 @@ class Pqcl(Objective):
                 f"the {'student' if student.global_crops.queries is None else 'teacher'}; pass the cue, and "
                 "query_crops=True."
             )
-        target = self.teacher_targets(teacher.query_crops, teacher_head, self.temperature.at(clock))
+        target = self.teacher_targets(teacher.query_crops, teacher_head, now["pqcl/teacher_temperature"])
         head: Any = student.predictor or host_head
         z = head(student.global_crops.queries.flatten(1, 2))  # [V, B * L * n, bottleneck]
         pairs = z.new_full((1, len(z)), 1 / len(z))  # a query crop has one target, for all views of the student
         return {"pqcl/query": head.patch_prototypes(z, target, self.options.student_temperature, pairs)}
 
     @torch.no_grad()
-    def teacher_targets(self, crops: Features, head: Any, temperature: float) -> SoftTarget:
+    def teacher_targets(self, crops: Features, head: Any, temperature: Tensor) -> SoftTarget:
         """One target per patch of the query crops, image by image like the queries."""
         z = head(crops.patches.transpose(0, 1).flatten(0, 2))  # [B * L * n, bottleneck]
         directions = head.patch_prototypes.directions()
         return SoftTarget(z.unsqueeze(0), directions, temperature, self.target(z, directions, temperature))
 
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self) -> None:
         self.target.after_step()
 
 

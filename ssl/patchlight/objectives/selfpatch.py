@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice
-from ..records import Clock, Cues, Features, NeighborRule, Side, SoftTarget, Views
+from ..records import Clock, Cues, Features, NeighborRule, Now, Side, SoftTarget, Views
 from .dino import prototype_head
 from .interface import (
     BuildContext,
@@ -88,9 +88,12 @@ class SelfPatch(Objective):
     def head(self, width: int) -> nn.Module:
         return prototype_head(width, self.options)
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        return {"selfpatch/teacher_temperature": self.temperature.at(clock)}
+
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         head, teacher_head = heads_of(self.name, student, teacher)
-        target = self.teacher_targets(teacher, teacher_head, self.temperature.at(clock))
+        target = self.teacher_targets(teacher, teacher_head, now["selfpatch/teacher_temperature"])
         crops = self.crop_sizes(student, "student")
         z = head(torch.cat([size.patches.flatten(0, 2) for size in crops])).unsqueeze(0)
         weight, pair = self.patch_weight(crops, z), z.new_ones(1, 1)
@@ -113,7 +116,7 @@ class SelfPatch(Objective):
         return torch.cat([z.new_full((number,), part / number) for number, part in zip(rows, share, strict=True)])
 
     @torch.no_grad()
-    def teacher_targets(self, teacher: Side, head: Any, temperature: float) -> SoftTarget:
+    def teacher_targets(self, teacher: Side, head: Any, temperature: Tensor) -> SoftTarget:
         """One target per patch, global crops first."""
         crops = self.crop_sizes(teacher, "teacher")
         z = head(torch.cat([neighbors_of(self.name, size).flatten(0, 2) for size in crops]))
@@ -121,5 +124,5 @@ class SelfPatch(Objective):
         counted = z[: crops[0].patches.shape[:3].numel()] if self.options.center_over == "global" else z
         return SoftTarget(z.unsqueeze(0), directions, temperature, self.target(counted, directions, temperature))
 
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self) -> None:
         self.target.after_step()

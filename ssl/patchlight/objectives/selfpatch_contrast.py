@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_positive
-from ..records import Clock, Cues, Features, NeighborRule, Side, Views
+from ..records import Cues, Features, NeighborRule, Now, Side, Views
 from .contrast import cross_entropy, gather_rows, unit_rows
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, neighbors_of, predictor_of
 from .moby import moby_head
@@ -59,7 +59,7 @@ class SelfPatchContrast(Objective):
     def predictor(self, width: int) -> nn.Module:
         return moby_head(self.options.out, self.options.predictor_layers, self.options)
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         head, teacher_head = heads_of(self.name, student, teacher)
         predictor, patches = predictor_of(self.name, student), student.global_crops.patches
         queries = unit_rows(predictor(head(patches.flatten(1, 2))))

@@ -15,7 +15,7 @@ from patchlight_kernels import self_relation
 
 from ..checks import check, check_choice, check_least, check_positive, sentence
 from ..heads.relation import RelationFeatures, RelationHead, RelationPredictor, StudentRelations
-from ..records import Clock, Crops, Cues, Features, Side, Views
+from ..records import Crops, Cues, Features, Now, Side, Views
 from .geometry import Overlap, overlap, sample_patches, sampling_matrices
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, predictor_of
 from .targets import distributed
@@ -110,7 +110,7 @@ class Sere(Objective):
             return None
         return RelationPredictor(width, self.options.asymmetric, self.local)
 
-    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, clock: Clock) -> dict[str, Tensor]:
+    def forward(self, student: Side, teacher: Side, views: Views, cues: Cues, now: Now) -> dict[str, Tensor]:
         head, teacher_head = heads_of(self.name, student, teacher)
         views_here = len(views.global_crops.box)
         check(views_here > 1, "sere: a global crop needs another one as its target", "one per image", "use two")

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 
 from ..checks import check
-from ..records import Clock, Cues, Side, Views, Wanted
+from ..records import Clock, Cues, Now, Side, Views, Wanted
 from .interface import Objective
 
 T = TypeVar("T")
@@ -43,18 +43,22 @@ class WeightedObjectives(nn.Module):
         """The number of prototypes by term."""
         return {term: count for objective in self.objectives() for term, count in objective.prototype_counts().items()}
 
-    def cue(self, views: Views, grid: tuple[int, int], clock: Clock) -> Cues:
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        """The numbers of all objectives for the next step."""
+        return {name: value for objective in self.objectives() for name, value in objective.schedule(clock).items()}
+
+    def cue(self, views: Views, grid: tuple[int, int], now: Now) -> Cues:
         """The mask and the queries that the student's backbone gets with the global crops."""
         cues = Cues()
         objectives = self.objectives()
         if self._mask_from is not None:
-            cues = replace(cues, mask=objectives[self._mask_from].cue(views, grid, clock).mask)
+            cues = replace(cues, mask=objectives[self._mask_from].cue(views, grid, now).mask)
         if self._queries_from is not None:
-            cues = replace(cues, queries=objectives[self._queries_from].cue(views, grid, clock).queries)
+            cues = replace(cues, queries=objectives[self._queries_from].cue(views, grid, now).queries)
         return cues
 
     def forward(
-        self, student: Mapping[str, Side], teacher: Mapping[str, Side], views: Views, cues: Cues, clock: Clock
+        self, student: Mapping[str, Side], teacher: Mapping[str, Side], views: Views, cues: Cues, now: Now
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the unweighted terms by name. student, teacher: each branch, as each objective gets it."""
         terms: dict[str, Tensor] = {}
@@ -62,7 +66,7 @@ class WeightedObjectives(nn.Module):
             teacher_side = teacher[objective.name]
             if not objective.needs().teacher_sees_local:
                 teacher_side = replace(teacher_side, local_crops=None)
-            terms |= objective(student[objective.name], teacher_side, views, cues, clock)
+            terms |= objective(student[objective.name], teacher_side, views, cues, now)
         unknown = self.weights.keys() - terms.keys()
         check(
             not unknown,
@@ -72,9 +76,9 @@ class WeightedObjectives(nn.Module):
         )
         return reduce(add, [self.weights.get(name, 1.0) * term for name, term in terms.items()]), terms
 
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self) -> None:
         for objective in self.objectives():
-            objective.after_step(clock)
+            objective.after_step()
 
 
 def _single(what: str, needs: Sequence[bool]) -> int | None:

@@ -1,0 +1,51 @@
+"""The batches of each step: on a GPU the next ones are read while a step computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..data.interface import Loader
+from ..records import Views
+
+
+class Batches:
+    """Takes the batches of a step from a loader. Its state is that of the first batch that was not yet taken."""
+
+    def __init__(self, loader: Loader, count: int, device: torch.device) -> None:
+        """count: batches per step."""
+        self.loader, self.count = loader, count
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ahead: list[Views] = []
+        self.state_before: dict | None = None  # the loader's, before it read ahead
+        self.stalled = 0.0  # seconds that a step has waited for data, since this was last set to 0
+
+    def __iter__(self) -> Iterator[Views]:
+        """The batches of the next step: those that were read ahead, or read one by one as they are needed."""
+        ahead, self.ahead, self.state_before = self.ahead, [], None
+        if self.stream is not None and ahead:
+            stream = torch.cuda.current_stream()
+            stream.wait_stream(self.stream)
+            for tensor in (tensor for views in ahead for tensor in views.tensors()):
+                tensor.record_stream(stream)  # else the next reading could use its memory before this step has read it
+        yield from ahead
+        for _ in range(self.count - len(ahead)):
+            views = next(self.loader)
+            self.stalled += self.loader.stall_seconds
+            yield views
+
+    def read_ahead(self) -> None:
+        """Reads the next step's batches while the GPU does what it was given until now."""
+        if self.stream is None:
+            return
+        given = torch.cuda.current_stream().record_event()
+        self.state_before = self.loader.state_dict()
+        with torch.cuda.stream(self.stream):
+            for _ in range(self.count):
+                self.ahead.append(next(self.loader))
+                if given.query():  # the GPU has nothing left to do
+                    self.stalled += self.loader.stall_seconds
+
+    def state_dict(self) -> dict:
+        return self.loader.state_dict() if self.state_before is None else self.state_before
