@@ -55,6 +55,7 @@ class StepSize:
     prototypes: int  # of iBOT and of patches
     points: tuple[int, int]  # per side, of SERE's global and local pairs
     model_sizes: dict[str, int] = field(default_factory=dict)  # as `Model.sizes`
+    drop_path: float = 0.0
 
 
 LAPTOP = StepSize("vit_tiny", 16, 96, 48, 4, 4096, 4096, (6, 3))
@@ -134,7 +135,7 @@ def build_run(
         model=Model(
             size.arch,
             image_size=size.global_size,
-            drop_path=0.0,
+            drop_path=size.drop_path,
             summary=summary,
             positions=positions,
             sizes=size.model_sizes,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,22 @@ from torch import Tensor
 from patchlight.backbones.vit import Block, VisionTransformer
 from patchlight.engine.branches import Branch
 from patchlight.heads.projection import ProjectionHead
+from patchlight.heads.prototypes import Prototypes
 from patchlight.heads.summary import ClassAttentionBlock, ClassAttentionSummary
 from patchlight.records import Crops, Queries
 from patchlight_kernels.ops.neighbor_topk.reference import neighborhood
+
+_attention = {"fused": False}
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """What a user of a release changes first: the backbone's attention without its map in memory."""
+    _attention["fused"] = True
+    try:
+        yield
+    finally:
+        _attention["fused"] = False
 
 
 def vit_of(branch: Branch) -> VisionTransformer:
@@ -50,8 +65,8 @@ def transformer(vit: VisionTransformer, pixels: Tensor, mask: Tensor | None = No
     for block in vit.blocks:
         assert isinstance(block, Block)
         q, k, v = project(block, x)
-        x = x + attention_of(block).proj(attend(q, k, v))
-        x = x + block.mlp(block.norm2(x))
+        x = x + block.drop_path1(attention_of(block).proj(attend(q, k, v)))
+        x = x + block.drop_path2(block.mlp(block.norm2(x)))
     return x
 
 
@@ -62,10 +77,10 @@ def two_streams(vit: VisionTransformer, pixels: Tensor, mask: Tensor, positions:
         assert isinstance(block, Block)
         (q, k, v), (q_own, k_own, v_own) = project(block, x), project(block, queries)
         keys, values = torch.cat([k, k_own], dim=2), torch.cat([v, v_own], dim=2)
-        x = x + attention_of(block).proj(attend(q, k, v))
-        queries = queries + attention_of(block).proj(attend(q_own, keys, values))
-        x = x + block.mlp(block.norm2(x))
-        queries = queries + block.mlp(block.norm2(queries))
+        x = x + block.drop_path1(attention_of(block).proj(attend(q, k, v)))
+        queries = queries + block.drop_path1(attention_of(block).proj(attend(q_own, keys, values)))
+        x = x + block.drop_path2(block.mlp(block.norm2(x)))
+        queries = queries + block.drop_path2(block.mlp(block.norm2(queries)))
     return x, queries
 
 
@@ -76,7 +91,9 @@ def project(block: Block, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention with the map in memory, [M, T, D]."""
+    """Attention with the map in memory, [M, T, D]; or PyTorch's fused attention, within `fused_attention`."""
+    if _attention["fused"]:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
 
@@ -111,9 +128,12 @@ def class_attention_blocks(summary: ClassAttentionSummary, state: Tensor, x: Ten
     return state
 
 
-def logits(head: ProjectionHead, x: Tensor) -> Tensor:
-    """Logits of every row, in memory; the weight norm is computed in every call."""
-    return head.prototypes.logits(head(x))
+def logits(prototypes: Prototypes, z: Tensor) -> Tensor:
+    """Logits of every row, in memory; under autocast in 16 bits, as the releases' last layer gives them.
+
+    The weight norm is computed in every call.
+    """
+    return F.linear(z, prototypes.directions())
 
 
 def query_positions(queries: Crops, crops: Crops, patch: int) -> Tensor:

@@ -115,7 +115,8 @@ class OfficialStep:
 
     def make_targets(self, name: str, logits: Sequence[Tensor], temperature: float, momentum: float) -> list[Tensor]:
         """The targets from these logits; afterwards the center of this name moves towards the mean of all logits."""
-        center = self.centers.get(name, torch.zeros_like(logits[0][..., :1, :]))
+        first = logits[0][..., :1, :]
+        center = self.centers.get(name, torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32)))
         targets = [((each - center) / temperature).softmax(-1).detach() for each in logits]
         with torch.no_grad():
             mean = torch.cat([each.flatten(0, -2) for each in logits]).mean(0)
@@ -139,7 +140,7 @@ class OfficialDino(OfficialStep):
             x = transformer(vit, torch.cat(same))
             cls.append(vit.norm(x)[:, 0])
             residual += x[:, 1:].chunk(len(same))
-        return BranchOutput(head.prototypes.logits(head(torch.cat(cls))).chunk(len(crops)), residual=residual)
+        return BranchOutput(logits(head.prototypes, head(torch.cat(cls))).chunk(len(crops)), residual=residual)
 
     def loss_between(self, student: BranchOutput, teacher: BranchOutput) -> Tensor:
         o = self.options(DinoOptions)
@@ -165,8 +166,9 @@ class OfficialSelfPatch(OfficialDino):
         for same in by_size(crops):
             pixels = torch.cat(same)
             tokens = aggregate(summary, transformer(vit, pixels), vit.grid(*pixels.shape[-2:]), k)
-            cls += logits(head_of(branch, "dino"), tokens[:, 0]).chunk(len(same))
-            patches += logits(head_of(branch, "selfpatch"), tokens[:, 1:]).chunk(len(same))
+            dino, selfpatch = head_of(branch, "dino"), head_of(branch, "selfpatch")
+            cls += logits(dino.prototypes, dino(tokens[:, 0])).chunk(len(same))
+            patches += logits(selfpatch.prototypes, selfpatch(tokens[:, 1:])).chunk(len(same))
         return BranchOutput(cls, patches)
 
     def loss_between(self, student: BranchOutput, teacher: BranchOutput) -> Tensor:
@@ -195,7 +197,7 @@ class OfficialIbot(OfficialStep):
         vit, head = vit_of(branch), head_of(branch, "ibot")
         x = transformer(vit, torch.cat(crops), None if mask is None else mask.flatten(0, 1))
         z = head(vit.norm(x))
-        cls, patches = head.prototypes.logits(z[:, 0]), head.patch_prototypes.logits(z[:, 1:])
+        cls, patches = logits(head.prototypes, z[:, 0]), logits(head.patch_prototypes, z[:, 1:])
         return BranchOutput(*(parts.chunk(len(crops)) for parts in (cls, patches, x[:, 1:])))
 
     def loss_between(self, student: BranchOutput, teacher: BranchOutput) -> Tensor:
@@ -235,8 +237,8 @@ class OfficialPqcl(OfficialIbot):
         vit, head = vit_of(self.student), head_of(self.student, "ibot")
         x, queries = two_streams(vit, pixels, mask, positions)
         z = head(vit.norm(torch.cat([x, queries], dim=1)))
-        patches, queries = head.patch_prototypes.logits(z[:, 1:]).split((x.shape[1] - 1, queries.shape[1]), dim=1)
-        return head.prototypes.logits(z[:, 0]), patches, queries
+        patches, queries = logits(head.patch_prototypes, z[:, 1:]).split((x.shape[1] - 1, queries.shape[1]), dim=1)
+        return logits(head.prototypes, z[:, 0]), patches, queries
 
     def loss_between(self, student: BranchOutput, teacher: BranchOutput) -> Tensor:
         o = self.options(PqclOptions)

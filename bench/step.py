@@ -20,20 +20,26 @@ from .console import wide_console
 from .flops import flops_of
 from .methods import LAPTOP, LARGE, METHODS, OFFICIAL, OURS, Method, StepSize, build_official, build_trainer, last_loss
 from .rows import PROVENANCE, TIMED, Row, case_columns, write_rows
+from .step_on_gpu import measure_on_gpu
 from .timing import check_error, measure_calls
 
 TOLERANCE = 1e-4  # relative, between the losses of the two first steps
 HOST, RATIO = "host alone", "over host"
 COLUMNS = (*TIMED, "images_per_s", "gflop", "peak_extra_mb", "error", "time_ratio", "flop_ratio", *PROVENANCE)
+GPU_COLUMNS = (
+    *TIMED, "images_per_s", "mfu", "gflop", "launches", "device_ms", "waits", "peak_gib", "ready_s", *PROVENANCE
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StepSuite:
-    """The size of the step. The default suits a laptop; `--large` is ViT-S/16 with 2 x 224 + 8 x 96 at batch 64."""
+    """The size of the step. The default suits a laptop; `--large`, and always on a GPU: ViT-S/16 with 2 x 224 + 8 x 96 at B64."""
 
     method: Literal["dino", "selfpatch", "ibot", "sere", "dino-sere", "pqcl"] | None = None
     """One method; by default all, in turn."""
     large: bool = False
+    arch: str | None = None
+    """vit_base instead of the size's own."""
     batch: int | None = None
     seconds: float = 6.0
     """For each of the steps that are compared, and at least 10 rounds."""
@@ -52,14 +58,21 @@ def measure_step(
         threads: CPU threads of PyTorch, ours and the official step's.
     """
     torch.set_num_threads(threads)
-    size = LARGE if suite.large else LAPTOP
-    size = replace(size, batch=suite.batch or size.batch)
+    on_gpu = torch.cuda.is_available()
+    size = LARGE if suite.large or on_gpu else LAPTOP
+    size = replace(size, batch=suite.batch or size.batch, arch=suite.arch or size.arch)
+    if on_gpu:
+        size = replace(size, drop_path=0.1)  # as the recipes have it
     rows: list[Row] = []
     for name in [suite.method] if suite.method else METHODS:
-        found = measure(METHODS[name], size, suite.seconds)
-        print_step_rows(found)
+        if on_gpu:
+            found = measure_on_gpu(METHODS[name], size, suite.seconds)
+            print_gpu_rows(found)
+        else:
+            found = measure(METHODS[name], size, suite.seconds)
+            print_step_rows(found)
         rows += found
-        write_rows(rows, out, COLUMNS)
+        write_rows(rows, out, GPU_COLUMNS if on_gpu else COLUMNS)
     print(f"rows: {out}")
 
 
@@ -119,5 +132,23 @@ def print_step_rows(rows: list[Row]) -> None:
             row["provider"], f"{row['median_ms']:.4g}", f"{row['p20_ms']:.4g} - {row['p80_ms']:.4g}",
             f"{first['median_ms'] / row['median_ms']:.2f}x", f"{row['images_per_s']:.1f}", f"{row['gflop']:.1f}",
             "" if memory == "" else f"{memory:.0f}", f"{row['error']:.1e}" if "error" in row else "",
+        )  # fmt: skip
+    wide_console().print(table)
+
+
+def print_gpu_rows(rows: list[Row]) -> None:
+    """Wall clock, device time, launches, waits and memory of each provider."""
+    first = rows[0]
+    columns = ("ms", f"vs {OFFICIAL}", "images/s", "MFU", "device ms", "launches", "waits", "peak GiB", "ready after s")
+    table = Table("provider", *columns, title=f"{first['case']} {first['dtype']} on {first['hardware']}")
+    for row in rows:
+        if row["status"] != "ok":
+            table.add_row(row["provider"], row["status"])
+            continue
+        ratio = f"{first['median_ms'] / row['median_ms']:.2f}x" if first["status"] == "ok" else ""
+        table.add_row(
+            row["provider"], f"{row['median_ms']:.1f}", ratio, f"{row['images_per_s']:.0f}", f"{row['mfu']:.0%}",
+            f"{row['device_ms']:.1f}", str(row["launches"]), str(row["waits"]), f"{row['peak_gib']:.1f}",
+            f"{row['ready_s']:.0f}",
         )  # fmt: skip
     wide_console().print(table)
