@@ -6,9 +6,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm import layers
 from timm.models import vision_transformer as timm_vit
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from patchlight.backbones.vit import Block, VisionTransformer, resize_table
+from patchlight.backbones.patches import PatchEmbed
+from patchlight.backbones.positions import resize_matrix, resize_table
+from patchlight.backbones.vit import Block, VisionTransformer
 
 
 def small_vit(**options) -> VisionTransformer:
@@ -183,6 +188,67 @@ def test_released_resize_has_the_wanted_grid():
             )
 
 
+@pytest.mark.parametrize("resize", ["released", "size"])
+def test_a_resize_and_its_gradient_are_those_of_interpolation(resize):
+    table = torch.randn(1, 12, 5, dtype=torch.float64, requires_grad=True)
+    image = table.unflatten(1, (3, 4)).permute(0, 3, 1, 2)
+    options = {"size": (5, 2)} if resize == "size" else {"scale_factor": (5.1 / 3, 2.1 / 4)}
+    theirs = F.interpolate(image, mode="bicubic", **options).flatten(2).transpose(1, 2)
+    ours = resize_table(table, (3, 4), (5, 2), resize)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad(result, table, upstream)[0] for result in (ours, theirs)))
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of the operations of a block of code."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), func.name()]
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_has_products_only():
+    """On a GPU the gradient of an interpolation raises in deterministic mode, and that of a convolution is slow."""
+    vit, pixels = small_vit(), torch.randn(2, 3, 16, 24)
+    vit(pixels)  # makes the matrix of the resize
+    with torch.autocast("cpu", torch.bfloat16), Operations() as step:
+        vit(pixels).patches.sum().backward()
+    assert not [name for name in step.names if "upsample" in name or "conv" in name or "eye" in name]
+    assert [name for name in step.names if name.endswith("mm")]
+
+
+def test_autocast_does_not_round_resized_positions():
+    vit = small_vit()
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = vit.positions((2, 3))
+    torch.testing.assert_close(under_autocast, vit.positions((2, 3)), rtol=0, atol=0)
+
+
+def test_fake_tensors_do_not_stay_in_the_matrices_of_real_ones():
+    key = ((7, 3), (2, 5), "size", torch.float32, torch.device("cpu"))
+    for _ in range(2):
+        with FakeTensorMode():
+            assert resize_matrix(*key).shape == (10, 21)
+        assert type(resize_matrix(*key)) is torch.Tensor
+    assert resize_matrix(*key) is resize_matrix(*key)
+
+
+@pytest.mark.parametrize("output", [{}, {"output_fmt": "NHWC"}])
+def test_patches_are_embedded_as_by_timms_convolution(output):
+    ours, theirs = (kind(None, (4, 6), 3, 5, **output).double() for kind in (PatchEmbed, layers.PatchEmbed))
+    ours.load_state_dict(theirs.state_dict())
+    pixels = torch.randn(2, 3, 8, 18, dtype=torch.float64, requires_grad=True)
+    outputs = [module(pixels) for module in (ours, theirs)]
+    torch.testing.assert_close(*outputs)
+    upstream = torch.randn_like(outputs[0])
+    ours, theirs = (
+        torch.autograd.grad(output, [pixels, *module.parameters()], upstream)
+        for output, module in zip(outputs, (ours, theirs), strict=True)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_drop_path_rates_grow_linearly_and_the_teacher_has_none():
     rates = [getattr(block.drop_path1, "rate", 0.0) for block in small_vit(depth=5, drop_path=0.2).blocks]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
@@ -225,7 +291,7 @@ def test_compiles_whole_and_agrees(class_token):
 
 
 def test_the_residual_stream_is_contiguous():
-    """Strides left over from the convolution would make every LayerNorm copy its input."""
+    """With other strides every LayerNorm would copy its input."""
     for class_token in (True, False):
         assert small_vit(class_token=class_token).embed(torch.randn(2, 3, 16, 24)).is_contiguous()
 

@@ -1,8 +1,11 @@
-"""Fixed sin-cos position embeddings in the plane, for any real x and y, in patches."""
+"""Position embeddings: fixed ones of sines and cosines, for any real x and y in patches, and tables resized to other grids."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check
@@ -48,6 +51,43 @@ def grid_positions(grid: tuple[int, int]) -> Tensor:
     row, column = (torch.arange(side, dtype=torch.float64) for side in grid)
     y, x = torch.meshgrid(row, column, indexing="ij")
     return torch.stack([x, y], dim=-1).flatten(0, 1)
+
+
+def resize_table(table: Tensor, source: tuple[int, int], target: tuple[int, int], resize: str) -> Tensor:
+    """A table [1, rows * columns, D] of one grid, resampled bicubically for another; resize as in VisionTransformer.
+
+    As one product with a fixed matrix: on a GPU the gradient of `F.interpolate` depends on the order of its atomic sums.
+    """
+    exact = _exact(table)
+    matrix = resize_matrix(source, target, resize, exact.dtype, exact.device)
+    with torch.autocast(table.device.type, enabled=False):
+        return (matrix @ exact.squeeze(0)).unsqueeze(0).to(table.dtype)
+
+
+@torch.compiler.assume_constant_result  # a compiled forward keeps the matrix as a constant
+def resize_matrix(
+    source: tuple[int, int], target: tuple[int, int], resize: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[target patches, source patches] of `resize_table`: computed and copied to the device once, before later steps."""
+    # Fake tensors belong to the mode that made them, so those are not kept.
+    kept = type(torch.empty(0, device=device)) is Tensor
+    return (_resize_matrix if kept else _resize_matrix.__wrapped__)(source, target, resize, dtype, device)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a later training step may use it
+def _resize_matrix(
+    source: tuple[int, int], target: tuple[int, int], resize: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The resize of each unit vector, computed on the host in fp64."""
+    patches = source[0] * source[1]
+    unit_tables = torch.eye(patches, dtype=torch.float64, device="cpu").view(patches, 1, *source)
+    if resize == "released":
+        scale = tuple((new + 0.1) / old for new, old in zip(target, source, strict=True))
+        resized = F.interpolate(unit_tables, scale_factor=scale, mode="bicubic")
+    else:
+        resized = F.interpolate(unit_tables, size=target, mode="bicubic")
+    return resized.flatten(1).T.contiguous().to(device, dtype)
 
 
 def check_width(kind: str, width: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..checks import check, sentence
 from ..records import Tokens
 from .interface import Backbone
+from .patches import PatchEmbed
 
 ARCHITECTURES = {
     "swin_tiny": {"stem_width": 96, "depth": 6},
@@ -70,6 +71,7 @@ class SwinTransformer(Backbone):
             window_size=window,
             strict_img_size=False,
             drop_path_rate=drop_path,
+            embed_layer=PatchEmbed,
         )
         self.patch_embed, self.layers = parts.patch_embed, parts.layers
         self.blocks = [b for b in parts.layers.modules() if isinstance(b, timm_swin.SwinTransformerBlock)]

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
@@ -16,7 +15,8 @@ from patchlight_kernels import query_attention
 from ..checks import check, check_choice, sentence
 from ..records import Queries, Tokens
 from .interface import Backbone
-from .positions import EMBEDDINGS, grid_positions
+from .patches import PatchEmbed
+from .positions import EMBEDDINGS, grid_positions, resize_table
 
 ARCHITECTURES = {
     "vit_tiny": {"width": 192, "depth": 12, "heads": 3},
@@ -177,8 +177,7 @@ class VisionTransformer(Backbone):
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         positions = self.positions(grid)
         if self.cls_token is None:
-            # After the convolution the channels are outermost: without this copy every norm would copy.
-            return (x + positions).contiguous()
+            return x + positions
         cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
         x = x + positions[:, 1:]
         return torch.cat([cls.to(x.dtype), x], dim=1)
@@ -305,15 +304,3 @@ def drop_path(x: Tensor, uniform: Tensor, rate: float) -> Tensor:
     """Keeps the samples whose uniform number is at least the rate, scaled by 1 / (1 - rate); zeroes the others."""
     keep = 1 - rate
     return x * ((uniform + keep).floor() / keep).to(x.dtype)
-
-
-def resize_table(table: Tensor, source: tuple[int, int], target: tuple[int, int], resize: str) -> Tensor:
-    """A table [1, rows * columns, D] of one grid, resampled bicubically for another; resize as in position_resize."""
-    exact = table.to(torch.promote_types(table.dtype, torch.float32))
-    image = exact.unflatten(1, source).permute(0, 3, 1, 2)
-    if resize == "released":
-        scale = tuple((new + 0.1) / old for new, old in zip(target, source, strict=True))
-        image = F.interpolate(image, scale_factor=scale, mode="bicubic")
-    else:
-        image = F.interpolate(image, size=target, mode="bicubic")
-    return image.flatten(2).transpose(1, 2).to(table.dtype)
