@@ -216,8 +216,8 @@ class Parallel:
     """bf16, fp16 (with loss scaling) or fp32: the format of the forward pass; parameters stay fp32."""
     graph: str = "auto"
     """The whole step as one CUDA graph: on, off, or auto: where it can be; the run says which it is, and why."""
-    compile: bool = False
-    """Compile the transformer blocks with torch.compile."""
+    compile: str = "auto"
+    """auto: the branches and heads are compiled with torch.compile where the step is a CUDA graph; on and off: always, never."""
     checkpoint_activations: bool = False
     """Keep only each block's input for backward: less memory, one more forward."""
     deterministic: bool = False
@@ -228,6 +228,7 @@ class Parallel:
     def __post_init__(self) -> None:
         check_choice("Parallel.precision", self.precision, ("bf16", "fp16", "fp32"))
         check_choice("Parallel.graph", self.graph, ("auto", "on", "off"))
+        check_choice("Parallel.compile", self.compile, ("auto", "on", "off"))
         for name in ("shard", "accumulate"):
             check(getattr(self, name) > 0, f"Parallel.{name} must be positive", getattr(self, name), "use 1 or more")
         check(

@@ -96,7 +96,7 @@ def train_compiled(run, steps: int) -> dict:
 
 def test_compiled_checkpointed_and_sharded_blocks_train_like_plain_ones(tmp_path):
     single = train_tiny(tiny_run(tmp_path), 3)
-    parallel = {"precision": "fp32", "shard": 2, "compile": True, "checkpoint_activations": True}
+    parallel = {"precision": "fp32", "shard": 2, "compile": "on", "checkpoint_activations": True}
     run = tiny_run(tmp_path, parallel=parallel, data={"batch_per_rank": 4})
     assert_equal_runs(single, on_processes(2, train_compiled, run, 3)[0])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -109,14 +110,48 @@ def parallelize(branch: Branch, parallel: Parallel, mesh: Mesh, trained: bool) -
     if parallel.checkpoint_activations and trained:
         for block in branch.backbone.blocks:
             checkpoint_activations(block)
-    if parallel.compile:
-        # Every block shares its code, but rates of drop path, crop sizes and grad modes differ.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        for block in branch.backbone.blocks:
-            block.compile(dynamic=False)  # in place, so that parameter names stay; each crop size has its own kernels
+    if compiles(parallel, mesh.device)[0]:
+        compile_parts(branch, whole=mesh.world == 1)
     if mesh.grid is not None:
         check_equal_start(branch, mesh)
         shard(branch, mesh.grid, trained)
+
+
+def compiles(parallel: Parallel, device: torch.device) -> tuple[bool, str]:
+    """Whether the branches are compiled, and the reason."""
+    if parallel.compile != "auto":
+        return parallel.compile == "on", f'Parallel.compile="{parallel.compile}"'
+    if device.type == "cuda":
+        return True, "on a GPU compiled branches are faster"
+    return False, f"on a {device.type} the gain is too small for the minute that compiling takes"
+
+
+def compile_parts(branch: Branch, whole: bool) -> None:
+    """Compiles a branch's forward and its heads in place, so that the names of parameters stay.
+
+    whole=False, for several processes: the units of FSDP2 instead of the branch, as FSDP2's hooks cannot be compiled; and
+    nothing that has a BatchNorm, which then communicates.
+    """
+    # Blocks share their code, but rates of drop path, crop sizes and grad modes differ.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    parts = [branch] if whole else [*branch.backbone.blocks, branch.summary]
+    for part in [*parts, *branch.heads.values(), *branch.predictors.values()]:
+        if whole or not has_batch_norm(part):
+            part.compile(dynamic=False)  # each crop size has kernels of its own
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+def say_compilation(step: Callable[[], None], why: str, say: Callable[[str], None]) -> None:
+    """Takes the first step of compiled branches, and says what its time is for."""
+    say(
+        f"Branches are compiled at the first step ({why}): this may take a minute, and less if it was done here before."
+    )
+    began = time.perf_counter()
+    step()
+    say(f"The first step took {time.perf_counter() - began:.1f} s.")
 
 
 def check_equal_start(branch: Branch, mesh: Mesh) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .checkpoint import (
 from .graph import Recorder, RepeatedStep, Terms
 from .metrics import Metrics
 from .optim import StepState, Update
-from .parallel import Mesh, set_gradient_sync
+from .parallel import Mesh, compiles, say_compilation, set_gradient_sync
 from .precision import LossScaler, autocast
 from .probe import TeacherProbe
 from .schedules import rates_at
@@ -92,9 +93,12 @@ class Trainer:
         elif self.clock.step == 0:
             self.first_probe = self.evaluate_teacher()
         output, stopped = self.run.output, False
+        compiled, why = compiles(self.run.parallel, self.mesh.device)
+        step = partial(say_compilation, self.step, why, self.say) if compiled else self.step
         with StopRequest() as request:
             while self.clock.step < self.clock.total and not stopped:
-                self.step()
+                step()
+                step = self.step
                 last = self.clock.step == self.clock.total
                 line = last or 0 in (self.clock.step % output.log_every, self.clock.step % self.clock.steps_per_epoch)
                 if line:
