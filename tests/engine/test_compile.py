@@ -1,5 +1,6 @@
 """Compiled branches: every method's are traced as a whole, once, and train like plain ones."""
 
+import re
 from functools import partialmethod
 
 import pytest
@@ -23,7 +24,7 @@ from torch import nn
 
 from patchlight.data.policy import dino_policy
 from patchlight.data.procedural import ProceduralSource
-from patchlight.engine.parallel import compiles, processes
+from patchlight.engine.parallel import choose_compiled, processes
 from patchlight.engine.probe import TeacherProbe
 from patchlight.run import Parallel, Run
 from patchlight_kernels import force
@@ -121,37 +122,37 @@ def compiled_units(run: Run) -> list[str]:
 
 
 def test_of_several_processes_the_units_are_compiled_but_no_batch_norm(tmp_path):
-    parallel = {**FP32, "compile": "on"}
-    data = {"batch_per_rank": 4}
-    for options, expected in (((DINO,), ["summary", "heads.dino"]), ((MOCO,), ["summary"])):
-        run = tiny_run(tmp_path, options=options, parallel=parallel, data=data)
-        assert on_processes(2, compiled_units, run) == [["backbone.blocks.0", "backbone.blocks.1", *expected]] * 2
+    blocks = ["backbone.blocks.0", "backbone.blocks.1", "summary"]
+    for shard, options, expected in (
+        (2, DINO, [*blocks, "heads.dino"]),
+        (2, MOCO, blocks),
+        (1, DINO, ["", "heads.dino"]),
+        (1, MOCO, [""]),
+    ):
+        parallel = {**FP32, "compile": "on", "shard": shard}
+        run = tiny_run(tmp_path, options=(options,), parallel=parallel, data={"batch_per_rank": 4})
+        assert on_processes(2, compiled_units, run) == [expected] * 2
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "expected"),
-    [("auto", "cuda", True), ("auto", "cpu", False), ("on", "cpu", True), ("off", "cuda", False), (True, "cpu", True)],
+    ("choice", "recorded", "expected"),
+    [("auto", True, True), ("auto", False, False), ("on", False, True), ("off", True, False)],
 )
-def test_what_is_compiled(choice, device, expected):
-    compiled, why = compiles(Parallel(compile=choice), torch.device(device))
+def test_what_is_compiled(choice, recorded, expected):
+    compiled, why = choose_compiled(Parallel(compile=choice), recorded)
     assert compiled is expected
     assert ("Parallel.compile" in why) is (choice != "auto")
 
 
-def test_the_first_step_is_announced_where_it_compiles(tmp_path, capsys, compile_by):
+def test_a_run_says_what_it_does_with_a_step(tmp_path, capsys, compile_by):
     compile_by("eager")
-    for compile in ("on", "off"):
-        schedule = {"epochs": 1, "steps_per_epoch": 2}
-        run = tiny_run(tmp_path / compile, parallel={**FP32, "compile": compile}, schedule=schedule)
-        trainer = tiny_trainer(run)
-        trainer.fit()
-        assert trainer.clock.step == 2
-        printed = capsys.readouterr().out
-        said = (
-            printed.count('compiled at the first step (Parallel.compile="on")'),
-            printed.count("The first step took"),
-        )
-        assert said == ((1, 1) if compile == "on" else (0, 0))
+    schedule = {"epochs": 1, "steps_per_epoch": 2}
+    run = tiny_run(tmp_path, parallel={**FP32, "compile": "on"}, schedule=schedule)
+    tiny_trainer(run).fit()
+    printed = capsys.readouterr().out
+    assert re.search(r"branches +│ compiled +│ Parallel.compile=\"on\"", printed)
+    assert re.search(r"step +│ launched +│ the device is cpu", printed)
+    assert printed.count("The first step took") == 1
 
 
 def test_the_probe_runs_the_teacher_uncompiled(tmp_path, compile_by):

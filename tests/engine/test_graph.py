@@ -139,12 +139,13 @@ def test_batches_of_another_shape_are_refused(tmp_path):
 
 def test_the_choice_is_explained(tmp_path):
     run = tiny_run(tmp_path)
-    assert choose_recorder(run, Mesh(torch.device("cpu")), False) == (None, "launched: the device is cpu")
+    assert choose_recorder(run, Mesh(torch.device("cpu")), False) == (None, ("launched", "the device is cpu"))
     with pytest.raises(ValueError, match=r'Parallel.graph="on" needs .*, got the device is cpu; use graph="off"'):
         tiny_trainer(tiny_run(tmp_path, parallel={"graph": "on"}))
     cuda = torch.device("cuda")
-    assert "FSDP2" in choose_recorder(run, Mesh(cuda, 0, 2), False)[1]
+    sharded = tiny_run(tmp_path, parallel={"shard": 2})
+    assert choose_recorder(sharded, Mesh(cuda, 0, 2), False)[1] == ("launched", "FSDP2 gathers shards from Python")
     released = tiny_run(tmp_path, objectives={"mask_counts": "released", "options": (IBOT,)})
-    assert "draws masks on the host" in choose_recorder(released, Mesh(cuda), True)[1]
+    assert "draws masks on the host" in choose_recorder(released, Mesh(cuda), True)[1][1]
     off = tiny_run(tmp_path, parallel={"graph": "off"})
-    assert choose_recorder(off, Mesh(cuda), False) == (None, 'launched: Parallel.graph="off"')
+    assert choose_recorder(off, Mesh(cuda), False) == (None, ("launched", 'Parallel.graph="off"'))

@@ -5,12 +5,26 @@ from functools import partialmethod
 
 import pytest
 import torch
-from engine.tiny_run import DINO, IBOT, SELFPATCH, largest_difference, on_processes, tiny_run, tiny_trainer, train_tiny
+from engine.tape import TapeRecorder
+from engine.tiny_run import (
+    DINO,
+    IBOT,
+    SELFPATCH,
+    largest_difference,
+    on_processes,
+    outcome,
+    tiny_run,
+    tiny_trainer,
+    train_tiny,
+)
 from torch import nn
 
+from patchlight.engine import gradients
 from patchlight.engine.dtensor import local
-from patchlight.engine.parallel import Mesh, processes, set_gradient_sync
+from patchlight.engine.graph import WARM_UP
+from patchlight.engine.parallel import Mesh, processes
 from patchlight.run import Parallel
+from patchlight_kernels import force
 
 STEPS = 6
 STEP_LENGTH = 1e-3  # the tiny run's largest learning rate: how far a gradient with a wrong sign moves a weight
@@ -124,10 +138,11 @@ def infinite_on_one_rank(run) -> tuple[float, tuple, bool]:
     """Rank 1 reports an infinite term although all gradients are finite."""
     with processes(run.parallel) as mesh:
         trainer = tiny_trainer(run, mesh)
-        terms = trainer.accumulate()
+        trainer.step_values.write(trainer.clock)
+        terms = trainer.accumulate(trainer.batches)
         terms["dino/cls"] = terms["dino/cls"] + (float("inf") if mesh.rank == 1 else 0.0)
         before = [local(parameter).clone() for parameter in trainer.student.parameters()]
-        refused, _ = trainer.update.step(terms, 0.1, 0.1, False)
+        refused, _ = trainer.update.step(terms, trainer.step_values.values)
         after = [local(parameter) for parameter in trainer.student.parameters()]
         same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         return refused.item(), trainer.update.refusals(), same
@@ -138,20 +153,77 @@ def test_what_is_not_finite_on_one_rank_all_ranks_refuse_and_name(tmp_path):
     assert on_processes(2, infinite_on_one_rank, run) == [(1.0, (1, 1, "the loss term dino/cls"), True)] * 2
 
 
-def count_reductions(run) -> int:
-    """How often one step reduces gradients over shards."""
+def count_reductions(run, kind: str) -> int:
+    """How often one step reduces gradients over processes."""
+    gradients.BUCKET = 2000  # so that a tiny student has several
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         train_tiny(run, 1)
-    return sum(event.count for event in profile.key_averages() if "reduce_scatter" in event.key)
+    return sum(event.count for event in profile.key_averages() if kind in event.key)
 
 
-def test_only_the_last_accumulated_batch_reduces_gradients(tmp_path):
+@pytest.mark.parametrize(("shard", "kind"), [(1, "allreduce"), (2, "reduce_scatter")])
+def test_only_the_last_accumulated_batch_reduces_gradients(shard, kind, tmp_path):
     def reductions(batches: int) -> int:
-        parallel = {"precision": "fp32", "shard": 2, "accumulate": batches}
+        parallel = {"precision": "fp32", "shard": shard, "accumulate": batches}
         run = tiny_run(tmp_path, parallel=parallel, data={"batch_per_rank": 4 // batches})
-        return on_processes(2, count_reductions, run)[0]
+        return on_processes(2, count_reductions, run, kind)[0]
 
-    assert 0 < reductions(4) < 2 * reductions(1)
+    assert 5 < reductions(4) < 2 * reductions(1)
+
+
+def reduce_while_backward_runs(rank: int) -> tuple[list[int], float]:
+    """How many buckets were sent when each parameter's gradient came; and the largest error of the means."""
+    gradients.BUCKET = 100
+    with processes(Parallel()):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(4)), nn.Linear(5, 1))
+        unused = nn.Parameter(torch.zeros(3))
+        model.register_parameter("unused", unused)
+        mean = gradients.GradientMean(model, 2)
+        sent: list[int] = []
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _: sent.append(mean.sent))
+        x = torch.arange(40.0).view(2, 4, 5) / 40
+        rank = torch.distributed.get_rank()
+        for _ in range(2):
+            model.zero_grad()
+            mean.begin(last=False)
+            model(x[rank, :2]).sum().backward()
+            mean.begin(last=True)
+            model(x[rank, 2:]).sum().backward()
+            mean.finish()
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        assert unused.grad is None
+        model.zero_grad()
+        model(x.flatten(0, 1)).sum().backward()
+        expected = [p.grad / 2 for p in model.parameters() if p.grad is not None]
+        return sent, max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+
+
+def test_replicas_send_gradients_while_the_backward_runs():
+    for sent, error in on_processes(2, reduce_while_backward_runs, 0):
+        first = sent[:10]
+        assert max(first) == 0, "nothing is sent in a batch that is not the last"
+        assert max(sent[10:20]) > 0 and error < 1e-6
+
+
+def repeat_recorded(run, steps: int) -> dict:
+    recorder = TapeRecorder()
+    with force(neighbor_topk="reference"), processes(run.parallel) as mesh:
+        trainer = tiny_trainer(run, mesh, recorder=recorder)
+        for _ in range(steps):
+            trainer.step()
+        assert recorder.replays == steps - WARM_UP
+        return outcome(trainer)
+
+
+def test_recorded_replicas_train_like_launched_ones(tmp_path):
+    run = tiny_run(tmp_path, options=(DINO, SELFPATCH), data={"batch_per_rank": 4})
+    launched = on_processes(2, train_tiny, run, 7)
+    recorded = on_processes(2, repeat_recorded, run, 7)
+    for one, other in zip(launched, recorded, strict=True):
+        assert one["terms"] == other["terms"]
+        assert largest_difference(one["student"], other["student"]) == 0
 
 
 def start_with_another_seed(run) -> str:
@@ -179,10 +251,6 @@ def fail_on_one_rank(run) -> str:
 def test_an_error_ends_a_rank_without_waiting_for_others(tmp_path):
     with pytest.raises(AssertionError, match=r"exit codes \[\d+, 7\]|exit codes \[-?\d+, 7\]"):
         on_processes(2, fail_on_one_rank, tiny_run(tmp_path), timeout=20)
-
-
-def test_gradient_sync_needs_no_sharding():
-    set_gradient_sync(nn.Linear(2, 2), False)
 
 
 def test_a_mesh_of_one_process_communicates_nothing():

@@ -37,7 +37,7 @@ from .init_from import init_from
 from .metrics import Metrics
 from .optim import Update
 from .pairing import check_pairing
-from .parallel import Mesh, parallelize, processes
+from .parallel import Mesh, choose_compiled, parallelize, processes
 from .precision import build_scaler
 from .probe import TeacherProbe
 from .trainer import Trainer
@@ -76,13 +76,14 @@ def build_trainer(
         teacher.start_from(student)
         if mesh.rank == 0:
             Console().print(loaded.table())
-    parallelize(student, run.parallel, mesh, trained=True)
-    parallelize(teacher, run.parallel, mesh, trained=False)
+    recorder, step_reason = choose_recorder(run, mesh, any(o.needs().masks for o in objectives.objectives()))
+    compiled, compile_reason = choose_compiled(run.parallel, recorder is not None)
+    parallelize(student, run.parallel, mesh, trained=True, compiled=compiled)
+    parallelize(teacher, run.parallel, mesh, trained=False, compiled=compiled)
     check_teacher_student(teacher, student)
     torch.manual_seed(run.parallel.seed + 1 + mesh.rank)  # dropped paths differ between ranks
     scaler = build_scaler(run.parallel.precision, mesh.device)
     loader = loader or build_loader(run, mesh)
-    recorder, step_reason = choose_recorder(run, mesh, any(o.needs().masks for o in objectives.objectives()))
     return Trainer(
         run,
         mesh,
@@ -96,7 +97,11 @@ def build_trainer(
         Checkpoints(Path(run.output.folder) / "checkpoints", mesh, run.output.keep, run.output.save_async),
         build_clock(run, mesh.world, loader.dataset_size),
         recorder,
-        {"loader": loader_reason, "step": step_reason},
+        {
+            "loader": (run.data.loader, loader_reason),
+            "step": step_reason,
+            "branches": ("compiled" if compiled else "not compiled", compile_reason),
+        },
     )
 
 

@@ -119,21 +119,21 @@ def copy_views(to: list[Views], batches: list[Views]) -> None:
     torch._foreach_copy_(there, here)
 
 
-def choose_recorder(run: Run, mesh: Mesh, needs_masks: bool) -> tuple[Recorder | None, str]:
-    """The recorder of a run, None for a step that is launched from Python; and what was chosen, ": ", and why."""
+def choose_recorder(run: Run, mesh: Mesh, needs_masks: bool) -> tuple[Recorder | None, tuple[str, str]]:
+    """The recorder of a run, None for a step that is launched from Python; what was chosen, and why."""
     why_not = 'Parallel.graph="off"' if run.parallel.graph == "off" else why_no_graph(run, mesh, needs_masks)
     if why_not is None:
-        return CudaRecorder(mesh.device), f"CUDA graph: recorded after {WARM_UP} steps"
+        return CudaRecorder(mesh.device), ("CUDA graph", f"recorded after {WARM_UP} steps")
     check(run.parallel.graph != "on", RULE, why_not, REMEDY)
-    return None, f"launched: {why_not}"
+    return None, ("launched", why_not)
 
 
 def why_no_graph(run: Run, mesh: Mesh, needs_masks: bool) -> str | None:
     """Why a step of this run cannot be one CUDA graph; None if it can."""
     if mesh.device.type != "cuda":
         return f"the device is {mesh.device.type}"
-    if mesh.world > 1:
-        return "with several processes, FSDP2 gathers and reduces from Python"
+    if run.parallel.shard > 1:
+        return "FSDP2 gathers shards from Python"
     if needs_masks and run.objectives.mask_counts == "released":
         return 'Objectives.mask_counts="released" draws masks on the host'
     return None

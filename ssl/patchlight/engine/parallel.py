@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -102,56 +101,51 @@ def use_deterministic_algorithms() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def parallelize(branch: Branch, parallel: Parallel, mesh: Mesh, trained: bool) -> None:
-    """Prepares a branch in place for its processes. trained=False is the teacher, which never runs backward."""
+def parallelize(branch: Branch, parallel: Parallel, mesh: Mesh, trained: bool, compiled: bool) -> None:
+    """Prepares a branch in place for its processes. trained=False is the teacher, which never runs backward.
+
+    Replicas hold the whole branch (`gradients.GradientMean` averages their gradients); only shards need FSDP2.
+    """
     branch.to(mesh.device)
     if mesh.world > 1:
         synchronize_batch_norm(branch, mesh)
     if parallel.checkpoint_activations and trained:
         for block in branch.backbone.blocks:
             checkpoint_activations(block)
-    if compiles(parallel, mesh.device)[0]:
-        compile_parts(branch, whole=mesh.world == 1)
+    if compiled:
+        compile_parts(branch, whole=parallel.shard == 1, one_process=mesh.world == 1)
     if mesh.grid is not None:
         check_equal_start(branch, mesh)
-        shard(branch, mesh.grid, trained)
+        if parallel.shard > 1:
+            shard(branch, mesh.grid, trained)
 
 
-def compiles(parallel: Parallel, device: torch.device) -> tuple[bool, str]:
-    """Whether the branches are compiled, and the reason."""
+def choose_compiled(parallel: Parallel, recorded: bool) -> tuple[bool, str]:
+    """Whether the branches are compiled, and why. recorded: whether steps are a CUDA graph."""
     if parallel.compile != "auto":
         return parallel.compile == "on", f'Parallel.compile="{parallel.compile}"'
-    if device.type == "cuda":
-        return True, "on a GPU compiled branches are faster"
-    return False, f"on a {device.type} the gain is too small for the minute that compiling takes"
+    if recorded:
+        return True, "fewer and larger kernels for the CUDA graph"
+    return False, "without a CUDA graph, compiled steps are slower"
 
 
-def compile_parts(branch: Branch, whole: bool) -> None:
+def compile_parts(branch: Branch, whole: bool, one_process: bool) -> None:
     """Compiles a branch's forward and its heads in place, so that the names of parameters stay.
 
-    whole=False, for several processes: the units of FSDP2 instead of the branch, as FSDP2's hooks cannot be compiled; and
-    nothing that has a BatchNorm, which then communicates.
+    whole=False: the units of FSDP2 instead of the branch, as FSDP2's hooks cannot be compiled. What has a BatchNorm is
+    compiled on one process only: on several, the BatchNorm communicates.
     """
     # Blocks share their code, but rates of drop path, crop sizes and grad modes differ.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    parts = [branch] if whole else [*branch.backbone.blocks, branch.summary]
-    for part in [*parts, *branch.heads.values(), *branch.predictors.values()]:
-        if whole or not has_batch_norm(part):
-            part.compile(dynamic=False)  # each crop size has kernels of its own
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    return any(isinstance(part, _BatchNorm) for part in module.modules())
-
-
-def say_compilation(step: Callable[[], None], why: str, say: Callable[[str], None]) -> None:
-    """Takes the first step of compiled branches, and says what its time is for."""
-    say(
-        f"Branches are compiled at the first step ({why}): this may take a minute, and less if it was done here before."
+    parts = (
+        [[branch.backbone, branch.summary]] if whole else [[part] for part in (*branch.backbone.blocks, branch.summary)]
     )
-    began = time.perf_counter()
-    step()
-    say(f"The first step took {time.perf_counter() - began:.1f} s.")
+    parts += [[part] for part in (*branch.heads.values(), *branch.predictors.values())]
+    for part in parts:
+        has_batch_norm = any(isinstance(module, _BatchNorm) for root in part for module in root.modules())
+        if one_process or not has_batch_norm:
+            # Each crop size has kernels of its own.
+            (part[0] if len(part) == 1 else branch).compile(dynamic=False)
 
 
 def check_equal_start(branch: Branch, mesh: Mesh) -> None:
@@ -219,7 +213,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def shard(branch: Branch, grid: DeviceMesh, trained: bool) -> None:
-    """FSDP2 over a replicate x shard mesh; with shard=1 this is plain data parallelism whose all-reduce overlaps.
+    """FSDP2 over a replicate x shard mesh.
 
     A unit is a module that is called directly: a block, head or predictor, and Prototypes, whose whole weight exists only
     within their own methods. The teacher's root and heads free their gathered parameters after forward: FSDP2 would keep
@@ -237,9 +231,3 @@ def shard(branch: Branch, grid: DeviceMesh, trained: bool) -> None:
                 register_fsdp_forward_method(module, "directions")
                 register_fsdp_forward_method(module, "logits")
     fully_shard(branch, mesh=grid, reshard_after_forward=not trained)
-
-
-def set_gradient_sync(branch: Branch, sync: bool) -> None:
-    """Whether the next backward reduces gradients over processes: only the last one of an accumulated step does."""
-    if isinstance(branch, FSDPModule):
-        branch.set_requires_gradient_sync(sync)

@@ -11,15 +11,15 @@ from ..run import Run
 from .schedules import peak_lr, warmup_steps
 
 
-def settings_table(run: Run, clock: Clock, world: int, dataset_size: int, reasons: Mapping[str, str]) -> Table:
+def settings_table(
+    run: Run, clock: Clock, world: int, dataset_size: int, choices: Mapping[str, tuple[str, str]]
+) -> Table:
     """Name, value and origin of each number."""
     optim, accumulate, per_rank = run.optim, run.parallel.accumulate, run.data.batch_per_rank
     batch = run.global_batch(world)
     lr = f"{optim.base_lr:g}"
-    kind, _, why = reasons.get("step", "").partition(": ")
     rows: list[tuple[str, object, str]] = [
-        ("loader", run.data.loader, reasons.get("loader", "")),
-        ("step", kind, why),
+        *((name, value, why) for name, (value, why) in choices.items()),
         ("global batch", batch, f"{per_rank} x {world} processes x {accumulate} accumulated"),
         ("steps per epoch", clock.steps_per_epoch, f"{dataset_size} images"),
         ("steps", clock.total, f"{run.schedule.epochs} epochs"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from .checkpoint import (
     stored_tensors,
     timm_weights,
 )
+from .gradients import GradientMean
 from .graph import Recorder, RepeatedStep, Terms
 from .metrics import Metrics
 from .optim import StepState, Update
-from .parallel import Mesh, compiles, say_compilation, set_gradient_sync
+from .parallel import Mesh
 from .precision import LossScaler, autocast
 from .probe import TeacherProbe
 from .schedules import rates_at
@@ -63,14 +64,15 @@ class Trainer:
         checkpoints: Checkpoints,
         clock: Clock,
         recorder: Recorder | None = None,
-        reasons: Mapping[str, str] | None = None,
+        choices: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
-        """recorder: of the step, on a GPU. reasons: why this loader, and why the step is recorded or not."""
+        """recorder: of the step, on a GPU. choices: what was chosen for this run, and why."""
         self.run, self.mesh, self.folder = run, mesh, Path(run.output.folder)
         self.student, self.teacher, self.objectives = student, teacher, objectives
         self.update, self.scaler = update, scaler
         self.metrics, self.checkpoints, self.clock = metrics, checkpoints, clock
-        self.reasons = dict(reasons or {})
+        self.choices = dict(choices or {})
+        self.gradients = GradientMean(student, mesh.world)
         self.step_state = StepState(student, teacher, objectives)
         self.sentinels = Sentinels(student, teacher, update, mesh, objectives.prototype_counts())
         self.global_batch = run.global_batch(mesh.world)
@@ -93,12 +95,12 @@ class Trainer:
         elif self.clock.step == 0:
             self.first_probe = self.evaluate_teacher()
         output, stopped = self.run.output, False
-        compiled, why = compiles(self.run.parallel, self.mesh.device)
-        step = partial(say_compilation, self.step, why, self.say) if compiled else self.step
+        first, began = self.clock.step + 1, time.perf_counter()
         with StopRequest() as request:
             while self.clock.step < self.clock.total and not stopped:
-                step()
-                step = self.step
+                self.step()
+                if self.clock.step == first:
+                    self.say(f"The first step took {time.perf_counter() - began:.1f} s.")
                 last = self.clock.step == self.clock.total
                 line = last or 0 in (self.clock.step % output.log_every, self.clock.step % self.clock.steps_per_epoch)
                 if line:
@@ -148,7 +150,7 @@ class Trainer:
         count, images = self.run.parallel.accumulate, self.run.data.batch_per_rank
         total: Terms = {}
         for number, views in enumerate(batches):
-            set_gradient_sync(self.student, number == count - 1)
+            self.gradients.begin(last=number == count - 1)
             if self.probe is not None and self.clock.step == number == 0:
                 self.probe.draw_crops(views)
             clock = self.clock.at_batch(number, self.mesh.rank, self.mesh.world, images)
@@ -158,6 +160,7 @@ class Trainer:
             (loss if self.scaler is None else self.scaler.scaled(loss)).backward()
             for name, term in terms.items():
                 total[name] = total.get(name, 0.0) + term.detach() / count
+        self.gradients.finish()
         return total
 
     def forward(self, views: Views, now: Now) -> tuple[Tensor, dict[str, Tensor]]:
@@ -212,7 +215,7 @@ class Trainer:
         if self.mesh.rank == 0:
             write_whole(self.folder / RUN_FILE, json.dumps(self.run.to_dict(), indent=1))
             Console().print(
-                settings_table(self.run, self.clock, self.mesh.world, self.loader.dataset_size, self.reasons)
+                settings_table(self.run, self.clock, self.mesh.world, self.loader.dataset_size, self.choices)
             )
 
     def save(self) -> None:
