@@ -38,7 +38,7 @@ def test_two_crops_are_sampled_at_the_same_positions_of_the_image(points):
     assert shared.exists.all()
     read, inside = [], []
     for crop, mirrored, grid in zip(box, flip, (GRID, OTHER_GRID), strict=True):
-        at = sampling_matrices(shared, crop, mirrored, grid, 6, points)
+        at = sampling_matrices(sample_points(shared, crop, mirrored, 6, points), grid)
         weight_sum = (at.rows.sum(-1)[:, :, None] * at.columns.sum(-1)[:, None, :]).flatten(1)  # less near the border
         one_region = type(at)(at.rows.unsqueeze(1), at.columns.unsqueeze(1))
         read.append(sample_patches(places(crop, mirrored, grid), grid, one_region).squeeze(1))
@@ -46,7 +46,7 @@ def test_two_crops_are_sampled_at_the_same_positions_of_the_image(points):
     both = inside[0] & inside[1]
     assert 0.3 < both.double().mean() < 1
     torch.testing.assert_close(read[0][both], read[1][both], rtol=0, atol=1e-10)
-    (x, y), (w, h) = shared.box[:, :2].T, shared.box[:, 2:].T
+    (x, y), (w, h) = shared.start.T, shared.size.T
     step = torch.arange(6.0, dtype=torch.float64) / 5 if points == "ends" else (torch.arange(6.0) + 0.5).double() / 6
     expected = torch.stack(
         [
@@ -61,21 +61,21 @@ def test_two_crops_are_sampled_at_the_same_positions_of_the_image(points):
 def test_corners_of_the_overlap_map_back_through_both_transforms():
     box, flip = some_crops(12, seed=1)
     shared = overlap(*box)
-    left, top = shared.box[:, 0], shared.box[:, 1]
+    left, top = shared.start.T
     for (x, y, w, h), mirrored in zip(box.permute(0, 2, 1), flip, strict=True):
         at = sample_points(shared, torch.stack([x, y, w, h], dim=-1), mirrored, 2)
         across = torch.where(mirrored[:, None], 1 - at.x, at.x) * w[:, None] + x[:, None]
-        torch.testing.assert_close(across, torch.stack([left, left + shared.box[:, 2]], dim=-1), rtol=0, atol=1e-10)
+        torch.testing.assert_close(across, torch.stack([left, left + shared.size[:, 0]], dim=-1), rtol=0, atol=1e-10)
         down = at.y * h[:, None] + y[:, None]
-        torch.testing.assert_close(down, torch.stack([top, top + shared.box[:, 3]], dim=-1), rtol=0, atol=1e-10)
+        torch.testing.assert_close(down, torch.stack([top, top + shared.size[:, 1]], dim=-1), rtol=0, atol=1e-10)
 
 
 def test_sampling_and_its_gradient_are_those_of_grid_sample():
     """Zero padding, align_corners=False; several regions of a map at once."""
     box, flip = some_crops(6, seed=2)
     shared = overlap(box[0, :, None], box[1].unflatten(0, (2, 3))[[0, 1, 0, 1, 0, 1]])  # three regions of each
-    at = sampling_matrices(shared, box[0, :, None], flip[0, :, None], GRID, 4)
     points = sample_points(shared, box[0, :, None], flip[0, :, None], 4)
+    at = sampling_matrices(points, GRID)
     grid = torch.stack(
         [points.x[..., None, :].expand(-1, -1, 4, -1), points.y[..., None].expand(-1, -1, -1, 4)], dim=-1
     )
@@ -98,7 +98,7 @@ def test_without_an_overlap_nothing_is_sampled(other):
     box = torch.tensor([[0.0, 0.0, 30.0, 30.0], list(other)])
     shared = overlap(box, box.flip(0))
     assert not shared.exists.any()
-    at = sampling_matrices(shared, box, torch.tensor([False, True]), (1, 2), 3)
+    at = sampling_matrices(sample_points(shared, box, torch.tensor([False, True]), 3), (1, 2))
     assert torch.equal(at.rows, torch.zeros(2, 3, 1))
     assert torch.equal(at.columns, torch.zeros(2, 3, 2))
 
@@ -106,7 +106,7 @@ def test_without_an_overlap_nothing_is_sampled(other):
 def test_a_point_on_the_border_has_half_the_value_and_a_corner_a_quarter():
     """As released: the zeros beyond the border are part of the mean."""
     box = torch.tensor([[3.0, 4.0, 20.0, 10.0]])
-    at = sampling_matrices(overlap(box, box), box, torch.tensor([False]), (3, 3), 4)
+    at = sampling_matrices(sample_points(overlap(box, box), box, torch.tensor([False]), 4), (3, 3))
     read = sample_patches(torch.ones(1, 9, 1), (3, 3), type(at)(at.rows[:, None], at.columns[:, None]))
     expected = torch.ones(4, 4)
     expected[[0, 3]] /= 2

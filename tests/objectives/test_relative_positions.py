@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dispatched import dispatched
 
 from patchlight.data.policy import pqcl_policy, sample_crops
 from patchlight.data.torchvision_loader import cut
@@ -55,6 +56,13 @@ def test_patches_lie_where_their_corners_do(flip_aware, anchor):
         corners = torch.tensor(corners, dtype=torch.float64)
         expected = corners.amin(0) if anchor == "corner" else corners.mean(0) - 0.5
         torch.testing.assert_close(found[v, b, number], expected, rtol=0, atol=1e-10)
+
+
+def test_no_number_is_copied_from_the_host():
+    """`lift_fresh` is dispatched for each tensor made of Python numbers; on a GPU such a copy waits for the device."""
+    _, counter = dispatched(relative_positions, crops(3), crops(2), QUERY_GRID, GRID)
+    assert len(counter.names) > 10
+    assert "aten::lift_fresh" not in counter.names
 
 
 def test_a_crop_lies_on_its_own_grid():

@@ -7,6 +7,7 @@ import objective_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
+from dispatched import dispatched
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchlight.objectives.sere import Sere, SereOptions, sere_weights
@@ -17,7 +18,7 @@ GRID, LOCAL_GRID = (4, 5), (3, 2)
 SMALL = SereOptions(heads=3, global_points=4, local_points=3)
 
 
-def build(views=2, local=4, dtype=torch.float64, seed=0, **options):
+def build(views=2, local=4, dtype=torch.float64, seed=0, grids=(GRID, LOCAL_GRID), **options):
     """The objective, both sides with features like those of a backbone, and the views."""
     torch.manual_seed(seed)
     given = dataclasses.replace(SMALL, **options)
@@ -33,10 +34,15 @@ def build(views=2, local=4, dtype=torch.float64, seed=0, **options):
         return Features(x[:, :, 0], torch.full_like(x, torch.nan), grid, residual=x)
 
     student = Side(
-        features(views, GRID, True), features(local, LOCAL_GRID, True) if local else None, head=student_head,
+        features(views, grids[0], True), features(local, grids[1], True) if local else None, head=student_head,
         predictor=predictor,
     )  # fmt: skip
-    return objective, student, Side(features(views, GRID, False), head=teacher_head), some_views(views, local, dtype)
+    return (
+        objective,
+        student,
+        Side(features(views, grids[0], False), head=teacher_head),
+        some_views(views, local, dtype),
+    )
 
 
 def some_views(views, local, dtype):
@@ -215,6 +221,26 @@ def test_a_step_does_not_wait_for_the_device(rule):
         crops = student.global_crops.residual
         (gradient,) = torch.autograd.grad(sum(run(objective, student, teacher, views).values()), crops)
     assert gradient.shape == crops.shape
+
+
+@pytest.mark.parametrize("rule", ["count", "skip"])
+def test_a_step_dispatches_few_operations(rule):
+    """Square grids, 2 + 8 crops: 216 and 60 before both axes, and all pairs of a size, were computed at once."""
+    objective, *parts = build(local=8, grids=((4, 4), (2, 2)), no_overlap=rule)
+    terms, forward = dispatched(run, objective, *parts)
+    _, backward = dispatched(sum(terms.values()).backward)
+    assert len(forward.names) <= 120, forward.names
+    assert len(backward.names) <= 46, backward.names
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_it_is_traced_whole(views):
+    torch._dynamo.reset()
+    objective, *parts = build(views)
+    compiled = torch.compile(objective.forward, fullgraph=True, backend="eager")
+    result, expected = compiled(*parts, Cues(), cases.clock_of(0)), run(objective, *parts)
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value, rtol=1e-12, atol=0)
 
 
 def test_what_cannot_work_is_refused():

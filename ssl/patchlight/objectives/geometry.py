@@ -20,9 +20,10 @@ OUTSIDE = -0.5  # a position so far outside that its sample is 0; -2 on the scal
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """The common rectangle of two boxes."""
+    """The common rectangle of two boxes; start and size without meaning where there is none."""
 
-    box: Tensor  # [..., 4]; without meaning where there is none
+    start: Tensor  # [..., 2] x, y
+    size: Tensor  # [..., 2] w, h
     exists: Tensor  # [...] bool, whether it has an area
 
 
@@ -30,8 +31,15 @@ class Overlap:
 class Points:
     """S x S points of a view: every x with every y."""
 
-    x: Tensor  # [..., S] positions in the view
-    y: Tensor  # [..., S]
+    xy: Tensor  # [..., 2, S] positions in the view, first x, then y
+
+    @property
+    def x(self) -> Tensor:
+        return self.xy.select(-2, 0)
+
+    @property
+    def y(self) -> Tensor:
+        return self.xy.select(-2, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,7 @@ def overlap(box: Tensor, other: Tensor) -> Overlap:
     """The common rectangle of two boxes; sharing an edge is not enough."""
     start = torch.maximum(box[..., :2], other[..., :2])
     size = torch.minimum(box[..., :2] + box[..., 2:], other[..., :2] + other[..., 2:]) - start
-    return Overlap(torch.cat([start, size], dim=-1), (size > 0).all(dim=-1))
+    return Overlap(start, size, (size > 0).all(dim=-1))
 
 
 def sample_points(region: Overlap, box: Tensor, flip: Tensor, count: int, points: str = "ends") -> Points:
@@ -58,10 +66,10 @@ def sample_points(region: Overlap, box: Tensor, flip: Tensor, count: int, points
     check_choice("sample_points: points", points, ("ends", "centers"))
     steps = torch.arange(count, dtype=box.dtype, device=box.device)
     steps = steps / (count - 1) if points == "ends" else (steps + 0.5) / count
-    offset, size = region.box[..., :2] - box[..., :2], region.box[..., 2:]
-    x, y = ((offset[..., axis, None] + steps * size[..., axis, None]) / box[..., 2 + axis, None] for axis in (0, 1))
-    exists = region.exists[..., None]
-    return Points(torch.where(exists, torch.where(flip[..., None], 1 - x, x), OUTSIDE), torch.where(exists, y, OUTSIDE))
+    offset, size = (region.start - box[..., :2])[..., None], region.size[..., None]
+    x, y = (torch.addcmul(offset, steps, size) / box[..., 2:, None]).unbind(-2)
+    xy = torch.stack([torch.where(flip[..., None], 1 - x, x), y], dim=-2)
+    return Points(torch.where(region.exists[..., None, None], xy, OUTSIDE))
 
 
 def bilinear_weights(positions: Tensor, cells: int) -> Tensor:
@@ -69,15 +77,15 @@ def bilinear_weights(positions: Tensor, cells: int) -> Tensor:
 
     A cell's value sits in its middle (align_corners=False); a point on the border reads half of the outermost cell.
     """
-    middles = torch.arange(cells, dtype=positions.dtype, device=positions.device)
-    return (1 - (positions[..., None] * cells - 0.5 - middles).abs()).clamp(min=0)
+    minus_middles = torch.arange(-0.5, -cells, -1, dtype=positions.dtype, device=positions.device)
+    return (1 - torch.add(minus_middles, positions[..., None], alpha=cells).abs()).clamp(min=0)
 
 
-def sampling_matrices(
-    region: Overlap, box: Tensor, flip: Tensor, grid: tuple[int, int], count: int, points: str = "ends"
-) -> SamplingMatrices:
-    """Matrices that sample the view (box, flip), a map on `grid`, at count x count points of a region; 0 if there is none."""
-    at = sample_points(region, box, flip, count, points)
+def sampling_matrices(at: Points, grid: tuple[int, int]) -> SamplingMatrices:
+    """Matrices that sample a map on `grid` at the points; all 0 where there is no region."""
+    if grid[0] == grid[1]:  # both sides at once
+        columns, rows = bilinear_weights(at.xy, grid[0]).unbind(-3)
+        return SamplingMatrices(rows, columns)
     return SamplingMatrices(bilinear_weights(at.y, grid[0]), bilinear_weights(at.x, grid[1]))
 
 
@@ -117,9 +125,11 @@ def relative_positions(
     rows, columns = query_grid
     crop_xy, crop_size = crops.box.unflatten(-1, (2, 2)).unbind(-2)  # [V, B, 2] x, y and width, height
     query_xy, query_size = queries.box.unflatten(-1, (2, 2)).unbind(-2)  # [L, B, 2]
-    number = crop_xy.new_tensor([grid[1], grid[0]])
-    unit = (number / crop_size)[:, None]  # [V, 1, B, 2] patches per source pixel
-    step = query_size / crop_xy.new_tensor([columns, rows]) * unit  # [V, L, B, 2] side of a query patch
+    # Numbers of the host stay operands: a tensor made of them would be a copy that waits for the device.
+    unit = torch.stack([size / crop_size[..., axis] for axis, size in ((0, grid[1]), (1, grid[0]))], dim=-1)
+    unit = unit[:, None]  # [V, 1, B, 2] patches per source pixel
+    side = torch.stack([query_size[..., 0] / columns, query_size[..., 1] / rows], dim=-1)
+    step = side * unit  # [V, L, B, 2] side of a query patch
     start = (query_xy - crop_xy[:, None]) * unit  # [V, L, B, 2] corner of the query crop
     column = torch.arange(columns, device=crop_xy.device, dtype=crop_xy.dtype)
     row = torch.arange(rows, device=crop_xy.device, dtype=crop_xy.dtype)
@@ -128,7 +138,7 @@ def relative_positions(
     x = start[..., :1] + column * step[..., :1]  # [V, L, B, columns]
     y = start[..., 1:] + row * step[..., 1:]  # [V, L, B, rows]
     if flip_aware:
-        x = torch.where(crops.flip[:, None, :, None], number[0] - x - step[..., :1], x)
+        x = torch.where(crops.flip[:, None, :, None], grid[1] - x - step[..., :1], x)
     if anchor == "center":
         x, y = x + (step[..., :1] - 1) / 2, y + (step[..., 1:] - 1) / 2
     shape = (*x.shape[:3], rows, columns)

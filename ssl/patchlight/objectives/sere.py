@@ -16,7 +16,7 @@ from patchlight_kernels import self_relation
 from ..checks import check, check_choice, check_least, check_positive, sentence
 from ..heads.relation import RelationFeatures, RelationHead, RelationPredictor, StudentRelations
 from ..records import Crops, Cues, Features, Now, Side, Views
-from .geometry import Overlap, overlap, sample_patches, sampling_matrices
+from .geometry import Points, SamplingMatrices, overlap, sample_patches, sample_points, sampling_matrices
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, predictor_of
 from .targets import distributed
 
@@ -150,10 +150,7 @@ class Sere(Objective):
     def spatial(self, target: CropRelations, globals_: CropRelations, locals_: CropRelations | None) -> Tensor:
         """Cross-entropy of the relations between points of the region that a teacher's and a student's crop share."""
         o = self.options
-        pairs = [self.global_pairs(target, globals_)] + ([self.local_pairs(target, locals_)] if locals_ else [])
-        exact = torch.promote_types(target.spatial.dtype, torch.float32)
-        counted = [(pair.exist | (o.no_overlap == "count")).to(exact) for pair in pairs]
-        total = sum(count.numel() for count in counted) if o.no_overlap == "count" else mean_over_ranks(counted)
+        pairs = self.global_pairs(target, globals_) + ([self.local_pairs(target, locals_)] if locals_ else [])
         root = sqrt(target.spatial.shape[-1] // (self.heads if o.scale == "head" else 1))
         losses = [
             self_relation(
@@ -161,59 +158,72 @@ class Sere(Objective):
                 self.by_head(pair.teacher),
                 1 / (root * o.student_spatial_temperature),
                 1 / (root * o.teacher_spatial_temperature),
-                weight.flatten().unsqueeze(0) / total,
+                weight,
             )
-            for pair, weight in zip(pairs, counted, strict=True)
+            for pair, weight in zip(pairs, self.weights(pairs, target.spatial), strict=True)
         ]
         return reduce(add, losses)
 
-    def global_pairs(self, target: CropRelations, globals_: CropRelations) -> Pairs:
-        """[V, B, V - 1] a teacher's global crop and each other global crop of the student."""
-        views = range(len(target.box))
-        others = torch.stack([without(target.box, view) for view in views]).transpose(1, 2)
-        shared = overlap(target.box.unsqueeze(2), others)
-        teacher, student = (self.sample(crops, shared, self.options.global_points) for crops in (target, globals_))
-        # student[v, :, j]: view v in the region that it shares with its j-th other view. The pair of teacher view q and
-        # student view v needs view v in the region with q, which stands at j = q - (q > v).
-        by_pair = [torch.stack([student[v, :, q - (q > v)] for v in views if v != q], dim=1) for q in views]
-        return Pairs(teacher, torch.stack(by_pair), shared.exists)
+    def weights(self, pairs: list[Pairs], like: Tensor) -> list[Tensor]:
+        """[1, pairs] of each record, which make the sum over its pairs a mean over all pairs that count."""
+        exact = torch.promote_types(like.dtype, torch.float32)
+        numbers = [pair.exist.numel() for pair in pairs]
+        if self.options.no_overlap == "count":
+            return [like.new_full((1, number), 1 / sum(numbers), dtype=exact) for number in numbers]
+        counted = torch.cat([pair.exist.flatten() for pair in pairs]).to(exact)
+        return list((counted / mean_over_ranks(counted)).unsqueeze(0).split(numbers, dim=1))
+
+    def global_pairs(self, target: CropRelations, globals_: CropRelations) -> list[Pairs]:
+        """[V, B, 1] for each turn 1 .. V - 1: student view v and teacher view v + turn, counted modulo V."""
+        o, box, flip = self.options, globals_.box.unsqueeze(2), globals_.flip.unsqueeze(2)
+        turns = range(1, len(box))
+        shared = [overlap(box, box.roll(-turn, 0)) for turn in turns]
+        points = [sample_points(region, box, flip, o.global_points, o.points) for region in shared]
+        at = [sampling_matrices(p, globals_.grid) for p in points]
+        pairs = []
+        for turn, region in zip(turns, shared, strict=True):
+            teacher = sample(target, at[-turn]).roll(-turn, 0)  # its own turn to the student is the opposite one
+            pairs.append(Pairs(teacher, sample(globals_, at[turn - 1]), region.exists))
+        return pairs
 
     def local_pairs(self, target: CropRelations, locals_: CropRelations) -> Pairs:
-        """[V, B, L] a teacher's global crop and each local crop of the student."""
-        global_box, local_box = target.box.unsqueeze(2), locals_.box.unsqueeze(2)
-        shared = overlap(global_box, local_box.permute(2, 1, 0, 3))
-        shared_by_local = overlap(local_box, global_box.permute(2, 1, 0, 3))
-        teacher = self.sample(target, shared, self.options.local_points)
-        student = self.sample(locals_, shared_by_local, self.options.local_points).transpose(0, 2)
-        return Pairs(teacher, student, shared.exists)
-
-    def sample(self, crops: CropRelations, shared: Overlap, count: int) -> Tensor:
-        """[V, B, R, points, D] the features of crops at the points of R regions each."""
-        box, flip = crops.box.unsqueeze(2), crops.flip.unsqueeze(2)
-        at = sampling_matrices(shared, box, flip, crops.grid, count, self.options.points)
-        return sample_patches(crops.spatial, crops.grid, at)
+        """[L, B, V] each local crop of the student and each global crop of the teacher."""
+        crops, places = (locals_, target), (len(locals_.box), *target.flip.T.shape)
+        # [2, L, B, V, 4] and [2, L, B, V]: of the local crop and of the global crop of each pair.
+        box = torch.stack([locals_.box.unsqueeze(2).expand(*places, 4), target.box.transpose(0, 1).expand(*places, 4)])
+        flip = torch.stack([locals_.flip.unsqueeze(2).expand(places), target.flip.T.expand(places)])
+        shared = overlap(*box)
+        points = sample_points(shared, box, flip, self.options.local_points, self.options.points)
+        at, target_at = (sampling_matrices(Points(xy), c.grid) for xy, c in zip(points.xy, crops, strict=True))
+        at_VBL = SamplingMatrices(target_at.rows.transpose(0, 2), target_at.columns.transpose(0, 2))
+        return Pairs(sample(target, at_VBL).transpose(0, 2), sample(locals_, at), shared.exists)
 
     def by_head(self, x: Tensor) -> Tensor:
-        """[V, B, R, points, D] to [V * B * R, M, points, D / M]; heads are contiguous groups of channels."""
-        return to_autocast(x.flatten(0, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2))
+        """[A, B, R, points, D] to [A * B * R, M, points, D / M]; heads are contiguous groups of channels."""
+        return x.flatten(0, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def channel(self, target: CropRelations, globals_: CropRelations, locals_: CropRelations | None) -> Tensor:
         """Cross-entropy of the relations between channels; every view has all channels, so nothing is sampled."""
-        o, views, losses = self.options, len(target.channel), []
+        teacher, student = (to_autocast(crops.channel) for crops in (target, globals_))
+        views, batch = teacher.shape[:2]
+        # Student view v and teacher view v + turn, counted modulo V, are one view of V * B images here.
+        turned = [teacher.roll(-turn, 0).flatten(0, 1) for turn in range(1, views)]
+        related = [(globals_, student.flatten(0, 1).unsqueeze(0), view) for view in turned]
+        if locals_:
+            student = to_autocast(locals_.channel)
+            related += [(locals_, student, view) for view in teacher]
         pairs = views * (views - 1 + (len(locals_.channel) if locals_ else 0))
-        for view in range(views):
-            teacher = by_channel(target.channel[view : view + 1]).squeeze(0)
-            students = [(globals_, without(globals_.channel, view))]
-            if locals_:
-                students.append((locals_, locals_.channel))
-            for crops, channel in students:
-                loss = self_relation(
-                    by_channel(channel),
-                    teacher,
-                    1 / (crops.side**2 * o.student_channel_temperature),
-                    1 / (target.side**2 * o.teacher_channel_temperature),
-                )
-                losses.append(loss * (len(channel) / pairs))
+        exact = torch.promote_types(student.dtype, torch.float32)
+        losses = [
+            self_relation(
+                by_channel(student),
+                by_channel(view),
+                1 / (crops.side**2 * self.options.student_channel_temperature),
+                1 / (target.side**2 * self.options.teacher_channel_temperature),
+                student.new_full(student.shape[:2], 1 / (pairs * batch), dtype=exact),
+            )
+            for crops, student, view in related
+        ]
         return reduce(add, losses)
 
 
@@ -231,11 +241,11 @@ class CropRelations:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Features at the same points of the image, of R student crops for each teacher crop."""
+    """Features at the same points of the image, of a student's and a teacher's crop in each place of three dimensions."""
 
-    teacher: Tensor  # [V, B, R, points, D]
-    student: Tensor  # [V, B, R, points, D]
-    exist: Tensor  # [V, B, R] bool, whether the two crops overlap
+    teacher: Tensor  # [..., points, D]
+    student: Tensor  # [..., points, D]
+    exist: Tensor  # [...] bool, whether the two crops overlap
 
 
 def residual_of(crops: Features) -> Tensor:
@@ -251,14 +261,14 @@ def residual_of(crops: Features) -> Tensor:
     return crops.residual
 
 
-def without(views: Tensor, view: int) -> Tensor:
-    """All views except one."""
-    return torch.cat([views[:view], views[view + 1 :]])
+def sample(crops: CropRelations, at: SamplingMatrices) -> Tensor:
+    """[V, B, R, points, D] the features of crops at the points of R regions each, ready for a product."""
+    return to_autocast(sample_patches(crops.spatial, crops.grid, at))
 
 
 def by_channel(x: Tensor) -> Tensor:
-    """[S, B, N, D] to [S, B, 1, D, N]: the rows to relate are the channels."""
-    return to_autocast(x.transpose(2, 3).unsqueeze(2))
+    """[..., N, D] to [..., 1, D, N]: the rows to relate are the channels."""
+    return x.mT.unsqueeze(-3)
 
 
 def to_autocast(x: Tensor) -> Tensor:
@@ -267,9 +277,9 @@ def to_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def mean_over_ranks(counted: list[Tensor]) -> Tensor:
+def mean_over_ranks(counted: Tensor) -> Tensor:
     """The number of pairs that count, as a mean over ranks: with it the ranks' mean loss is the mean over all pairs."""
-    total, ranks = reduce(add, [count.sum() for count in counted]), 1
+    total, ranks = counted.sum(), 1
     if distributed():
         dist.all_reduce(total)
         ranks = dist.get_world_size()
