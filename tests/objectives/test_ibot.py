@@ -200,6 +200,19 @@ def test_runs_on_both_kinds_of_masks(masks):
     assert run(objective, student, teacher)["ibot/patch"] > 0
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_masked_patches_come_in_order_and_then_padding(share):
+    mask = torch.rand(2, BATCH, GRID[0] * GRID[1]) < share
+    flat, padding = mask.flatten(), min(5, int((~mask).sum()))
+    for average in ("image", "sum"):
+        objective, *_ = build(dataclasses.replace(SMALL, patch_average=average), cases.GivenMasks(mask, padding))
+        rows = objective.masked_patches(Cues(mask=mask), GRID)
+        assert torch.equal(rows.row, (~flat).int().argsort(stable=True)[: objective.masks.rows(2, BATCH, GRID)])
+        assert torch.equal(rows.valid, flat[rows.row])
+        expected = mask.sum(2).flatten()[rows.row // mask.shape[2]].clamp(min=1) * 2 * BATCH
+        assert torch.equal(torch.as_tensor(rows.divisor), expected if average == "image" else torch.tensor(2 * BATCH))
+
+
 def test_what_is_missing_is_named():
     objective, *heads = build()
     student, teacher = sides(*heads)

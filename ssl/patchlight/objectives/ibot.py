@@ -149,12 +149,16 @@ class Ibot(Objective):
         if cues.mask is None:
             raise ValueError(sentence("ibot: forward needs the mask that cue returned", "none", "pass cue's result on"))
         crops, batch, number = cues.mask.shape
-        flat = cues.mask.flatten()
-        row = (~flat).byte().argsort(stable=True)[: self.masks.rows(crops, batch, grid)]
-        valid = flat[row]
-        by_image = self.options.patch_average == "image"
-        share = cues.mask.sum(dim=2).flatten()[row // number].clamp(min=1) if by_image else 1
-        return MaskedPatches(row, valid, share * crops * batch)
+        flat, rows = cues.mask.flatten(), self.masks.rows(crops, batch, grid)
+        patch = torch.arange(len(flat), device=flat.device)
+        until = flat.cumsum(0)  # masked patches up to this one
+        place = torch.where(flat, until - 1, patch - until + until[-1])
+        row = torch.empty_like(patch).scatter_(0, place, patch)[:rows]
+        valid, divisor = patch[:rows] < until[-1], crops * batch
+        if self.options.patch_average == "image":
+            in_image = (cues.mask.sum(dim=2) * divisor).clamp(min=divisor)
+            return MaskedPatches(row, valid, in_image.flatten().index_select(0, row // number))
+        return MaskedPatches(row, valid, divisor)
 
     @torch.no_grad()
     def teacher_targets(
