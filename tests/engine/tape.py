@@ -28,13 +28,16 @@ class Tape(TorchDispatchMode):
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
         result = function(*args, **kwargs)
         made = [t for t in tensors_of(result) if t.untyped_storage().data_ptr() not in given]
-        if function.namespace != "profiler" and (made or function._schema.is_mutable):
+        changes = made or function._schema.is_mutable or function.namespace == "c10d"
+        if changes and function.namespace != "profiler":
             self.operations.append((function, args, kwargs, made))
         return result
 
     def run(self) -> None:
         for function, args, kwargs, made in self.operations:
             result = function(*args, **kwargs)
+            if function.namespace == "c10d":
+                result[-1].wait()
             given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
             again = [t for t in tensors_of(result) if t.untyped_storage().data_ptr() not in given]
             for old, new in zip(made, again, strict=True):

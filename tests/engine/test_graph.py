@@ -11,12 +11,16 @@ from engine.tiny_run import (
     PQCL,
     SELFPATCH,
     SERE,
+    MetricsInMemory,
+    NoiseLoader,
+    Prepared,
     largest_difference,
     outcome,
     tiny_run,
     tiny_trainer,
 )
 
+from patchlight.engine.assembly import build_trainer
 from patchlight.engine.graph import WARM_UP, choose_recorder
 from patchlight.engine.parallel import Mesh
 from patchlight_kernels import force
@@ -149,3 +153,51 @@ def test_the_choice_is_explained(tmp_path):
     assert "draws masks on the host" in choose_recorder(released, Mesh(cuda), True)[1][1]
     off = tiny_run(tmp_path, parallel={"graph": "off"})
     assert choose_recorder(off, Mesh(cuda), False) == (None, ("launched", 'Parallel.graph="off"'))
+
+
+class OnGpu(NoiseLoader):
+    def __next__(self):
+        views = super().__next__()
+        return views.with_tensors(tensor.cuda() for tensor in views.tensors())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("compile", ["off", "on"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+def test_a_cuda_graph_computes_what_launched_steps_do(options, precision, compile, tmp_path):
+    """20 steps each, from the same weights and random numbers; some kernels add in an order of their own."""
+    results = []
+    for graph in ("off", "on"):
+        parallel = {"precision": precision, "graph": graph, "compile": compile}
+        run = tiny_run(tmp_path, options=options, optim=MOVING, model={"drop_path": 0.2}, parallel=parallel)
+        trainer = build_trainer(run, loader=OnGpu(run), metrics=MetricsInMemory())
+        torch.cuda.manual_seed(3)
+        for _ in range(20):
+            trainer.step()
+        assert trainer.repeated_step.recorded is (graph == "on")
+        terms = [{name: float(value) for name, value in step.items()} for step in trainer.metrics.steps]
+        results.append((terms, {name: p.detach().cpu().numpy() for name, p in trainer.student.named_parameters()}))
+    (launched, launched_weights), (recorded, recorded_weights) = results
+    rel = 1e-5 if precision == "fp32" else 2e-2
+    for step, (expected, terms) in enumerate(zip(launched, recorded, strict=True)):
+        assert terms == pytest.approx(expected, rel=rel, abs=rel), step
+    if precision == "fp32":
+        assert largest_difference(launched_weights, recorded_weights) < 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits are seen on a GPU only")
+@pytest.mark.parametrize("graph", ["off", "on"])
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+def test_no_step_waits_for_the_gpu(options, graph, tmp_path):
+    run = tiny_run(tmp_path, options=options, parallel={"precision": "bf16", "graph": graph, "compile": "off"})
+    trainer = build_trainer(run, loader=OnGpu(run), metrics=MetricsInMemory())
+    trainer.batches.loader = Prepared(trainer.batches.loader, WARM_UP + 5)
+    for _ in range(WARM_UP + 1):
+        trainer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            trainer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

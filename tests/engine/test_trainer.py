@@ -14,6 +14,7 @@ from engine.tiny_run import (
     SERE,
     MetricsInMemory,
     NoiseLoader,
+    Prepared,
     largest_difference,
     on_processes,
     tiny_run,
@@ -25,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from patchlight.engine.assembly import build_trainer, train
 from patchlight.engine.parallel import processes
 from patchlight.engine.schedules import cosine
-from patchlight.records import Views
 from patchlight_kernels import force
 
 
@@ -38,18 +38,6 @@ class NoHostSync(TorchDispatchMode):
             f"{name} waits for the device"
         )
         return function(*args, **(kwargs or {}))
-
-
-class Prepared:
-    """Batches made beforehand."""
-
-    stall_seconds, replaced = 0.0, 0
-
-    def __init__(self, loader: NoiseLoader, batches: int) -> None:
-        self.views = [next(loader) for _ in range(batches)]
-
-    def __next__(self) -> Views:
-        return self.views.pop(0)
 
 
 def test_a_wait_is_found():

@@ -107,6 +107,21 @@ class NoiseLoader:
         self.samples = state["samples"]
 
 
+class Prepared:
+    """Batches made beforehand."""
+
+    stall_seconds, replaced = 0.0, 0
+
+    def __init__(self, loader: NoiseLoader, batches: int) -> None:
+        self.views = [next(loader) for _ in range(batches)]
+
+    def __next__(self) -> Views:
+        return self.views.pop(0)
+
+    def state_dict(self) -> dict:
+        return {}
+
+
 class MetricsInMemory:
     """Metrics kept in memory: every step's numbers, every log line, every diagnosis."""
 

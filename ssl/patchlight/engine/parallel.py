@@ -34,11 +34,12 @@ class Mesh:
     rank: int = 0
     world: int = 1
     grid: DeviceMesh | None = None  # "replicate" x "shard"; None on one process
+    shards: dist.ProcessGroup | None = None  # the processes that hold the pieces of one replica, if there are several
 
     def sum_over_shards(self, values: Tensor) -> Tensor:
         """The sum over the processes that hold the pieces of one replica."""
-        if self.grid is not None and self.grid["shard"].size() > 1:
-            dist.all_reduce(values, group=self.grid["shard"].get_group())
+        if self.shards is not None:
+            dist.all_reduce(values, group=self.shards)
         return values
 
     def max_over_all(self, values: Tensor) -> Tensor:
@@ -85,8 +86,9 @@ def processes(parallel: Parallel) -> Iterator[Mesh]:
     # Asynchronous checkpoints use gloo while the training uses NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     grid = init_device_mesh(device.type, (replicate, parallel.shard), mesh_dim_names=("replicate", "shard"))
+    shards = grid["shard"].get_group() if parallel.shard > 1 else None
     try:
-        yield Mesh(device, dist.get_rank(), world, grid)
+        yield Mesh(device, dist.get_rank(), world, grid, shards)
         # A gloo thread that needs the interpreter while it shuts down aborts the process: wait for all ranks first.
         # Not after an error: the others may be waiting elsewhere, and torchrun ends them.
         dist.barrier()
