@@ -113,7 +113,7 @@ def copy_inputs(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> li
 
 def find_providers(spec: OpSpec, arguments: dict[str, Any]) -> dict[str, Callable]:
     """The peers, and each implementation that supports these arguments."""
-    raw = spec.op.bind(**arguments)
+    raw = spec.bind(arguments)
     found = dict(PEERS.get(spec.name, {}))  # a new op has none
     for impl, reason in spec.op.reasons(*raw):
         if reason is None and impl.name != "reference":

@@ -2,6 +2,9 @@
 #include "native.h"
 
 PATCHLIGHT_LIBRARY(m) {
+  m.def(
+      "adamw_fwd(Tensor table, Tensor blocks, Tensor(a!) steps, Tensor scale, Tensor lr, Tensor weight_decay, Tensor momentum, "
+      "Tensor freeze, Tensor refused, float beta1, float beta2, float eps, ScalarType gradient, ScalarType copy) -> ()");
   m.def("class_attention_fwd(Tensor q, Tensor k_self, Tensor v_self, Tensor k_patches, Tensor v_patches, Tensor? index) -> (Tensor, Tensor)");
   m.def("class_attention_bwd(Tensor grad, Tensor q, Tensor k_self, Tensor v_self, Tensor k_patches, Tensor v_patches, Tensor? index, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("neighbor_topk_fwd(Tensor x, int height, int width, int k, int radius, bool wrap, bool scores) -> (Tensor, Tensor)");
@@ -22,4 +25,5 @@ PATCHLIGHT_LIBRARY(m) {
   m.def(
       "self_relation_bwd(Tensor student, Tensor teacher, float student_scale, float teacher_scale, Tensor weight, "
       "Tensor log2_student, Tensor log2_teacher, Tensor grad_loss, bool exact) -> Tensor");
+  m.def("square_sums_fwd(Tensor table, Tensor blocks, ScalarType dtype) -> Tensor");
 }

@@ -75,7 +75,7 @@ def running(device: str, name: str):
 
 def reason_against(spec: OpSpec, name: str, arguments: dict) -> str | None:
     """Why the implementation does not take these arguments, or None."""
-    args = spec.op.bind(**arguments)
+    args = spec.bind(arguments)
     return next(reason for impl, reason in spec.op.reasons(*args) if impl.name == name)
 
 

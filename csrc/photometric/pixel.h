@@ -5,13 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define PATCHLIGHT_HOST_DEVICE __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-#define PATCHLIGHT_HOST_DEVICE inline __attribute__((always_inline))
-#else
-#define PATCHLIGHT_HOST_DEVICE inline
-#endif
+#include "../host_device.h"
 
 namespace patchlight {
 

@@ -68,7 +68,7 @@ def doctor() -> None:
     for spec in registry.specs():
         case = spec.benches[0]
         for device in devices:
-            args = spec.op.bind(**spec.inputs(case, torch.float32, device))
+            args = spec.bind(spec.inputs(case, torch.float32, device))
             try:
                 chosen, problem = spec.op.choose(*args).name, None
             except RuntimeError as error:

@@ -71,6 +71,7 @@ class OpSpec:
     `differentiable` names the arguments whose gradients are compared too.
     `saved_sums(arguments)` gives the log-sum-exps that a backward reads, in a shape that multiplies the output.
     `sample(arguments, output)` cuts both to a part that float64 on a CPU can check, for large cases.
+    `unpack(arguments)` makes the arguments of an op that takes lists of tensors out of inputs without lists.
     """
 
     op: Op
@@ -85,10 +86,15 @@ class OpSpec:
     differentiable: tuple[str, ...] = ()
     saved_sums: Callable[[dict[str, Any]], Tensor] | None = None
     sample: Callable[[dict[str, Any], Any], tuple[dict[str, Any], Any]] = keep_all
+    unpack: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
     @property
     def name(self) -> str:
         return self.op.name
+
+    def bind(self, arguments: dict[str, Any]) -> tuple:
+        """What the op's implementations take."""
+        return self.op.bind(**self.unpack(arguments))
 
     def least(self, case: Case, dtype: torch.dtype, backward: bool) -> tuple[int, int]:
         """Bytes and flops that every implementation needs, forward alone or with backward."""

@@ -40,6 +40,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
     torch.int64: "*i64",
+    torch.float64: "*fp64",
     torch.bool: "*i1",
 }
 

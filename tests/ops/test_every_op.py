@@ -111,7 +111,7 @@ def test_opcheck(spec):
     op = getattr(torch.ops.patchlight, f"{spec.name}_fwd").default
     for key in spec.differentiable:
         arguments[key].requires_grad_()
-    torch.library.opcheck(op, spec.op.bind(**arguments))
+    torch.library.opcheck(op, spec.bind(arguments))
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.differentiable], ids=lambda spec: spec.name)
