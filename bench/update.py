@@ -56,12 +56,8 @@ def measure(method: Method, size: StepSize, seconds: float) -> list[Row]:
     trainer.step_values.write(trainer.clock)
     terms = {"loss": torch.ones((), device=device)}
 
-    def our_update() -> None:
-        refused, _ = trainer.update.step(terms, trainer.step_values.values)
-        trainer.teacher.follow(trainer.student, trainer.step_values.values["momentum"], refused)
-
-    updates: dict[str, Callable[[], None]] = {name: peer.update for name, peer in peers.items()}
-    updates[OURS] = our_update
+    updates: dict[str, Callable[[], object]] = {name: peer.update for name, peer in peers.items()}
+    updates[OURS] = lambda: trainer.update.step(terms, trainer.step_values.values)
     gradients = make_gradients(trainer.student, run.optim.clip)
     calls = {name: with_gradients(branches[name][0], gradients, update) for name, update in updates.items()}
     for _ in range(2):
@@ -96,7 +92,9 @@ def make_gradients(student: nn.Module, clip: float) -> dict[str, Tensor]:
     return {name: g * (0.5 * clip / g.norm()) for name, g in drawn.items()}
 
 
-def with_gradients(student: nn.Module, gradients: dict[str, Tensor], update: Callable[[], None]) -> Callable[[], None]:
+def with_gradients(
+    student: nn.Module, gradients: dict[str, Tensor], update: Callable[[], object]
+) -> Callable[[], None]:
     """The update, after the student's gradients are set to these."""
     named = dict(student.named_parameters())
 

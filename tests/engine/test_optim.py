@@ -3,7 +3,7 @@
 import pytest
 import timm.optim
 import torch
-from engine.tiny_run import tiny_run, tiny_trainer
+from engine.tiny_run import step_values, tiny_run, tiny_trainer
 from torch import nn
 
 from patchlight.engine.optim import StepState, Update, has_decay, prototype_names
@@ -48,10 +48,10 @@ def test_prototypes_are_the_parameters_that_freeze():
 
 def stepped(options: Optim, gradients: int = 1, lr: float = 0.01, freeze: bool = False) -> tuple[nn.Module, Update]:
     head = small_head()
-    update = Update(head, options, CPU)
+    update = Update(head, None, options, CPU)
     for seed in range(gradients):
         fill_gradients(head, seed)
-        update.step(FINE, lr, 0.1, freeze)
+        update.step(FINE, step_values(lr, freeze=freeze))
     return head, update
 
 
@@ -105,7 +105,7 @@ def test_the_returned_norm_is_that_of_all_gradients_before_clipping():
     head = small_head()
     fill_gradients(head, 0)
     expected = torch.cat([p.grad.flatten() for p in head.parameters()]).norm()
-    refused, norm = Update(head, Optim(clip=0.01), CPU).step(FINE, 0.01, 0.1, False)
+    refused, norm = Update(head, None, Optim(clip=0.01), CPU).step(FINE, step_values(0.01))
     assert refused == 0
     torch.testing.assert_close(norm, expected)
 
@@ -113,10 +113,10 @@ def test_the_returned_norm_is_that_of_all_gradients_before_clipping():
 def test_frozen_prototypes_do_not_move_and_their_step_counters_stay():
     head = small_head()
     before = weights(head.prototypes)
-    update = Update(head, Optim(), CPU)
+    update = Update(head, None, Optim(), CPU)
     for seed, freeze in enumerate((True, True, False)):
         fill_gradients(head, seed)
-        update.step(FINE, 0.01, 0.1, freeze)
+        update.step(FINE, step_values(0.01, freeze=freeze))
         moved = [not torch.equal(a, b) for a, b in zip(before, weights(head.prototypes), strict=True)]
         assert moved == [not freeze] * 2
     state = update.state_dict()
@@ -150,18 +150,15 @@ def spoil_term(head: nn.Module) -> dict:
 @pytest.mark.parametrize("first", [True, False])
 def test_a_refused_step_changes_nothing_and_names_its_cause(spoil, name, optimizer, first):
     head, update = stepped(Optim(name=optimizer), 0 if first else 2)
-    if first:  # optimizer state is created on the first good step only
-        twin, twin_update = stepped(Optim(name=optimizer), 0)
-    else:
-        twin, twin_update = stepped(Optim(name=optimizer), 2)
+    twin, twin_update = stepped(Optim(name=optimizer), 0 if first else 2)
     fill_gradients(head, 7)
-    refused, _ = update.step(spoil(head), 0.01, 0.1, False)
+    refused, _ = update.step(spoil(head), step_values(0.01))
     assert refused == 1
     assert all(torch.equal(a, b) for a, b in zip(weights(head), weights(twin), strict=True))
     assert update.refusals() == (1, 1, name)
     for module, module_update in ((head, update), (twin, twin_update)):
         fill_gradients(module, 8)
-        module_update.step(FINE, 0.01, 0.1, False)
+        module_update.step(FINE, step_values(0.01))
     assert all(torch.equal(a, b) for a, b in zip(weights(head), weights(twin), strict=True))
     result, expected = update.state_dict(), twin_update.state_dict()
     assert all(torch.equal(result[n][k], expected[n][k]) for n in expected for k in expected[n])
@@ -232,14 +229,14 @@ def test_a_whole_refused_step_leaves_teacher_and_centers_alone(tmp_path):
 def test_the_loss_scale_halves_on_a_refusal_and_gradients_come_back_to_scale():
     scaler = LossScaler(torch.device("cpu"), start=8.0)
     head = small_head()
-    update = Update(head, Optim(clip=0), CPU, scaler)
+    update = Update(head, None, Optim(clip=0), CPU, scaler)
     twin, _ = stepped(Optim(clip=0), 1)
     fill_gradients(head, 0, size=8.0)
-    update.step(FINE, 0.01, 0.1, False)
+    update.step(FINE, step_values(0.01))
     assert_same(head, twin)
     assert scaler.scale == 8
     fill_gradients(head, 1)
-    update.step(spoil_gradient(head), 0.01, 0.1, False)
+    update.step(spoil_gradient(head), step_values(0.01))
     assert scaler.scale == 4
     assert scaler.scaled(torch.tensor(2.0)) == 8
 

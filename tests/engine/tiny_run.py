@@ -154,6 +154,12 @@ def tiny_trainer(
     return trainer
 
 
+def step_values(lr: float, weight_decay: float = 0.1, momentum: float = 0.9, freeze: bool = False) -> dict[str, Tensor]:
+    """The numbers of a step for `Update.step`."""
+    numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "freeze_prototypes": float(freeze)}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+
+
 def on_processes(count: int, work: Callable, *arguments, timeout: float = 600) -> list:
     """Runs work(*arguments) on `count` processes, started as torchrun does; returns their results by rank.
 

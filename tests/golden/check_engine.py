@@ -59,8 +59,8 @@ def parameter_groups(case: Case) -> None:
                 part.add_module(step, nn.Module())
             part = part._modules[step]
         part.register_parameter(last, nn.Parameter(torch.ones([1] * ndim), name not in frozen))
-    groups = Update(model, Optim(), CPU).optimizer.param_groups
-    place = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    update = Update(model, None, Optim(), CPU)
+    place = {id(p): 0 if decays else 1 for p, decays in zip(update.parameters, update.decayed, strict=True)}
     case.equal("output.group_index", torch.tensor([place.get(id(p), -1) for p in model.parameters()]))
 
 
@@ -69,12 +69,14 @@ def lars(case: Case) -> None:
     """For a matrix and a vector."""
     recorded = {key: float(case.meta[key]) for key in ("lr", "weight_decay", "momentum")}
     model = nn.ParameterDict({"weight": case["w0"].clone(), "bias": case["b0"].clone()})
-    update = Update(model, Optim(name="lars", momentum=recorded["momentum"], clip=0), CPU)
+    update = Update(model, None, Optim(name="lars", momentum=recorded["momentum"], clip=0), CPU)
     assert isinstance(update.optimizer, Lars)
     assert float(case.meta["trust_coefficient"]) == Lars.TRUST
+    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in recorded.items()}
+    values["freeze_prototypes"] = torch.zeros((), dtype=torch.float64)
     for number in range(len(list(case.numbered("gw")))):
         model["weight"].grad, model["bias"].grad = case[f"gw{number}"].clone(), case[f"gb{number}"].clone()
-        update.step({"loss": torch.zeros(())}, recorded["lr"], recorded["weight_decay"], freeze=False)
+        update.step({"loss": torch.zeros(())}, values)
         case.close(f"w{number + 1}", model["weight"], rel=2e-5)
         case.close(f"b{number + 1}", model["bias"], rel=2e-5)
 

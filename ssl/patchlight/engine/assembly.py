@@ -90,7 +90,7 @@ def build_trainer(
         student,
         teacher,
         objectives,
-        Update(student, run.optim, mesh, scaler),
+        Update(student, teacher, run.optim, mesh, scaler),
         scaler,
         loader,
         metrics or build_metrics(run, mesh, objectives),

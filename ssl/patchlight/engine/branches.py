@@ -114,22 +114,22 @@ class Teacher(Branch):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def follow(self, student: Student, momentum: Tensor, refused: Tensor | None = None) -> None:
+    def follow(self, student: nn.Module, momentum: Tensor | float, refused: Tensor | None = None) -> None:
         """Moves each parameter by 1 - momentum towards the student's, unless refused is 1; buffers stay as they are.
 
-        On a CPU: a lerp per parameter. Elsewhere: three multi-tensor kernels, because `refused`, and so the weight, is a tensor.
+        AdamW does this in its own sweep. momentum is a float64 tensor on the device where a step must not depend on Python.
         """
         by_name = dict(student.named_parameters())
         named = dict(self.named_parameters())
         own, target = [local(parameter) for parameter in named.values()], [local(by_name[name]) for name in named]
-        weight = (1 - momentum).to(own[0].dtype)
-        weight = weight if refused is None else weight * (1 - refused)
-        if weight.device.type == "cpu":
+        share = (1 - torch.as_tensor(momentum, dtype=torch.float64, device=own[0].device)).to(own[0].dtype)
+        share = share if refused is None else share * (1 - refused)
+        if share.device.type == "cpu":
             for parameter, student_parameter in zip(own, target, strict=True):
-                parameter.lerp_(student_parameter, weight)
+                parameter.lerp_(student_parameter, share)
             return
         gap = torch._foreach_sub(target, own)
-        torch._foreach_mul_(gap, weight)
+        torch._foreach_mul_(gap, share)
         torch._foreach_add_(own, gap)
 
 

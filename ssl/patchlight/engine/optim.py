@@ -1,24 +1,29 @@
-"""From gradients to an update: parameter groups, clipping, the refusal of non-finite steps, AdamW, LARS and LAMB.
+"""From gradients to an update: what decays, clipping, the refusal of non-finite steps, AdamW, LARS and LAMB, the teacher.
 
 Everything works on this rank's pieces of the parameters as plain tensors, so the code is the same for
-sharded and whole parameters, and nothing waits for the device.
+sharded and whole parameters, and nothing waits for the device. What differs from step to step is read from tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from patchlight_kernels import adamw, square_sums
+
 from ..heads.prototypes import Prototypes
 from ..run import Optim
+from .branches import Teacher
 from .dtensor import like, local
 from .parallel import Mesh
 from .precision import LossScaler
 
 Norms = Callable[[Sequence[Tensor | None]], Tensor]
+Values = Mapping[
+    str, Tensor
+]  # of a step: "lr", "weight_decay", "momentum" (the teacher's), "freeze_prototypes" (0 or 1)
 
 
 def has_decay(name: str, parameter: Tensor, decayed: str = "matrices") -> bool:
@@ -38,175 +43,222 @@ def prototype_names(module: nn.Module) -> frozenset[str]:
 
 
 class Update:
-    """Updates the student's trainable parameters, one optimizer step at a time.
+    """Updates the student's trainable parameters, one optimizer step at a time, and moves the teacher after them.
 
-    A step is refused on every rank when any rank has a non-finite loss term or gradient: parameters, optimizer state and
-    step counters then stay as they are. The decision is a device number that the optimizers read (`found_inf`, as torch's
-    fused AdamW does); the host reads it at log lines, from `refusals`.
+    A step is refused on every rank when any rank has a non-finite loss term or gradient: parameters, optimizer state,
+    step counters and the teacher then stay as they are. The decision is a device number that the optimizers read;
+    the host reads it at log lines, from `refusals`.
     """
 
-    def __init__(self, student: nn.Module, options: Optim, mesh: Mesh, scaler: LossScaler | None = None) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | None,
+        options: Optim,
+        mesh: Mesh,
+        scaler: LossScaler | None = None,
+    ) -> None:
         trainable = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in trainable]
         self.parameters = [p for _, p in trainable]
-        # What the optimizer gets: the parameter itself, or a leaf that shares the memory of this rank's shard.
-        self.pieces = [p if local(p) is p else nn.Parameter(local(p).detach()) for p in self.parameters]
         self.frozen_first = prototype_names(student)
+        self.decayed = [has_decay(name, p, options.decayed) for name, p in trainable]
+        self.student, self.teacher = student, teacher
         self.options, self.mesh, self.scaler = options, mesh, scaler
-        self.optimizer: Any = build_optimizer(self.groups(), options, self.norms)
-        self.total_refused = torch.zeros((), dtype=torch.int64, device=mesh.device)
-        self.refused_in_a_row = torch.zeros((), dtype=torch.int64, device=mesh.device)
-        self.first_nonfinite = torch.zeros((), dtype=torch.int64, device=mesh.device)
+        self.optimizer = build_optimizer(self)
+        # Refused steps in all and in a row, and the place in `checked` of what made the last of them so.
+        self.tally = torch.zeros(3, device=mesh.device)
         self.checked: list[str] = []
 
-    def groups(self) -> list[dict]:
-        """Two groups: with weight decay, then without."""
-        members: dict[bool, list[Tensor]] = {True: [], False: []}
-        for name, parameter, piece in zip(self.names, self.parameters, self.pieces, strict=True):
-            members[has_decay(name, parameter, self.options.decayed)].append(piece)
-        return [{"params": members[decayed], "decayed": decayed} for decayed in (True, False)]
+    def pieces(self) -> list[Tensor]:
+        """This rank's part of each parameter. FSDP2 may move an uneven one when it starts, so they are not kept."""
+        return [local(parameter.detach()) for parameter in self.parameters]
 
     @torch.no_grad()
-    def step(self, terms: dict[str, Tensor], values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Updates the student and clears its gradients; returns whether the step was refused (0 or 1), and the norm."""
-        lr, weight_decay, freeze = (values[name] for name in ("lr", "weight_decay", "freeze_prototypes"))
-        self._read_gradients()
+    def step(self, terms: dict[str, Tensor], values: Values) -> tuple[Tensor, Tensor]:
+        """Updates student and teacher and clears the gradients; whether the step was refused (0 or 1), and the norm."""
+        pieces = self.pieces()
+        gradients = [None if p.grad is None else local(p.grad) for p in self.parameters]
+        norms, scales = self.norms(gradients), None
         if self.scaler is not None:
-            self.scaler.unscale([piece.grad for piece in self.pieces if piece.grad is not None])
-        norms = self.norms([piece.grad for piece in self.pieces])
-        refused = self._check(terms, norms)
-        self._clip(norms)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = weight_decay if group["decayed"] else weight_decay * 0
-        before = {
-            n: (p.detach().clone(), {k: v.clone() for k, v in self.optimizer.state.get(p, {}).items()})
-            for n, p in zip(self.names, self.pieces, strict=True)
-            if n in self.frozen_first
-        }
-        self.optimizer.found_inf = refused
-        self.optimizer.step()
-        for n, p in zip(self.names, self.pieces, strict=True):
-            if n in self.frozen_first:
-                old, state = before[n]
-                p.data.copy_(torch.where(freeze > 0, old, p.data))
-                for k, v in self.optimizer.state[p].items():
-                    v.copy_(torch.where(freeze > 0, state.get(k, torch.zeros_like(v)), v))
+            scales = self.scaler.scale.reciprocal()
+            norms = norms * scales
+        refused, norm = self._check(terms, norms), torch.linalg.vector_norm(norms)
+        if self.options.clip:
+            limited = norm.expand_as(norms) if self.options.clip_mode == "global" else norms
+            clip = (self.options.clip / (limited + 1e-6)).clamp(max=1)
+            scales = clip if scales is None else clip * scales
+        scales = torch.ones_like(norms) if scales is None else scales.expand_as(norms).contiguous()
+        self._move(pieces, gradients, scales, values, refused)
         if self.scaler is not None:
             self.scaler.update(refused)
-        self.drop_gradients()
-        return refused, norms.square().sum().sqrt()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return refused, norm
+
+    def _move(
+        self, pieces: list[Tensor], gradients: list[Tensor | None], scales: Tensor, values: Values, refused: Tensor
+    ) -> None:
+        if isinstance(self.optimizer, AdamW):
+            by_name = {} if self.teacher is None else dict(self.teacher.named_parameters())
+            teachers = [local(by_name[name]) if name in by_name else None for name in self.names]
+            self.optimizer.step(pieces, gradients, scales, values, refused, teachers)
+            return
+        scaled = [None if g is None else g * scale for g, scale in zip(gradients, scales, strict=True)]
+        self.optimizer.step(pieces, scaled, values, refused)
+        if self.teacher is not None:
+            self.teacher.follow(self.student, values["momentum"], refused)
 
     def norms(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """The norm of each whole tensor from its pieces, [P]; 0 where there is none."""
-        present = [tensor for tensor in tensors if tensor is not None and tensor.numel()]
-        found = iter(torch._foreach_norm(present) if present else ())
-        zero = torch.zeros((), dtype=self.pieces[0].dtype, device=self.mesh.device)
-        pieces = torch.stack([zero if tensor is None or not tensor.numel() else next(found) for tensor in tensors])
-        return self.mesh.sum_over_shards(pieces.square()).sqrt()
+        nothing = next((t for t in tensors if t is not None), self.parameters[0]).new_empty(0)
+        sums = square_sums([nothing if tensor is None else tensor for tensor in tensors])
+        return self.mesh.sum_over_shards(sums).sqrt()
 
     def _check(self, terms: dict[str, Tensor], norms: Tensor) -> Tensor:
         """1 if anything is not finite anywhere, else 0, the same on all ranks; remembers the first that was not."""
         self.checked = [f"the loss term {name}" for name in terms]
         self.checked += [f"the gradient of {name}" for name in self.names]
-        values = torch.cat([torch.stack([value.detach().to(norms.dtype) for value in terms.values()]), norms])
-        bad = self.mesh.max_over_all((~values.isfinite()).float())
-        refused = bad.amax()
-        count = refused.long()
-        self.total_refused += count
-        self.refused_in_a_row.add_(1).mul_(count)
-        self.first_nonfinite.copy_(torch.where(refused > 0, bad.argmax(), self.first_nonfinite))
+        values = torch.cat([*(value.detach().to(norms.dtype).view(1) for value in terms.values()), norms])
+        bad = self.mesh.max_over_all((values * 0).ne_(0).float())  # 0 x infinity and 0 x NaN are NaN, unlike 0
+        refused, first = bad.max(dim=0)
+        self.tally[:2].add_(refused)
+        self.tally[1].mul_(refused)
+        self.tally[2].lerp_(first.float(), refused)
         return refused
-
-    def _clip(self, norms: Tensor) -> None:
-        """Scales gradients down to the limit: each by its own norm (per_tensor, as released), or all by one (global)."""
-        if self.options.clip == 0:
-            return
-        if self.options.clip_mode == "global":
-            norms = norms.square().sum().sqrt().expand_as(norms)
-        scales = (self.options.clip / (norms + 1e-6)).clamp(max=1).unbind()
-        clipped = [(p.grad, scale) for p, scale in zip(self.pieces, scales, strict=True) if p.grad is not None]
-        if clipped:
-            torch._foreach_mul_(*(list(column) for column in zip(*clipped, strict=True)))
-
-    def _read_gradients(self) -> None:
-        for parameter, piece in zip(self.parameters, self.pieces, strict=True):
-            if piece is not parameter:
-                piece.data = local(parameter)  # FSDP2 may have moved an uneven shard when it started
-                piece.grad = None if parameter.grad is None else local(parameter.grad)
-
-    def drop_gradients(self) -> None:
-        for parameter, piece in zip(self.parameters, self.pieces, strict=True):
-            parameter.grad = piece.grad = None
 
     def refusals(self) -> tuple[int, int, str]:
         """How many steps this process has refused, how many in a row until now, and what was not finite. Waits."""
-        total, row, first = torch.stack([self.total_refused, self.refused_in_a_row, self.first_nonfinite]).tolist()
+        total, row, first = map(int, self.tally.tolist())
         return total, row, self.checked[first] if total else ""
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's state by parameter name, sharded like the parameters. A parameter still frozen has none."""
-        result = {}
-        for name, parameter, piece in self._named():
-            state = self.optimizer.state.get(piece, {})
-            if state:
-                result[name] = {key: like(value, parameter) if value.ndim else value for key, value in state.items()}
-        return result
+        """The optimizer's state by parameter name, sharded like the parameters."""
+        return {
+            name: {key: like(value, parameter) if value.ndim else value.clone() for key, value in state.items()}
+            for name, parameter, state in zip(self.names, self.parameters, self.optimizer.states(), strict=True)
+        }
 
     def blank_state(self, stored: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """Zeros to load into, for what a checkpoint has stored, named "optimizer.<parameter>.<state>"."""
-        parameters = {name: (parameter, piece) for name, parameter, piece in self._named()}
+        known = self.state_dict()
         result: dict[str, dict[str, Tensor]] = {}
         for entry in stored:
             if entry.startswith("optimizer."):
                 name, key = entry.removeprefix("optimizer.").rsplit(".", 1)
-                parameter, piece = parameters[name]
-                zeros = torch.zeros_like(piece)
-                blank = torch.zeros((), device=piece.device) if key == "step" else like(zeros, parameter)
-                result.setdefault(name, {})[key] = blank
+                result.setdefault(name, {})[key] = torch.zeros_like(known[name][key])
         return result
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Loads what `state_dict` returned."""
-        for name, _, piece in self._named():
-            if name in state:
-                self.optimizer.state[piece] = {key: local(value) for key, value in state[name].items()}
-
-    def _named(self) -> Iterable[tuple[str, Tensor, Tensor]]:
-        return zip(self.names, self.parameters, self.pieces, strict=True)
+        """Loads what `state_dict` returned, in place. A parameter that is not in it has had no update."""
+        for name, own in zip(self.names, self.optimizer.states(), strict=True):
+            for key, value in own.items():
+                if name in state:
+                    value.copy_(local(state[name][key]))
+                else:
+                    value.zero_()
 
 
 class StepState:
     """What a forward pass changes besides gradients: buffers, such as centers, queues and BatchNorm's statistics.
 
-    A refused step must not change them, so they are copied before a step and written back after it.
+    A refused step must not change them, so they are copied before a step and written back after it, all of a dtype together.
     Buffers must change in place.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        self.buffers = [buffer for module in modules for buffer in module.buffers()]
-        self.before = [buffer.clone() for buffer in self.buffers]
+        self.buffers: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in (buffer for module in modules for buffer in module.buffers()):
+            self.buffers.setdefault(buffer.dtype, []).append(buffer)
+        self.before = {dtype: together(buffers) for dtype, buffers in self.buffers.items()}
 
     def remember(self) -> None:
-        if self.buffers:
-            torch._foreach_copy_(self.before, self.buffers)
+        for dtype, buffers in self.buffers.items():
+            torch._foreach_copy_(parts(self.before[dtype], buffers), buffers)
 
     def restore(self, refused: Tensor) -> None:
         """Writes the old values back if refused is 1."""
-        for buffer, before in zip(self.buffers, self.before, strict=True):
-            buffer.copy_(torch.where(refused > 0, before, buffer))
+        for dtype, buffers in self.buffers.items():
+            chosen = torch.where(refused > 0, self.before[dtype], together(buffers))
+            torch._foreach_copy_(buffers, parts(chosen, buffers))
 
 
-def build_optimizer(groups: list[dict], options: Optim, norms: Norms) -> torch.optim.Optimizer:
-    """The optimizer by its name; learning rate and weight decay are set before every step."""
+def together(tensors: list[Tensor]) -> Tensor:
+    """All their values in one new tensor."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def parts(values: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The values again in tensors like these."""
+    split = values.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(split, tensors, strict=True)]
+
+
+def build_optimizer(update: Update) -> AdamW | Lars | Lamb:
+    """The optimizer by its name."""
+    options, pieces = update.options, update.pieces()
+    frozen = [name in update.frozen_first for name in update.names]
     if options.name == "lars":
-        return Lars(groups, options.momentum, norms)
+        return Lars(pieces, update.decayed, frozen, options.momentum, update.norms)
     if options.name == "lamb":
-        return Lamb(groups, options.betas, norms)
-    return AdamW(groups, options.betas, norms, 1e-8)
+        return Lamb(pieces, update.decayed, frozen, options.betas, update.norms)
+    return AdamW(pieces, update.decayed, frozen, options.betas)
 
 
-class Lars(torch.optim.Optimizer):
+class AdamW:
+    """torch.optim.AdamW, in one sweep with the clip and the moving average.
+
+    copies, teacher_copies: 16-bit tensors like the pieces, which every step that is not refused writes; none at first.
+    """
+
+    def __init__(
+        self, pieces: list[Tensor], decayed: list[bool], frozen: list[bool], betas: tuple[float, float]
+    ) -> None:
+        self.decayed, self.frozen, self.betas = decayed, frozen, betas
+        self.steps = pieces[0].new_zeros(len(pieces), dtype=torch.float32)
+        self.exp_avgs = [torch.zeros_like(piece) for piece in pieces]
+        self.exp_avg_sqs = [torch.zeros_like(piece) for piece in pieces]
+        self.copies: list[Tensor] = []
+        self.teacher_copies: list[Tensor] = []
+
+    def states(self) -> list[dict[str, Tensor]]:
+        """What a checkpoint keeps, for each parameter."""
+        columns = zip(self.steps, self.exp_avgs, self.exp_avg_sqs, strict=True)
+        return [{"step": step, "exp_avg": m, "exp_avg_sq": v} for step, m, v in columns]
+
+    def step(
+        self,
+        pieces: list[Tensor],
+        gradients: list[Tensor | None],
+        scales: Tensor,
+        values: Values,
+        refused: Tensor,
+        teachers: list[Tensor | None],
+    ) -> None:
+        """Moves everything in place; a gradient is multiplied by its scale."""
+        nothing = scales.new_empty(0)
+        adamw(
+            pieces,
+            [nothing if gradient is None else gradient for gradient in gradients],
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.steps,
+            scales,
+            values["lr"],
+            values["weight_decay"],
+            values["momentum"],
+            values["freeze_prototypes"],
+            refused,
+            self.decayed,
+            self.frozen,
+            [nothing if teacher is None else teacher for teacher in teachers],
+            self.copies,
+            self.teacher_copies,
+            self.betas,
+        )
+
+
+class Lars:
     """LARS as DINO and MoCo v3 release it: the decay is added first, then each matrix moves in proportion to its norm.
 
     Parameters without decay move by plain momentum. (timm's LARS divides by the sum of the two norms instead.)
@@ -214,76 +266,96 @@ class Lars(torch.optim.Optimizer):
 
     TRUST = 0.001
 
-    def __init__(self, groups: list[dict], momentum: float, norms: Norms) -> None:
-        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
-        self.momentum, self.norms = momentum, norms
-        self.found_inf: Tensor | None = None
+    def __init__(
+        self, pieces: list[Tensor], decayed: list[bool], frozen: list[bool], momentum: float, norms: Norms
+    ) -> None:
+        self.decayed, self.frozen, self.momentum, self.norms = decayed, frozen, momentum, norms
+        self.momenta = [torch.zeros_like(piece) for piece in pieces]
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override] # no loss is computed again
-        for group in self.param_groups:
-            pieces = [p for p in group["params"] if p.grad is not None]
-            updates = [p.grad + p * group["weight_decay"] if group["decayed"] else p.grad for p in pieces]
-            if group["decayed"] and pieces:
-                updates = [
-                    *torch._foreach_mul(updates, list(_ratios(self.norms, pieces, updates, self.TRUST).unbind()))
-                ]
-            for p, update in zip(pieces, updates, strict=True):
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                mu = self.state[p]["momentum"]
-                _replace(mu, self.momentum * mu + update, self.found_inf)
-                _replace(p, p - group["lr"] * mu, self.found_inf)
+    def states(self) -> list[dict[str, Tensor]]:
+        """What a checkpoint keeps, for each parameter."""
+        return [{"momentum": mu} for mu in self.momenta]
+
+    def step(self, pieces: list[Tensor], gradients: list[Tensor | None], values: Values, refused: Tensor) -> None:
+        """Moves pieces and momenta in place."""
+        stay = _staying(self.frozen, values, refused)
+        updates: dict[int, Tensor] = {}
+        for number, gradient in enumerate(gradients):
+            if gradient is not None:
+                decays = self.decayed[number]
+                updates[number] = gradient + values["weight_decay"] * pieces[number] if decays else gradient
+        scaled = [number for number in updates if self.decayed[number]]
+        ratios = _ratios(self.norms, [pieces[n] for n in scaled], [updates[n] for n in scaled], self.TRUST)
+        for number, ratio in zip(scaled, ratios, strict=True):
+            updates[number] = updates[number] * ratio
+        for number, update in updates.items():
+            p, mu = pieces[number], self.momenta[number]
+            _replace(mu, self.momentum * mu + update, stay[number])
+            _replace(p, p - values["lr"] * mu, stay[number])
 
 
-class Lamb(torch.optim.Optimizer):
+class Lamb:
     """LAMB: Adam's direction plus the decay, each matrix moved in proportion to its norm."""
 
-    def __init__(self, groups: list[dict], betas: tuple[float, float], norms: Norms, eps: float = 1e-6) -> None:
-        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
-        self.betas, self.norms, self.eps = betas, norms, eps
-        self.found_inf: Tensor | None = None
+    EPS = 1e-6
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override] # no loss is computed again
-        for group in self.param_groups:
-            pieces = [p for p in group["params"] if p.grad is not None]
-            updates = [self._adam(p, p.grad) + p * group["weight_decay"] for p in pieces]
-            if group["decayed"] and pieces:
-                updates = [*torch._foreach_mul(updates, list(_ratios(self.norms, pieces, updates).unbind()))]
-            for p, update in zip(pieces, updates, strict=True):
-                _replace(p, p - group["lr"] * update, self.found_inf)
+    def __init__(
+        self,
+        pieces: list[Tensor],
+        decayed: list[bool],
+        frozen: list[bool],
+        betas: tuple[float, float],
+        norms: Norms,
+    ) -> None:
+        self.decayed, self.frozen, self.betas, self.norms = decayed, frozen, betas, norms
+        self.moments = AdamW(pieces, decayed, frozen, betas)
 
-    def _adam(self, p: Tensor, gradient: Tensor) -> Tensor:
+    def states(self) -> list[dict[str, Tensor]]:
+        """What a checkpoint keeps, for each parameter."""
+        return self.moments.states()
+
+    def step(self, pieces: list[Tensor], gradients: list[Tensor | None], values: Values, refused: Tensor) -> None:
+        """Moves pieces and moments in place."""
+        stay = _staying(self.frozen, values, refused)
+        states = self.states()
+        updates: dict[int, Tensor] = {}
+        for number, gradient in enumerate(gradients):
+            if gradient is not None:
+                update = self._adam(states[number], gradient, stay[number])
+                decay = values["weight_decay"] * pieces[number] if self.decayed[number] else None
+                updates[number] = update if decay is None else update + decay
+        scaled = [number for number in updates if self.decayed[number]]
+        ratios = _ratios(self.norms, [pieces[n] for n in scaled], [updates[n] for n in scaled])
+        for number, ratio in zip(scaled, ratios, strict=True):
+            updates[number] = updates[number] * ratio
+        for number, update in updates.items():
+            _replace(pieces[number], pieces[number] - values["lr"] * update, stay[number])
+
+    def _adam(self, state: dict[str, Tensor], gradient: Tensor, stay: Tensor) -> Tensor:
         """Adam's direction, and its moments moved."""
-        state, (beta1, beta2) = self.state[p], self.betas
-        if not state:
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        _replace(state["step"], state["step"] + 1, self.found_inf)
-        _replace(state["exp_avg"], state["exp_avg"].lerp(gradient, 1 - beta1), self.found_inf)
-        _replace(state["exp_avg_sq"], state["exp_avg_sq"].lerp(gradient.square(), 1 - beta2), self.found_inf)
+        beta1, beta2 = self.betas
+        _replace(state["step"], state["step"] + 1, stay)
+        _replace(state["exp_avg"], state["exp_avg"].lerp(gradient, 1 - beta1), stay)
+        _replace(state["exp_avg_sq"], state["exp_avg_sq"].lerp(gradient.square(), 1 - beta2), stay)
         mean = state["exp_avg"] / (1 - beta1 ** state["step"])
-        return mean / ((state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt() + self.eps)
+        return mean / ((state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt() + self.EPS)
 
 
-class AdamW(Lamb):
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                direction = self._adam(p, p.grad)
-                _replace(p, p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction, self.found_inf)
+def _staying(frozen: list[bool], values: Values, refused: Tensor) -> list[Tensor]:
+    """For each parameter, whether this step must not move it."""
+    all_stay = refused > 0
+    frozen_stay = all_stay | (values["freeze_prototypes"] > 0)
+    return [frozen_stay if may_freeze else all_stay for may_freeze in frozen]
 
 
-def _ratios(norms: Norms, pieces: list[Tensor], updates: list[Tensor], trust: float = 1.0) -> Tensor:
-    """[P] trust x norm of each parameter / norm of its update, 1 where either norm is 0."""
+def _ratios(norms: Norms, pieces: list[Tensor], updates: list[Tensor], trust: float = 1.0) -> Sequence[Tensor]:
+    """Of each parameter: trust x its norm / the norm of its update, 1 where either norm is 0."""
+    if not pieces:
+        return ()
     of_parameter, of_update = norms([*pieces, *updates]).chunk(2)
-    return torch.where((of_parameter > 0) & (of_update > 0), trust * of_parameter / of_update, 1.0)
+    return torch.where((of_parameter > 0) & (of_update > 0), trust * of_parameter / of_update, 1.0).unbind()
 
 
-def _replace(old: Tensor, new: Tensor, refused: Tensor | None) -> None:
-    """Writes the new values, unless the step is refused."""
-    old.copy_(new if refused is None else torch.where(refused > 0, old, new))
+def _replace(old: Tensor, new: Tensor, stay: Tensor) -> None:
+    """Writes the new values, unless they must stay."""
+    old.copy_(torch.where(stay, old, new))

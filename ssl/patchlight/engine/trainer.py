@@ -133,16 +133,14 @@ class Trainer:
         """All that a step does on the device. A recording of it is repeated, so no number in it may come from the host."""
         self.step_state.remember()
         terms = self.accumulate(batches)
-        values = self.step_values.values
-        refused, norm = self.update.step(terms, values)
-        self.teacher.follow(self.student, values["momentum"], refused)
+        refused, norm = self.update.step(terms, self.step_values.values)
         self.objectives.after_step()
         self.step_state.restore(refused)
         return terms | {"gradient/norm": norm, "step/refused": refused}
 
     def not_recorded(self, reason: str) -> None:
         """Goes on with steps that are launched, after a recording failed."""
-        self.update.drop_gradients()
+        self.student.zero_grad()
         self.say(f"Steps are launched from Python: recording one failed: {reason}.")
 
     def accumulate(self, batches: Iterable[Views]) -> Terms:
