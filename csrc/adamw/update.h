@@ -8,7 +8,7 @@
 namespace patchlight {
 
 enum Row { kCount, kFlags, kParameter, kGradient, kMean, kSquare, kTeacher, kCopy, kTeacherCopy, kRows };
-constexpr int64_t kDecayed = 1, kFrozen = 2;  // flags
+constexpr int64_t kDecayed = 1, kFrozen = 2, kWithGradient = 4;  // flags
 
 struct Betas {
   double log1, log2;
@@ -45,7 +45,7 @@ struct Numbers {
 PATCHLIGHT_HOST_DEVICE Numbers numbers_of(const Table& table, int tensor, const Inputs& in, const Betas& betas) {
   const int64_t flags = table.at(kFlags, tensor);
   Numbers n;
-  n.moves = table.at(kGradient, tensor) != 0 && !((flags & kFrozen) && *in.freeze > 0);
+  n.moves = (flags & kWithGradient) && !((flags & kFrozen) && *in.freeze > 0);
   n.scale = in.scale[tensor];
   n.decay = flags & kDecayed ? float(1 - *in.lr * *in.decay) : 1.0f;
   n.share = float(1 - *in.momentum);

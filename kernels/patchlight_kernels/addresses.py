@@ -59,9 +59,9 @@ def _pair(values: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.empty_like(values, device=device), torch.empty_like(values, pin_memory=True)
 
 
-def addresses_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """A row: the address of each tensor, 0 for one without values."""
-    return tuple([tensor.data_ptr() if tensor.numel() else 0 for tensor in tensors])
+def addresses_of(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """A row: the address of each tensor, 0 for None and for one without values."""
+    return tuple([0 if tensor is None or not tensor.numel() else tensor.data_ptr() for tensor in tensors])
 
 
 @cache

@@ -67,7 +67,7 @@ class Update:
         self.options, self.mesh, self.scaler = options, mesh, scaler
         self.optimizer = build_optimizer(self)
         # Refused steps in all and in a row, and the place in `checked` of what made the last of them so.
-        self.tally = torch.zeros(3, device=mesh.device)
+        self.tally = torch.zeros(3, dtype=torch.float32, device=mesh.device)
         self.checked: list[str] = []
 
     def pieces(self) -> list[Tensor]:
@@ -239,7 +239,7 @@ class AdamW:
         nothing = scales.new_empty(0)
         adamw(
             pieces,
-            [nothing if gradient is None else gradient for gradient in gradients],
+            gradients,
             self.exp_avgs,
             self.exp_avg_sqs,
             self.steps,

@@ -16,14 +16,13 @@ from ...extension import native
 from . import reference
 
 OP_NAME = "adamw"
-DECAYED, FROZEN = 1, 2  # bits of a parameter's flags
-LISTS = ("parameters", "gradients", "exp_avgs", "exp_avg_sqs", "teachers", "copies", "teacher_copies")
-CHANGED = (0, 2, 3, 4, 5, 6)  # of these lists: all but the gradients
+DECAYED, FROZEN, WITH_GRADIENT = 1, 2, 4  # bits of a parameter's flags
+CHANGED = (0, 2, 3, 4, 5, 6)  # of the lists of tensors: all but the gradients
 
 
 def _bind(
     parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Tensor,
@@ -44,9 +43,16 @@ def _bind(
     """Checks the public arguments and returns those that implementations take."""
     if not parameters:
         raise ValueError(message(OP_NAME, "there must be parameters", "none", "do not call it then"))
-    lists = (parameters, gradients, exp_avgs, exp_avg_sqs, teachers, copies, teacher_copies)
-    for name, tensors in zip(LISTS, lists, strict=True):
-        _check_list(name, tensors, parameters, optional=name not in ("parameters", "exp_avgs", "exp_avg_sqs"))
+    if len(gradients) != len(parameters):
+        rule = f"gradients must have a tensor or None for each of the {len(parameters)} parameters"
+        raise ValueError(message(OP_NAME, rule, len(gradients), "pass as many"))
+    present = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None]
+    _check_list("gradients", [g for g, _ in present], [p for _, p in present])
+    for name, tensors in (("parameters", parameters), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check_list(name, tensors, parameters)
+    for name, tensors in (("teachers", teachers), ("copies", copies), ("teacher_copies", teacher_copies)):
+        if tensors:
+            _check_list(name, tensors, parameters, optional=True)
     count, device = len(parameters), parameters[0].device
     for name, value in (("steps", steps), ("scale", scale)):
         if value.shape != (count,):
@@ -58,7 +64,7 @@ def _bind(
             got = f"{value.device} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(message(OP_NAME, f"{name} must be a 0-d tensor on {device}", got, "make it one"))
     numbers = {name: value if name == "refused" else value.double() for name, value in numbers.items()}
-    dense = [gradient.detach().contiguous() for gradient in gradients]
+    dense = [None if gradient is None else gradient.detach().contiguous() for gradient in gradients]
     groups = [bool(member) for member in decayed], [bool(member) for member in frozen] or [False] * count
     if {len(group) for group in groups} != {count}:
         rule = f"decayed and frozen must say yes or no for each of the {count} parameters"
@@ -67,10 +73,8 @@ def _bind(
     return (list(parameters), dense, *rest, *numbers.values(), *groups, *map(float, (*betas, eps)))
 
 
-def _check_list(name: str, tensors: Sequence[Tensor], parameters: Sequence[Tensor], optional: bool) -> None:
+def _check_list(name: str, tensors: Sequence[Tensor], parameters: Sequence[Tensor], optional: bool = False) -> None:
     """One tensor for each parameter, as large and on the same device, all of one dtype; `optional`: or empty."""
-    if optional and not tensors:
-        return
     if len(tensors) != len(parameters):
         rule = f"{name} must have a tensor for each of the {len(parameters)} parameters"
         raise ValueError(message(OP_NAME, rule, len(tensors), "pass empty tensors where there is none"))
@@ -97,11 +101,12 @@ class Prepared(NamedTuple):
     aligned: bool
 
 
-def prepared(lists: Sequence[Sequence[Tensor]], decayed: Sequence[bool], frozen: Sequence[bool]) -> Prepared:
+def prepared(lists: Sequence[Sequence], decayed: Sequence[bool], frozen: Sequence[bool]) -> Prepared:
     """Tables for the kernels; tells autograd that the tensors change, as kernels write by address."""
-    parameters, device = lists[0], lists[0][0].device
+    parameters, gradients, device = lists[0], lists[1], lists[0][0].device
     counts = tuple([parameter.numel() for parameter in parameters])
-    flags = tuple([DECAYED * d + FROZEN * f for d, f in zip(decayed, frozen, strict=True)])
+    members = zip(decayed, frozen, gradients, strict=True)
+    flags = tuple([DECAYED * d + FROZEN * f + WITH_GRADIENT * (g is not None) for d, f, g in members])
     none = (0,) * len(counts)
     addresses = [addresses_of(tensors) if tensors else none for tensors in lists]
     for place in CHANGED:
@@ -109,15 +114,15 @@ def prepared(lists: Sequence[Sequence[Tensor]], decayed: Sequence[bool], frozen:
     return Prepared(
         table_of((counts, flags, *addresses), device),
         blocks_of(counts, device),
-        dtype_of(lists[1], torch.float32),
+        dtype_of(gradients, torch.float32),
         dtype_of([*lists[5], *lists[6]], torch.bfloat16),
         aligned(tuple(addresses)),
     )
 
 
-def dtype_of(tensors: Sequence[Tensor], otherwise: torch.dtype) -> torch.dtype:
+def dtype_of(tensors: Sequence[Tensor | None], otherwise: torch.dtype) -> torch.dtype:
     """The dtype of those tensors that have values."""
-    return next((tensor.dtype for tensor in tensors if tensor.numel()), otherwise)
+    return next((tensor.dtype for tensor in tensors if tensor is not None and tensor.numel()), otherwise)
 
 
 def _native_fwd(*args) -> None:
@@ -170,7 +175,7 @@ OP = Op(
 
 _fwd = OP.define(
     "fwd",
-    "(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] teachers, "
+    "(Tensor(a!)[] parameters, Tensor?[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] teachers, "
     "Tensor(e!)[] copies, Tensor(f!)[] teacher_copies, Tensor(g!) steps, Tensor scale, Tensor lr, Tensor weight_decay, "
     "Tensor momentum, Tensor freeze, Tensor refused, bool[] decayed, bool[] frozen, float beta1, float beta2, float eps) -> ()",
     run=OP.forward,
@@ -180,7 +185,7 @@ _fwd = OP.define(
 
 def adamw(
     parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Tensor,
@@ -204,7 +209,7 @@ def adamw(
 
     Args:
         parameters, exp_avgs, exp_avg_sqs: P tensors each, fp32 and contiguous (others run the reference).
-        gradients: P tensors, fp32, bf16 or fp16. An empty one: that parameter and its state stay.
+        gradients: P tensors, fp32, bf16 or fp16. None: that parameter and its state stay.
         steps: [P] fp32, the updates that each parameter has had.
         scale: [P] fp32; each gradient is multiplied by its own, which may clip it and undo the scale of the loss.
         lr, weight_decay, momentum: 0-d float64; momentum is that of the teachers.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def adamw_fwd(
     parameters: list[Tensor],
-    gradients: list[Tensor],
+    gradients: list[Tensor | None],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     teachers: list[Tensor],
@@ -31,7 +31,7 @@ def adamw_fwd(
     keep = refused > 0
     for number, p in enumerate(parameters):
         gradient, step = gradients[number], steps[number]
-        if gradient.numel():
+        if gradient is not None:
             stay = keep | (freeze > 0) if frozen[number] else keep
             g = gradient.to(p.dtype) * scale[number]
             m = exp_avgs[number].lerp(g, 1 - beta1)

@@ -89,7 +89,7 @@ def _unpack(arguments: dict[str, Any]) -> dict[str, Any]:
 
     return {
         "parameters": parts("parameter"),
-        "gradients": parts("gradient", every[4::5]),
+        "gradients": [None if number % 5 == 4 else part for number, part in enumerate(parts("gradient"))],
         "exp_avgs": parts("exp_avg"),
         "exp_avg_sqs": parts("exp_avg_sq"),
         "steps": arguments["steps"].clone(),

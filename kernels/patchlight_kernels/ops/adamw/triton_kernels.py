@@ -10,10 +10,11 @@ import triton.language as tl
 
 from ...addresses import CHUNK
 from ...triton_functions import store
-from .op import DECAYED, FROZEN, prepared
+from .op import DECAYED, FROZEN, WITH_GRADIENT, prepared
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_CHUNK, _DECAYED, _FROZEN = tl.constexpr(CHUNK), tl.constexpr(DECAYED), tl.constexpr(FROZEN)
+_CHUNK = tl.constexpr(CHUNK)
+_DECAYED, _FROZEN, _WITH_GRADIENT = tl.constexpr(DECAYED), tl.constexpr(FROZEN), tl.constexpr(WITH_GRADIENT)
 
 
 @triton.jit
@@ -39,8 +40,7 @@ def _numbers_kernel(
         return
     lr, decay = tl.load(lr_ptr), tl.load(decay_ptr)
     flags = tl.load(table_ptr + count + offs, mask=inside, other=0)
-    moves = tl.load(table_ptr + 3 * count + offs, mask=inside, other=0) != 0
-    moves = moves & ((flags & tl.where(tl.load(freeze_ptr) > 0, _FROZEN, 0)) == 0)
+    moves = ((flags & _WITH_GRADIENT) != 0) & ((flags & tl.where(tl.load(freeze_ptr) > 0, _FROZEN, 0)) == 0)
     steps = tl.load(steps_ptr + offs, mask=inside, other=0) + tl.where(moves, 1.0, 0.0)
     tl.store(steps_ptr + offs, steps, mask=inside)
     exact = tl.maximum(steps, 1.0).to(tl.float64)
