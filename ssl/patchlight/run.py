@@ -216,6 +216,8 @@ class Parallel:
     """bf16, fp16 (with loss scaling) or fp32: the format of the forward pass; parameters stay fp32."""
     graph: str = "auto"
     """The whole step as one CUDA graph: on, off, or auto: where it can be; the run says which it is, and why."""
+    residual: str = "fp32"
+    """fp32 or 16bit: the format of a vision transformer's tokens between its blocks; 16bit acts under bf16 and fp16 only."""
     compile: str = "auto"
     """auto: the branches and heads are compiled with torch.compile where the step is a CUDA graph; on and off: always, never."""
     checkpoint_activations: bool = False
@@ -228,6 +230,7 @@ class Parallel:
     def __post_init__(self) -> None:
         check_choice("Parallel.precision", self.precision, ("bf16", "fp16", "fp32"))
         check_choice("Parallel.graph", self.graph, ("auto", "on", "off"))
+        check_choice("Parallel.residual", self.residual, ("fp32", "16bit"))
         check_choice("Parallel.compile", self.compile, ("auto", "on", "off"))
         for name in ("shard", "accumulate"):
             check(getattr(self, name) > 0, f"Parallel.{name} must be positive", getattr(self, name), "use 1 or more")

@@ -101,10 +101,12 @@ def test_every_methods_branches_and_heads_are_traced_whole_and_once(method, tmp_
     assert largest_difference(plain["teacher"], compiled["teacher"]) == 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_branches_with_checkpointed_activations_train_like_plain_ones(precision, tmp_path, compile_by):
+@pytest.mark.parametrize(("precision", "residual"), [("fp32", "fp32"), ("bf16", "16bit")])
+def test_compiled_branches_with_checkpointed_activations_train_like_plain_ones(
+    precision, residual, tmp_path, compile_by
+):
     model = {"image_size": 16, "patch_size": 4, "drop_path": 0.5, "sizes": {"width": 20, "depth": 2, "heads": 2}}
-    parallel = {"precision": precision, "checkpoint_activations": True}
+    parallel = {"precision": precision, "residual": residual, "checkpoint_activations": True}
     plain = train_tiny(tiny_run(tmp_path, model=model, parallel=parallel), STEPS)
     compile_by("aot_eager")
     run = tiny_run(tmp_path, model=model, parallel={**parallel, "compile": "on"})

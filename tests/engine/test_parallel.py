@@ -9,6 +9,7 @@ from engine.tape import TapeRecorder
 from engine.tiny_run import (
     DINO,
     IBOT,
+    PQCL,
     SELFPATCH,
     largest_difference,
     on_processes,
@@ -19,10 +20,11 @@ from engine.tiny_run import (
 )
 from torch import nn
 
+from patchlight.backbones.architectures import build_backbone
 from patchlight.engine import gradients
 from patchlight.engine.dtensor import local
 from patchlight.engine.graph import WARM_UP
-from patchlight.engine.parallel import Mesh, processes
+from patchlight.engine.parallel import Mesh, parallelize, processes
 from patchlight.run import Parallel
 from patchlight_kernels import force
 
@@ -124,6 +126,44 @@ def test_bf16_over_shards_stays_near_fp32(tmp_path):
     assert 0 < rounded < 0.02
     assert abs(two["terms"][-1]["loss"] - exact["terms"][-1]["loss"]) < 2 * rounded + 0.005
     assert all(array.dtype == "float32" for array in two["teacher"].values())
+
+
+@pytest.mark.parametrize("options", [(DINO,), (DINO, SELFPATCH), (IBOT, PQCL)], ids=["dino", "selfpatch", "pqcl"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_16_bit_residual_stream_changes_its_own_format_only(precision, options, tmp_path):
+    """Forward and backward; everything outside the blocks has the formats that it has without the option."""
+    formats, losses = {}, {}
+    for residual in ("fp32", "16bit"):
+        parallel = {"precision": precision, "residual": residual}
+        trainer = tiny_trainer(tiny_run(tmp_path, options=options, parallel=parallel))
+        stream = set()
+        for branch in (trainer.student, trainer.teacher):
+            for block in branch.backbone.blocks:
+                block.register_forward_hook(
+                    lambda block, inputs, output: stream.update({inputs[0].dtype, output.dtype})
+                )
+                if branch is trainer.student:
+                    block.register_full_backward_hook(lambda block, inputs, outputs: stream.add(outputs[0].dtype))
+        features = []
+        trainer.student.register_forward_hook(lambda branch, inputs, output: features.append(output))
+        with force(neighbor_topk="reference"):
+            trainer.step()
+        expected = torch.bfloat16 if (precision, residual) == ("bf16", "16bit") else torch.float32
+        assert stream == {expected}
+        tensors, _ = torch.utils._pytree.tree_flatten(features)
+        formats[residual] = [x.dtype for x in tensors if isinstance(x, torch.Tensor)]
+        formats[residual] += [p.grad.dtype for p in trainer.student.parameters() if p.grad is not None]
+        losses[residual] = trainer.metrics.steps[0]["loss"].item()
+    assert formats["fp32"] == formats["16bit"]
+    assert (losses["fp32"] == losses["16bit"]) is (precision == "fp32")
+    assert losses["16bit"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+def test_a_16_bit_residual_stream_needs_a_vision_transformer():
+    branch = nn.Module()
+    branch.backbone = build_backbone("resnet18", stem_width=4)
+    with pytest.raises(ValueError, match=r'residual="16bit" needs a vision transformer, got ResNet; leave'):
+        parallelize(branch, Parallel(residual="16bit"), Mesh(torch.device("cpu")), trained=True)
 
 
 def test_wrong_number_of_processes_is_refused():

@@ -51,6 +51,7 @@ class VisionTransformer(Backbone):
     capabilities = frozenset({"class_token", "masks", "queries"})
     norm_eps = NORM_EPS
     blocks: nn.ModuleList
+    residual_16bit = False  # under autocast the tokens between blocks have its format, which saves memory traffic
     cls_token: nn.Parameter | None  # [1, 1, D]
     pos_embed: Tensor  # [1, N (+1), D], a parameter if learned, else a buffer
 
@@ -147,6 +148,9 @@ class VisionTransformer(Backbone):
         grid = self.grid(*pixels.shape[-2:])
         wanted = [self._block_number(layer) for layer in layers]
         x = self.embed(pixels, mask)
+        exact = x.dtype
+        if self.residual_16bit and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         raw = x.shape[1]
         query_arguments: tuple = ()
         if queries is not None:
@@ -156,7 +160,8 @@ class VisionTransformer(Backbone):
         for number, block in enumerate(self.blocks):
             x = block(x, *query_arguments)
             if number in wanted:
-                kept[number] = x[:, :raw]
+                kept[number] = x[:, :raw].to(exact)
+        x = x.to(exact)
         intermediate = tuple(self.norm(kept[number]) for number in wanted)
         predictions = None
         if queries is not None:

@@ -18,6 +18,9 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..backbones.interface import Backbone
+from ..backbones.vit import VisionTransformer
+from ..checks import sentence
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
 from ..run import Parallel
@@ -111,6 +114,8 @@ def parallelize(branch: Branch, parallel: Parallel, mesh: Mesh, trained: bool, c
     branch.to(mesh.device)
     if mesh.world > 1:
         synchronize_batch_norm(branch, mesh)
+    if parallel.residual == "16bit":
+        set_residual_16bit(branch.backbone)
     if parallel.checkpoint_activations and trained:
         for block in branch.backbone.blocks:
             checkpoint_activations(block)
@@ -157,6 +162,14 @@ def check_equal_start(branch: Branch, mesh: Mesh) -> None:
         raise ValueError(
             "Processes must start from equal weights, got different ones; give all the same seed, settings and torch."
         )
+
+
+def set_residual_16bit(backbone: Backbone) -> None:
+    """Keeps a vision transformer's tokens between its blocks in 16 bits under autocast."""
+    if not isinstance(backbone, VisionTransformer):
+        rule = 'Parallel.residual="16bit" needs a vision transformer'
+        raise ValueError(sentence(rule, type(backbone).__name__, "leave it at fp32"))
+    backbone.residual_16bit = True
 
 
 def checkpoint_activations(block: nn.Module) -> None:
