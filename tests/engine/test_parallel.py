@@ -105,15 +105,16 @@ def test_checkpointed_activations_change_nothing(tmp_path):
 
 
 def train_compiled(run, steps: int) -> dict:
-    """With compiled blocks, by a backend that saves the minute that the default one needs."""
+    """With compiled units, by a backend that saves the minute that the default one needs."""
     nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     return train_tiny(run, steps)
 
 
-def test_compiled_checkpointed_and_sharded_blocks_train_like_plain_ones(tmp_path):
-    single = train_tiny(tiny_run(tmp_path), 3)
+@pytest.mark.parametrize("options", [(DINO,), (DINO, SELFPATCH)], ids=["dino", "dino+selfpatch"])
+def test_compiled_checkpointed_and_sharded_units_train_like_plain_ones(options, tmp_path):
+    single = train_tiny(tiny_run(tmp_path, options=options), 3)
     parallel = {"precision": "fp32", "shard": 2, "compile": "on", "checkpoint_activations": True}
-    run = tiny_run(tmp_path, parallel=parallel, data={"batch_per_rank": 4})
+    run = tiny_run(tmp_path, options=options, parallel=parallel, data={"batch_per_rank": 4})
     assert_equal_runs(single, on_processes(2, train_compiled, run, 3)[0])
 
 
