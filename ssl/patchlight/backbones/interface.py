@@ -26,7 +26,7 @@ class Backbone(nn.Module, ABC):
     patch_size: int  # pixels between neighboring patches
     heads: int  # attention heads, also of a class-attention summary
     norm_eps: float | None  # of the final norm of its published weights; None where they have none
-    blocks: nn.ModuleList | list[nn.Module]  # the engine compiles and shards each by itself
+    blocks: nn.ModuleList | list[nn.Module]  # of several processes the engine compiles and shards each by itself
     has_class_token: bool  # whether Tokens.cls exists; if not, Tokens.patches are the raw residual stream
 
     @abstractmethod
