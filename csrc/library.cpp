@@ -5,6 +5,7 @@ PATCHLIGHT_LIBRARY(m) {
   m.def(
       "adamw_fwd(Tensor table, Tensor blocks, Tensor(a!) steps, Tensor scale, Tensor lr, Tensor weight_decay, Tensor momentum, "
       "Tensor freeze, Tensor refused, float beta1, float beta2, float eps, ScalarType gradient, ScalarType copy) -> ()");
+  m.def("block_masks_fwd(Tensor first, Tensor counts, int seed, int views, int height, int width, bool blocks) -> Tensor");
   m.def("class_attention_fwd(Tensor q, Tensor k_self, Tensor v_self, Tensor k_patches, Tensor v_patches, Tensor? index) -> (Tensor, Tensor)");
   m.def("class_attention_bwd(Tensor grad, Tensor q, Tensor k_self, Tensor v_self, Tensor k_patches, Tensor v_patches, Tensor? index, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("neighbor_topk_fwd(Tensor x, int height, int width, int k, int radius, bool wrap, bool scores) -> (Tensor, Tensor)");

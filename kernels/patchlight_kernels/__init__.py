@@ -2,6 +2,7 @@
 
 from .dispatch import explain, force, force_from_environment
 from .ops.adamw.op import adamw
+from .ops.block_masks.op import block_masks
 from .ops.class_attention.op import class_attention
 from .ops.neighbor_topk.op import neighbor_topk
 from .ops.photometric.op import photometric
@@ -20,6 +21,7 @@ __all__ = [
     "PHOTOMETRIC_COLUMNS",
     "__version__",
     "adamw",
+    "block_masks",
     "class_attention",
     "explain",
     "force",

@@ -1,11 +1,14 @@
 """Masks: their counts and distribution, and that they are functions of seed and sample only."""
 
+import hashlib
+
 import pytest
 import torch
+from dispatched import dispatched
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from patchlight.data import masking
-from patchlight.data.masking import FixedMasks, MaskRule, ReleasedMasks, random_bits_on, unpack_bits
-from patchlight.data.random_numbers import random_bits
+from patchlight.data.masking import FixedMasks, MaskRule, ReleasedMasks, unpack_bits
+from patchlight_kernels import extension, force
 
 MIXED = MaskRule(((0.0, 0.0), (0.3, 0.2)))
 GRIDS = [(14, 14), (6, 6), (7, 12), (2, 2)]
@@ -101,22 +104,75 @@ def test_bits_become_a_tensor_lowest_bit_first():
     assert unpack_bits([0b101, 1 << 9], 10).int().tolist() == [[1, 0, 1, 0, 0, 0, 0, 0, 0, 0], [0] * 9 + [1]]
 
 
-def test_bits_on_a_device_are_those_of_the_loaders():
-    samples = torch.tensor([0, 1, 7, 2**40, 2**62])
-    ours = random_bits_on("cpu", 5, masking.MASKS, samples)
-    theirs = random_bits(5, masking.MASKS, samples.numpy())
-    assert ours.tolist() == theirs.view("int64").tolist()
+RECORDED = {  # the beginning of the masks' SHA-256, before they became an op
+    ("block", "fixed", (14, 14)): "fa81104b79a2e53d",
+    ("block", "fixed", (7, 12)): "9c0657cd17bc9152",
+    ("block", "mixed", (14, 14)): "b18b2ad61a1855ed",
+    ("block", "mixed", (7, 12)): "f3d2fd523046ab57",
+    ("random", "fixed", (14, 14)): "067a519de2084700",
+    ("random", "fixed", (7, 12)): "69e02e43793e786c",
+    ("random", "mixed", (14, 14)): "04532d617caca170",
+    ("random", "mixed", (7, 12)): "268f1e10fa324e06",
+}
+
+
+@pytest.mark.parametrize("name", ["cpp", "reference"])
+@pytest.mark.parametrize(("shape", "ratios", "grid"), RECORDED)
+def test_masks_are_those_that_were_recorded(shape, ratios, grid, name):
+    if name == "cpp" and (reason := extension.missing("cpp")):
+        pytest.skip(reason)
+    masks = FixedMasks(MaskRule(MIXED.ratios if ratios == "mixed" else ((0.3, 0.0),), shape), seed=3)
+    with force(block_masks=name):
+        drawn = torch.cat([masks(first, 2, 16, grid, "cpu").flatten() for first in (0, 16, 10**6, 2**40)])
+    digest = hashlib.sha256(drawn.to(torch.uint8).numpy().tobytes()).hexdigest()
+    assert digest.startswith(RECORDED[shape, ratios, grid])
+
+
+def test_the_first_number_may_be_a_tensor():
+    masks = FixedMasks(MIXED)
+    assert torch.equal(masks(torch.tensor(48), 2, 8, (6, 6), "cpu"), masks(48, 2, 8, (6, 6), "cpu"))
+    assert ReleasedMasks.on_host
+    assert not FixedMasks.on_host
+
+
+def test_a_step_draws_its_masks_by_one_operation():
+    masks, first = FixedMasks(MIXED), torch.tensor(48)
+    masks(first, 2, 8, (6, 6), "cpu")  # makes the counts
+    _, counter = dispatched(masks, first, 2, 8, (6, 6), "cpu")
+    assert counter.names == ["patchlight::block_masks_fwd"]
+
+
+def test_masks_are_traced_whole_and_with_fake_tensors():
+    masks = FixedMasks(MIXED)
+
+    def draw_at(first):
+        return masks(first, 2, 8, (6, 6), "cpu")
+
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    compiled = torch.compile(draw_at, fullgraph=True, backend=backend)
+    for first in (torch.tensor(48), torch.tensor(80)):
+        assert torch.equal(compiled(first), draw_at(first))
+    assert graphs == [[torch.ops.patchlight.block_masks_fwd.default]]
+    with FakeTensorMode() as mode:
+        assert draw_at(mode.from_tensor(torch.tensor(0))).shape == (2, 8, 36)
+        assert draw_at(7).shape == (2, 8, 36)
+    assert torch.equal(draw_at(48), compiled(torch.tensor(48)))  # no fake tensor was kept
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_draws_what_the_cpu_draws_without_waiting():
-    masks = FixedMasks(MaskRule(MIXED.ratios, "random"))
+    masks, first = FixedMasks(MIXED), torch.tensor(64, device="cuda")
     expected = masks(64, 2, 8, (14, 14), "cpu")
-    masks(64, 2, 8, (14, 14), "cuda")  # copies the counts once
+    masks(first, 2, 8, (14, 14), "cuda")  # copies the counts once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        drawn = masks(64, 2, 8, (14, 14), "cuda")
+        drawn = masks(first, 2, 8, (14, 14), "cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(drawn.cpu(), expected)

@@ -15,17 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from patchlight_kernels import block_masks
+
 from ..checks import check, check_choice
 
 SHAPES = ("block", "random")
 MIN_ASPECT = 0.3  # blocks are between 0.3 and 1 / 0.3 times as high as they are wide
 ATTEMPTS = 10  # failures in a row after which the released method stops
-BLOCKS = 8  # blocks drawn per crop where the number of masked patches is fixed
-
-MASKS = 0x6D61736B  # the key after the seed: the purpose of the random numbers (random_numbers.py)
-COUNT, PATCH, BLOCK = range(3)  # the key after the crop
-
-_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, in int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +61,7 @@ class ReleasedMasks:
 
     rule: MaskRule = MaskRule()
     seed: int = 0
-    on_host: ClassVar[bool] = True
+    on_host: ClassVar[bool] = True  # it gets the first sample's number as a Python number
 
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         """The largest number of masked patches in any batch."""
@@ -130,7 +126,7 @@ class FixedMasks:
 
     rule: MaskRule = MaskRule()
     seed: int = 0
-    on_host: ClassVar[bool] = False
+    on_host: ClassVar[bool] = False  # the first sample's number may be on the device
 
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         """The number of masked patches in every batch."""
@@ -140,16 +136,13 @@ class FixedMasks:
         self, first: int | Tensor, views: int, batch: int, grid: tuple[int, int], device: torch.device | str
     ) -> Tensor:
         """[V, B, N] bool for the samples first .. first + batch - 1, view by view."""
-        number = grid[0] * grid[1]
-        sample = first + torch.arange(batch, device=device)
-        view = torch.arange(views, device=device).unsqueeze(1)
-        crop = random_bits_on(device, self.seed, MASKS, sample, view).flatten()
-        count = _counts_on(self.rule.ratios, len(crop), number, device)[_uniform(crop, COUNT).argsort()]
-        order = _uniform(crop.unsqueeze(1), PATCH, torch.arange(number, device=device))
-        if self.rule.shape == "block":
-            order = _block_order(crop, count, grid) + 0.2 * order  # the random part only breaks ties
-        rank = order.argsort(dim=1).argsort(dim=1)
-        return (rank < count.unsqueeze(1)).view(views, batch, -1)
+        if not isinstance(first, Tensor):
+            first = torch.full((), first, dtype=torch.int64, device=device)
+        sizes = self.rule.ratios, views * batch, grid[0] * grid[1], first.device
+        counts = (
+            _kept_counts(*sizes) if type(first) is Tensor else _new_counts(*sizes)
+        )  # a fake tensor must not be kept
+        return block_masks(first, counts, grid, views, self.seed, self.rule.shape)
 
 
 @lru_cache(maxsize=64)
@@ -162,59 +155,15 @@ def _even_counts(ratios: tuple[tuple[float, float], ...], crops: int, number: in
     return tuple(counts)
 
 
-@lru_cache(maxsize=64)
-def _counts_on(ratios: tuple[tuple[float, float], ...], crops: int, number: int, device: torch.device | str) -> Tensor:
-    """_even_counts on the device, copied there once."""
-    return torch.tensor(_even_counts(ratios, crops, number), device=device)
+def _new_counts(ratios: tuple[tuple[float, float], ...], crops: int, number: int, device: torch.device) -> Tensor:
+    """_even_counts on the device: a copy that waits for it."""
+    return torch.tensor(_even_counts(ratios, crops, number), dtype=torch.int32, device=device)
 
 
-def _block_order(crop: Tensor, count: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[M, N] the order in which patches are masked: block after block, each from its center outwards."""
-    draw = _uniform(crop.unsqueeze(1), BLOCK, torch.arange(4 * BLOCKS, device=crop.device)).view(-1, 4, BLOCKS)
-    smallest = float((min(grid) // 3) ** 2)
-    area = smallest + draw[:, 0] * (count.unsqueeze(1) - smallest)
-    aspect = torch.exp((2 * draw[:, 1] - 1) * -math.log(MIN_ASPECT))
-    height, top = _place_side(torch.sqrt(area * aspect), grid[0], draw[:, 2])
-    width, left = _place_side(torch.sqrt(area / aspect), grid[1], draw[:, 3])
-    row_in, row_off = _inside_and_distance(grid[0], top, height)
-    column_in, column_off = _inside_and_distance(grid[1], left, width)
-    inside = (row_in.unsqueeze(-1) & column_in.unsqueeze(-2)).flatten(2)  # [M, BLOCKS, N]
-    distance = (row_off.unsqueeze(-1) + column_off.unsqueeze(-2)).flatten(2)
-    # Above any distance, so that a later block never comes before an earlier one.
-    far = float(grid[0] ** 2 + grid[1] ** 2)
-    offset = torch.arange(BLOCKS, device=crop.device).view(1, -1, 1) * far
-    uncovered = BLOCKS * far + distance[:, :1]  # if all blocks are too small, the first one grows
-    return torch.where(inside, distance + offset, uncovered).amin(dim=1)
+_cached_counts = lru_cache(maxsize=64)(_new_counts)
 
 
-def _place_side(length: Tensor, cells: int, draw: Tensor) -> tuple[Tensor, Tensor]:
-    """A block's length along one axis, at least 1 and below the grid's, and where it begins."""
-    length = length.round().clamp(1, max(1, cells - 1))
-    return length, torch.floor(draw * (cells - length + 1))
-
-
-def _inside_and_distance(cells: int, begin: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """[M, BLOCKS, cells] whether a row or column lies in the block, and its squared distance from the middle."""
-    at = torch.arange(cells, device=begin.device, dtype=begin.dtype)
-    begin, length = begin.unsqueeze(-1), length.unsqueeze(-1)
-    return (at >= begin) & (at < begin + length), (at - begin - (length - 1) / 2).square()
-
-
-def random_bits_on(device: torch.device | str, *keys: Tensor | int) -> Tensor:
-    """`random_numbers.random_bits` as int64, computed on a device: integers, so every device computes the same."""
-    bits = torch.zeros(1, dtype=torch.int64, device=device)
-    for key in keys:
-        bits = _mix((bits + _GOLDEN) ^ _mix(torch.zeros_like(bits) + key + _GOLDEN))
-    return bits
-
-
-def _uniform(first: Tensor, *keys: Tensor | int) -> Tensor:
-    """fp32 in [0, 1) for the keys, which are broadcast."""
-    return (random_bits_on(first.device, first, *keys) >> 40 & 0xFFFFFF).float() / 0x1000000
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The SplitMix64 finalizer in int64; the masks turn its arithmetic shifts into logical ones."""
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ (x >> 31 & 0x1FFFFFFFF)
+@torch.compiler.assume_constant_result
+def _kept_counts(ratios: tuple[tuple[float, float], ...], crops: int, number: int, device: torch.device) -> Tensor:
+    """The same, copied once; a compiled step has it as a constant."""
+    return _cached_counts(ratios, crops, number, device)
