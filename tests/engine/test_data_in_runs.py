@@ -51,13 +51,13 @@ def test_a_folder_with_a_bad_file_trains_to_the_end_and_the_loader_is_printed(
 @needs_dali
 def test_a_stopped_run_continues_with_the_same_images(images, tmp_path):
     def ids(trainer, count):
-        batches, forward = [], trainer.forward
+        batches, forward = [], trainer.device_step.forward
 
         def keep(views, now):
             batches.append((views.ids, views.global_crops.pixels))
             return forward(views, now)
 
-        trainer.forward = keep
+        trainer.device_step.forward = keep
         for _ in range(count):
             trainer.step()
         trainer.loader.close()

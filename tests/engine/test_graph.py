@@ -60,7 +60,7 @@ def test_two_steps_are_the_same_operations(options, optimizer, precision, accumu
             views = [next(trainer.loader) for _ in range(accumulate)]
             trainer.step_values.write(trainer.clock)
             with OperationStream() as stream:
-                trainer.compute(views)
+                trainer.device_step(views)
             trainer.clock = trainer.clock.next(trainer.global_batch)
             if step > 0:  # the first one makes the optimizer's state
                 streams.append(stream.operations)
@@ -111,21 +111,21 @@ def test_a_recorded_run_resumes_and_logs_as_any_other(tmp_path):
 def test_a_step_that_cannot_be_recorded_is_launched_aloud(tmp_path, capsys):
     recorder = TapeRecorder()
     trainer = build(tmp_path, (DINO,), recorder=recorder)
-    forward = trainer.forward
+    forward = trainer.device_step.forward
 
     def waits(views, now):
         loss, terms = forward(views, now)
         loss.item()
         return loss, terms
 
-    trainer.forward = waits
+    trainer.device_step.forward = waits
     for _ in range(WARM_UP + 2):
         trainer.step()
     assert trainer.clock.step == WARM_UP + 2 and not trainer.repeated_step.recorded
     assert "launched from Python: recording one failed: aten._local_scalar_dense" in capsys.readouterr().out
     required = build(tmp_path / "on", (DINO,), recorder=TapeRecorder())
     required.repeated_step.required = True
-    required.forward = waits
+    required.device_step.forward = waits
     for _ in range(WARM_UP):
         required.step()
     with pytest.raises(RuntimeError, match=r'Parallel.graph="on" needs a step that can be recorded, got aten'):

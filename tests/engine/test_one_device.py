@@ -76,6 +76,6 @@ def test_a_step_stays_on_its_device(options, optimizer, tmp_path, allow_meta):
     for _ in range(2):
         training.step_values.write(training.clock)
         with OneDevice():
-            training.metrics.add(training.compute([next(training.loader) for _ in range(2)]))
+            training.metrics.add(training.device_step([next(training.loader) for _ in range(2)]))
     elsewhere = [name for name, term in metrics.steps[-1].items() if term.device != META]
     assert not elsewhere

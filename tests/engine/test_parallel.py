@@ -180,7 +180,7 @@ def infinite_on_one_rank(run) -> tuple[float, tuple, bool]:
     with processes(run.parallel) as mesh:
         trainer = tiny_trainer(run, mesh)
         trainer.step_values.write(trainer.clock)
-        terms = trainer.accumulate(trainer.batches)
+        terms = trainer.device_step.accumulate(trainer.batches)
         terms["dino/cls"] = terms["dino/cls"] + (float("inf") if mesh.rank == 1 else 0.0)
         before = [local(parameter).clone() for parameter in trainer.student.parameters()]
         refused, _ = trainer.update.step(terms, trainer.step_values.values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.interface import Loader
 from ..objectives.weighted import WeightedObjectives
-from ..records import Clock, Now, Views
+from ..records import Clock, Views
 from ..report.console import print_sentence
 from ..report.run_folder import RUN_FILE, write_whole
 from ..run import Run
@@ -34,15 +34,15 @@ from .checkpoint import (
     stored_tensors,
     timm_weights,
 )
-from .gradients import GradientMean
-from .graph import Recorder, RepeatedStep, Terms
+from .device_step import DeviceStep
+from .graph import Recorder, RepeatedStep
 from .metrics import Metrics
-from .optim import StepState, Update
+from .optim import Update
 from .parallel import Mesh
-from .precision import LossScaler, autocast
+from .precision import LossScaler
 from .probe import TeacherProbe
 from .schedules import rates_at
-from .sentinels import Sentinels, TrainingError, spread
+from .sentinels import Sentinels, TrainingError
 from .settings_table import settings_table
 from .step_values import StepValues
 
@@ -72,13 +72,12 @@ class Trainer:
         self.update, self.scaler = update, scaler
         self.metrics, self.checkpoints, self.clock = metrics, checkpoints, clock
         self.choices = dict(choices or {})
-        self.gradients = GradientMean(student, mesh.world)
-        self.step_state = StepState(student, teacher, objectives)
         self.sentinels = Sentinels(student, teacher, update, mesh, objectives.prototype_counts())
         self.global_batch = run.global_batch(mesh.world)
-        self.step_values = StepValues(self.schedule, clock, mesh.device)
+        self.step_values = StepValues(self.schedule, clock, mesh.device, run.data.batch_per_rank)
+        self.device_step = DeviceStep(run, mesh, student, teacher, objectives, update, scaler, self.step_values)
         self.batches = Batches(loader, run.parallel.accumulate, mesh.device)
-        self.repeated_step = RepeatedStep(self.compute, recorder, self.not_recorded, run.parallel.graph == "on")
+        self.repeated_step = RepeatedStep(self.device_step, recorder, self.not_recorded, run.parallel.graph == "on")
         self.probe: TeacherProbe | None = None
         self.first_probe: dict[str, float] = {}
         self.last_rates: dict[str, float] = {}
@@ -120,7 +119,7 @@ class Trainer:
         """One optimizer step, over one or more batches."""
         numbers = self.step_values.write(self.clock)
         self.last_rates = {name: numbers[name] for name in ("lr", "weight_decay", "momentum")}
-        self.metrics.add(self.repeated_step(self.batches))
+        self.metrics.add(self.repeated_step(self.next_batches()))
         self.clock = self.clock.next(self.global_batch)
         if self.repeated_step.recorded and self.clock.step < self.clock.total:
             self.batches.read_ahead()
@@ -129,48 +128,17 @@ class Trainer:
         """All numbers of the next step that follow from the clock."""
         return rates_at(clock, self.run.optim, self.global_batch) | self.objectives.schedule(clock)
 
-    def compute(self, batches: Iterable[Views]) -> Terms:
-        """All that a step does on the device. A recording of it is repeated, so no number in it may come from the host."""
-        self.step_state.remember()
-        terms = self.accumulate(batches)
-        refused, norm = self.update.step(terms, self.step_values.values)
-        self.objectives.after_step()
-        self.step_state.restore(refused)
-        return terms | {"gradient/norm": norm, "step/refused": refused}
+    def next_batches(self) -> Iterator[Views]:
+        """The batches of the next step."""
+        for number, views in enumerate(self.batches):
+            if self.probe is not None and self.clock.step == number == 0:
+                self.probe.draw_crops(views)
+            yield views
 
     def not_recorded(self, reason: str) -> None:
         """Goes on with steps that are launched, after a recording failed."""
         self.student.zero_grad()
         self.say(f"Steps are launched from Python: recording one failed: {reason}.")
-
-    def accumulate(self, batches: Iterable[Views]) -> Terms:
-        """Gradients of the mean loss over the step's batches; the mean terms."""
-        count, images = self.run.parallel.accumulate, self.run.data.batch_per_rank
-        total: Terms = {}
-        for number, views in enumerate(batches):
-            self.gradients.begin(last=number == count - 1)
-            if self.probe is not None and self.clock.step == number == 0:
-                self.probe.draw_crops(views)
-            clock = self.clock.at_batch(number, self.mesh.rank, self.mesh.world, images)
-            now = self.step_values.now(clock, clock.first_image - clock.images_seen)
-            loss, terms = self.forward(views, now)
-            loss = loss / count
-            (loss if self.scaler is None else self.scaler.scaled(loss)).backward()
-            for name, term in terms.items():
-                total[name] = total.get(name, 0.0) + term.detach() / count
-        self.gradients.finish()
-        return total
-
-    def forward(self, views: Views, now: Now) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch; its terms, and a few numbers for the log."""
-        with autocast(self.run.parallel.precision, self.mesh.device):
-            with torch.no_grad():
-                teacher_features = self.teacher(views, wanted=self.objectives.teacher_wants)
-            cues = self.objectives.cue(views, teacher_features.global_crops.grid, now)
-            student_features = self.student(views, cues, self.objectives.student_wants)
-            student, teacher = self.student.sides(student_features), self.teacher.sides(teacher_features)
-            loss, terms = self.objectives(student, teacher, views, cues, now)
-        return loss, terms | {"loss": loss, "teacher/spread": spread(teacher_features.global_crops)}
 
     def evaluate_teacher(self) -> dict[str, float]:
         """The probe's results, if there is one; printed beside those of the untrained teacher."""
