@@ -5,7 +5,10 @@ import timm.optim
 import torch
 from engine.tiny_run import step_values, tiny_run, tiny_trainer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
+from patchlight.engine.branches import Teacher
 from patchlight.engine.optim import StepState, Update, has_decay, prototype_names
 from patchlight.engine.parallel import Mesh
 from patchlight.engine.precision import LossScaler
@@ -122,6 +125,105 @@ def test_frozen_prototypes_do_not_move_and_their_step_counters_stay():
     state = update.state_dict()
     assert state["prototypes.weight_v"]["step"] == 1
     assert state["mlp.0.weight"]["step"] == 3
+
+
+class Stream(TorchDispatchMode):
+    """Writes down every operation with its numbers, and the shapes of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        shapes = tree_map(lambda x: tuple(x.shape) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+        self.calls.append(f"{function} {shapes}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
+def test_two_steps_dispatch_the_same_operations_and_numbers(optimizer):
+    """A recorded step is right for the next one: rates, a freeze that ends and a refusal are read from tensors."""
+    head, leader = small_head(), following(small_head())
+    update = Update(head, leader, Optim(name=optimizer), CPU, LossScaler(torch.device("cpu")))
+    streams = []
+    for seed, freeze in enumerate((True, False, False)):
+        fill_gradients(head, seed)
+        terms = spoil_gradient(head) if seed == 1 else FINE
+        with Stream() as stream:
+            update.step(terms, step_values(0.01 * (seed + 1), 0.1 * seed, 0.9 + 0.01 * seed, freeze))
+        streams.append(stream.calls)
+    assert update.refusals()[0] == 1
+    assert streams[0] == streams[1] == streams[2]
+
+
+def following(head: nn.Module) -> Teacher:
+    """A teacher with the head's parameters, each off by 1."""
+    teacher = Teacher.__new__(Teacher)
+    nn.Module.__init__(teacher)
+    for name, part in head.named_children():
+        teacher.add_module(name, part)
+    with torch.no_grad():
+        for parameter in teacher.requires_grad_(False).parameters():
+            parameter += 1
+    return teacher
+
+
+def test_the_compiled_update_is_the_same():
+    """With a refusal and a loss scale."""
+    results = []
+    for compiled in (False, True):
+        head = small_head()
+        update = Update(head, None, Optim(clip=2.0, clip_mode="global"), CPU, LossScaler(torch.device("cpu"), 8.0))
+        if compiled:
+            update.compile()
+        for seed in range(3):
+            fill_gradients(head, seed)
+            terms = spoil_gradient(head) if seed == 1 else FINE
+            norm = update.step(terms, step_values(0.01))[1]
+        results.append((weights(head), norm, update.refusals()))
+    (plain, norm, refusals), (compiled, compiled_norm, compiled_refusals) = results
+    assert refusals == compiled_refusals == (1, 0, "the gradient of mlp.0.bias")
+    torch.testing.assert_close(norm, compiled_norm)
+    for a, b in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
+def test_the_teacher_follows_the_updated_student(optimizer):
+    """By its momentum, also where the student is frozen."""
+    head, teacher = small_head(), following(small_head())
+    before = weights(teacher)
+    fill_gradients(head, 0)
+    Update(head, teacher, Optim(name=optimizer), CPU).step(FINE, step_values(0.01, momentum=0.7, freeze=True))
+    for old, now, student in zip(before, teacher.parameters(), head.parameters(), strict=True):
+        torch.testing.assert_close(now, old.lerp(student.detach(), 0.3))
+
+
+def test_an_older_checkpoint_has_no_state_of_frozen_parameters():
+    """They then begin at step 0 with zeros, whatever was there."""
+    _, update = stepped(Optim(), 2)
+    older = {name: state for name, state in update.state_dict().items() if "prototypes" not in name}
+    blank = update.blank_state(f"optimizer.{name}.{key}" for name, state in older.items() for key in state)
+    assert {name: state.keys() for name, state in blank.items()} == {
+        name: state.keys() for name, state in older.items()
+    }
+    assert not any(value.any() for state in blank.values() for value in state.values())
+    _, other = stepped(Optim(), 1)
+    other.load_state_dict(older)
+    for name, state in other.state_dict().items():
+        for key, value in state.items():
+            assert torch.equal(value, older[name][key]) if name in older else not value.any()
+
+
+def test_copies_in_16_bits_are_written_with_the_update():
+    head, teacher = small_head(), following(small_head())
+    update = Update(head, teacher, Optim(), CPU)
+    update.optimizer.copies = [piece.bfloat16() for piece in update.pieces()]
+    update.optimizer.teacher_copies = [torch.zeros_like(copy) for copy in update.optimizer.copies]
+    fill_gradients(head, 0)
+    update.step(FINE, step_values(0.01))
+    for branch, copies in ((head, update.optimizer.copies), (teacher, update.optimizer.teacher_copies)):
+        assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, branch.parameters(), strict=True))
 
 
 def spoil_gradient(head: nn.Module) -> dict:

@@ -69,6 +69,12 @@ class Update:
         # Refused steps in all and in a row, and the place in `checked` of what made the last of them so.
         self.tally = torch.zeros(3, dtype=torch.float32, device=mesh.device)
         self.checked: list[str] = []
+        self._find_bad, self._judge = find_bad, judge
+
+    def compile(self) -> None:
+        """Compiles what happens between the kernels: about 4 launches instead of 14."""
+        self._find_bad = torch.compile(find_bad, dynamic=False)
+        self._judge = torch.compile(judge, dynamic=False)
 
     def pieces(self) -> list[Tensor]:
         """This rank's part of each parameter. FSDP2 may move an uneven one when it starts, so they are not kept."""
@@ -79,16 +85,12 @@ class Update:
         """Updates student and teacher and clears the gradients; whether the step was refused (0 or 1), and the norm."""
         pieces = self.pieces()
         gradients = [None if p.grad is None else local(p.grad) for p in self.parameters]
-        norms, scales = self.norms(gradients), None
-        if self.scaler is not None:
-            scales = self.scaler.scale.reciprocal()
-            norms = norms * scales
-        refused, norm = self._check(terms, norms), torch.linalg.vector_norm(norms)
-        if self.options.clip:
-            limited = norm.expand_as(norms) if self.options.clip_mode == "global" else norms
-            clip = (self.options.clip / (limited + 1e-6)).clamp(max=1)
-            scales = clip if scales is None else clip * scales
-        scales = torch.ones_like(norms) if scales is None else scales.expand_as(norms).contiguous()
+        norms = self.norms(gradients)
+        self.checked = [f"the loss term {name}" for name in terms] + [f"the gradient of {name}" for name in self.names]
+        bad = self.mesh.max_over_all(self._find_bad([term.detach() for term in terms.values()], norms))
+        loss_scale = None if self.scaler is None else self.scaler.scale
+        clip, all_together = self.options.clip, self.options.clip_mode == "global"
+        refused, norm, scales = self._judge(bad, norms, loss_scale, clip, all_together, self.tally)
         self._move(pieces, gradients, scales, values, refused)
         if self.scaler is not None:
             self.scaler.update(refused)
@@ -114,18 +116,6 @@ class Update:
         nothing = next((t for t in tensors if t is not None), self.parameters[0]).new_empty(0)
         sums = square_sums([nothing if tensor is None else tensor for tensor in tensors])
         return self.mesh.sum_over_shards(sums).sqrt()
-
-    def _check(self, terms: dict[str, Tensor], norms: Tensor) -> Tensor:
-        """1 if anything is not finite anywhere, else 0, the same on all ranks; remembers the first that was not."""
-        self.checked = [f"the loss term {name}" for name in terms]
-        self.checked += [f"the gradient of {name}" for name in self.names]
-        values = torch.cat([*(value.detach().to(norms.dtype).view(1) for value in terms.values()), norms])
-        bad = self.mesh.max_over_all((values * 0).ne_(0).float())  # 0 x infinity and 0 x NaN are NaN, unlike 0
-        refused, first = bad.max(dim=0)
-        self.tally[:2].add_(refused)
-        self.tally[1].mul_(refused)
-        self.tally[2].lerp_(first.float(), refused)
-        return refused
 
     def refusals(self) -> tuple[int, int, str]:
         """How many steps this process has refused, how many in a row until now, and what was not finite. Waits."""
@@ -157,6 +147,32 @@ class Update:
                     value.copy_(local(state[name][key]))
                 else:
                     value.zero_()
+
+
+def find_bad(terms: list[Tensor], norms: Tensor) -> Tensor:
+    """[terms + norms] fp32: 1 where a loss term or the norm of a gradient is not finite, else 0."""
+    values = torch.cat([*(term.to(norms.dtype).view(1) for term in terms), norms])
+    return (values * 0).ne_(0).float()  # 0 x infinity and 0 x NaN are NaN, which is not 0
+
+
+def judge(
+    bad: Tensor, norms: Tensor, loss_scale: Tensor | None, clip: float, all_together: bool, tally: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether the step is refused (0 or 1), the norm of all gradients, and what each is multiplied by; counts refusals.
+
+    A gradient is scaled down to the limit `clip` by its own norm, as released, or all by one, and the loss scale is undone.
+    """
+    refused, first = bad.max(dim=0)
+    tally[:2].add_(refused)
+    tally[1].mul_(refused)
+    tally[2].lerp_(first.float(), refused)
+    unscale = torch.ones_like(norms) if loss_scale is None else loss_scale.reciprocal().expand_as(norms)
+    norms = norms if loss_scale is None else norms * unscale
+    norm = torch.linalg.vector_norm(norms)
+    if not clip:
+        return refused, norm, unscale.contiguous()
+    factors = (clip / ((norm.expand_as(norms) if all_together else norms) + 1e-6)).clamp(max=1)
+    return refused, norm, factors if loss_scale is None else factors * unscale
 
 
 class StepState:
