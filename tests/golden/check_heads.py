@@ -101,8 +101,7 @@ def class_attention_block(case: Case) -> None:
     block.load_state_dict(renamed(case.under("weight."), BLOCK_NAMES), strict=True)
     bounds = RoundingBounds(block)
     cls, patches = case["input.cls"].requires_grad_(), case["input.patches"].requires_grad_()
-    out, aggregated = block(patches, cls)
-    assert aggregated is None
+    out = block(patches, cls.squeeze(1)).unsqueeze(1)
     case.close("output.cls", out, rel=FORWARD)
     out.backward(case["input.grad_output"])
     case.close("grad.input.cls", cls.grad, rel=GRADIENT)

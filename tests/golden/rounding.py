@@ -115,14 +115,27 @@ class KeyBiasBounds:
         block.proj.register_forward_pre_hook(self.before_projection)
 
     def before_block(self, block: nn.Module, inputs: tuple) -> None:
-        patches, summary, aggregated, index = (*inputs, None, None)[:4]
+        """All rows are one state for all, or summaries and then, with an index, a state per patch."""
+        patches, rows, index = (*inputs, None)[:3]
         every = torch.arange(patches.shape[1]).expand(len(patches), 1, -1)
-        self.patches, self.states = patches, [(summary, every), (aggregated, index)]
+        indices = [every] if index is None else [every, index]
+        sizes = [table.shape[0] * table.shape[1] for table in indices]
+        parts = [rows] * len(indices) if len(rows) == 1 else rows.split(sizes)
+        self.patches, self.sizes = patches, sizes
+        self.states = [
+            (part.unflatten(0, (-1, 1 if len(part) == 1 else table.shape[1])), table)
+            for part, table in zip(parts, indices, strict=True)
+        ]
 
     def before_projection(self, proj: nn.Module, inputs: tuple[Tensor]) -> None:
-        (state, index), patches = self.states.pop(0), self.patches
+        patches, states, sizes = self.patches, self.states, self.sizes
+
+        def backward(dout: Tensor) -> None:
+            for (state, table), part in zip(states, dout.split(sizes), strict=True):
+                self.report(self.bound(patches, state, table, part.unflatten(0, table.shape[:2])))
+
         if inputs[0].requires_grad:
-            inputs[0].register_hook(lambda dout: self.report(self.bound(patches, state, index, dout)))
+            inputs[0].register_hook(backward)
 
     def bound(self, patches: Tensor, state: Tensor, index: Tensor, dout: Tensor) -> Tensor:
         x, own = (self.in_float64(self.block.norm1, t) for t in (patches, state))

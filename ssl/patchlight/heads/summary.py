@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -111,23 +112,20 @@ class ClassAttentionSummary(SummaryHead):
         x = tokens.patches
         index = None if neighbors is None else select_neighbors(tokens, neighbors)
         attend = neighbors is not None and neighbors.pool == "class_attention"
-        summary: Tensor = self.cls_token
-        aggregated: Tensor | None = self.cls_token if attend else None
+        states = self.cls_token.flatten(0, 1)
         for block in self.blocks:
-            summary, aggregated = block(x, summary, aggregated, index)
-        patches = self.norm(x)
+            states = block(x, states, index if attend else None)
+        patches, states = self.norm(x), self.norm(states)
         if attend:
-            aggregated = self.norm(aggregated)
-        elif index is not None:
-            aggregated = mean_of_neighbors(patches, index)
-        return Summary(self.norm(summary.squeeze(1)), patches, aggregated)
+            return Summary(states[: len(x)], patches, states[len(x) :].unflatten(0, x.shape[:2]))
+        return Summary(states, patches, None if index is None else mean_of_neighbors(patches, index))
 
 
 class ClassAttentionBlock(nn.Module):
     """A pre-norm block in which only a state attends: to itself and to patches, all of them or a few.
 
-    The patches are normalized and projected to keys and values once, for any number of states; not at all where the
-    summary is the only state.
+    The patches are normalized and projected to keys and values once, by one product, for any number of states; not at all
+    where summaries are the only states. All states go through the same products as rows of one matrix.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0) -> None:
@@ -142,32 +140,40 @@ class ClassAttentionBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.apply(init_linear)
 
-    def forward(
-        self, patches: Tensor, summary: Tensor, aggregated: Tensor | None = None, index: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The summary [M, 1, D] attends to all patches [M, N, D]; aggregated [M, N, D], if any, to index [M, N, k].
+    def forward(self, patches: Tensor, states: Tensor, index: Tensor | None = None) -> Tensor:
+        """New states [R, D] for patches [M, N, D]: M summaries, which attend to all patches of their image.
 
-        Either state may be a single [1, 1, D] for all images and patches.
+        With index [M, N, k] a state per patch follows them, image by image, which attends to that index: [M + M N, D].
+        states may be a single row, which then stands for all.
         """
-        x = self.norm1(patches)
-        if aggregated is None:
-            return self._update(summary, self._attend_unprojected(self.norm1(summary), x)), None
-        k, v = self._split(self.k(x)), self._split(self.v(x))
-        return (
-            self._update(summary, self._attend(self.norm1(summary), k, v, None)),
-            self._update(aggregated, self._attend(self.norm1(aggregated), k, v, index)),
-        )
+        x, own = self.norm1(patches), self.norm1(states)
+        attended = self._attend_unprojected(own.unsqueeze(1), x) if index is None else self._attend(own, x, index)
+        states = states + self.proj(attended.flatten(1))
+        return states + self.mlp(self.norm2(states))
 
-    def _attend(self, state: Tensor, k: Tensor, v: Tensor, index: Tensor | None) -> Tensor:
-        """Attention of states [M or 1, Q, D] to themselves and to patches, [M, Q, heads, D / heads]."""
-        q, k_self, v_self = (self._split(project(state)) for project in (self.q, self.k, self.v))
-        return class_attention(q, k_self, v_self, k, v, index)
+    def _attend(self, own: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        """Attention of normalized states, rows as in forward, to themselves and to patches: [M + M N, heads, D / heads]."""
+        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])
+        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        width, images = x.shape[-1], len(x)
+        rows = self._split(F.linear(own, weight, bias).unflatten(-1, (3, width)))
+        kv = self._split(F.linear(x, weight[width:], bias[width:]).unflatten(-1, (2, width)))
+        k, v = kv.unbind(2)
+        summary = each = rows.unsqueeze(0)
+        if len(own) > 1:
+            summary, each = rows.split([images, len(rows) - images])
+            summary, each = summary.unsqueeze(1), each.unflatten(0, x.shape[:2])
+        q, k_self, v_self = summary.unbind(2)
+        of_summaries = class_attention(q, k_self, v_self, k, v)
+        q, k_self, v_self = each.unbind(2)
+        of_patches = class_attention(q, k_self, v_self, k, v, index)
+        return torch.cat([of_summaries.flatten(0, 1), of_patches.flatten(0, 1)])
 
     def _attend_unprojected(self, state: Tensor, x: Tensor) -> Tensor:
-        """The same for one state per image, which attends to all patches x [M, N, D]: 4 N D^2 multiplications less.
+        """The same for one state per image, [M or 1, 1, D], which attends to all patches x [M, N, D]: [M, heads, D / heads].
 
-        The projection of keys is applied to the query, q . (W x + b) = (q W) . x + q . b, and that of values to the
-        weighted mean, as the weights sum to 1.
+        It needs 4 N D^2 multiplications less: the projection of keys is applied to the query, q . (W x + b) = (q W) . x +
+        q . b, and that of values to the weighted mean, as the weights sum to 1.
         """
         q = self._split(self.q(state) * (x.shape[-1] // self.heads) ** -0.5).squeeze(1)
         q_k = torch.einsum("mhe,hed->mhd", q, self._by_head(self.k.weight))
@@ -177,11 +183,7 @@ class ClassAttentionBlock(nn.Module):
         weights = scores.softmax(dim=2)
         mean = weights[:, :, 1:] @ x + weights[:, :, :1] @ state
         attended = torch.einsum("mhd,hed->mhe", mean, self._by_head(self.v.weight)) + self._by_head(self.v.bias)
-        return attended[:, None]
-
-    def _update(self, state: Tensor, attended: Tensor) -> Tensor:
-        state = state + self.proj(attended.flatten(2))
-        return state + self.mlp(self.norm2(state))
+        return attended
 
     def _by_head(self, parameter: Tensor) -> Tensor:
         """[D, ...] to [heads, D / heads, ...]."""

@@ -67,8 +67,7 @@ def test_maps_of_a_summary_head_reproduce_its_last_read():
     maps = summary_attention_maps(head, patches)
     assert maps.shape == (2, 3, 16)
     with torch.no_grad():
-        state = head.cls_token.expand(2, -1, -1)
-        state, _ = head.blocks[0](patches, state)
+        state = head.blocks[0](patches, head.cls_token.flatten(0, 1).expand(2, -1)).unsqueeze(1)
         block = head.blocks[1]
         v = block.v(block.norm1(torch.cat([state, patches], 1))).unflatten(-1, (3, 8))  # [B, 1 + N, heads, E]
         weights = torch.cat([1 - maps.sum(-1, keepdim=True), maps], -1)

@@ -74,11 +74,11 @@ def summary_attention_maps(summary: nn.Module, patches: Tensor) -> Tensor:
     Attention of the summary to itself is cut off, so rows sum to less than 1.
     """
     head: Any = summary  # compiled or sharded modules have classes of their own
-    state = head.cls_token.expand(len(patches), -1, -1)
+    state = head.cls_token.flatten(0, 1).expand(len(patches), -1)
     for block in head.blocks[:-1]:
-        state, _ = block(patches, state)
+        state = block(patches, state)
     block = head.blocks[-1]
-    tokens = block.norm1(torch.cat([state.to(patches.dtype), patches], 1))
+    tokens = block.norm1(torch.cat([state.unsqueeze(1).to(patches.dtype), patches], 1))
     q, k = (project(x).unflatten(-1, (block.heads, -1)) for project, x in ((block.q, tokens[:, :1]), (block.k, tokens)))
     scores = torch.einsum("bhe,bnhe->bhn", q[:, 0], k) * k.shape[-1] ** -0.5
     return scores.float().softmax(-1)[:, :, 1:]
