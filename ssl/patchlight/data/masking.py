@@ -130,7 +130,7 @@ class FixedMasks:
 
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         """The number of masked patches in every batch."""
-        return sum(_even_counts(self.rule.ratios, views * batch, grid[0] * grid[1]))
+        return _total_count(self.rule.ratios, views * batch, grid[0] * grid[1])
 
     def __call__(
         self, first: int | Tensor, views: int, batch: int, grid: tuple[int, int], device: torch.device | str
@@ -153,6 +153,11 @@ def _even_counts(ratios: tuple[tuple[float, float], ...], crops: int, number: in
         share = (crops - entry + len(ratios) - 1) // len(ratios)
         counts += [int(number * (mean + spread * ((2 * i + 1) / share - 1)) + 1e-9) for i in range(share)]
     return tuple(counts)
+
+
+@torch.compiler.assume_constant_result
+def _total_count(ratios: tuple[tuple[float, float], ...], crops: int, number: int) -> int:
+    return sum(_even_counts(ratios, crops, number))
 
 
 def _new_counts(ratios: tuple[tuple[float, float], ...], crops: int, number: int, device: torch.device) -> Tensor:
