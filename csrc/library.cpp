@@ -15,9 +15,20 @@ PATCHLIGHT_LIBRARY(m) {
       "float teacher_temperature, Tensor pair_weight, Tensor row_weight, Tensor? bias, bool gradients) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "prototype_ce_bwd(Tensor z, Tensor prototypes, Tensor teacher_z, Tensor teacher_prototypes, float temperature, "
-      "float teacher_temperature, Tensor pair_weight, Tensor row_weight, Tensor? bias, Tensor log2_student, "
-      "Tensor log2_teacher, Tensor unit) -> Tensor");
+      "prototype_ce_tiles(Tensor z, Tensor? prototypes, Tensor teacher_z, Tensor? teacher_prototypes, float temperature, "
+      "float teacher_temperature, Tensor? teacher_divisor, Tensor? units, Tensor? bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "prototype_ce_merge(Tensor student, Tensor teacher, Tensor expected, Tensor pair_weight, Tensor row_weight) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "prototype_ce_grad_logits(Tensor z, Tensor? prototypes, Tensor teacher_z, Tensor? teacher_prototypes, "
+      "float temperature, float teacher_temperature, Tensor? teacher_divisor, Tensor? units, Tensor? bias, "
+      "Tensor pair_weight, Tensor row_weight, Tensor log2_student, Tensor log2_teacher, Tensor unit, ScalarType dtype) "
+      "-> Tensor");
+  m.def(
+      "prototype_ce_whole_rows(Tensor dots, Tensor teacher_dots, float temperature, float teacher_temperature, "
+      "Tensor? teacher_divisor, Tensor? units, Tensor? bias, Tensor pair_weight, Tensor row_weight, Tensor unit, "
+      "int first, Tensor(a!) losses, Tensor(b!) log2_student, Tensor(c!) log2_teacher, Tensor(d!)? gradient) -> ()");
   m.def("query_attention_fwd(Tensor qkv, int raw, int crop) -> (Tensor, Tensor)");
   m.def("query_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int raw, int crop) -> Tensor");
   m.def(

@@ -70,6 +70,7 @@ class OpSpec:
     chooses, the values of what it chose, as two right answers may differ in a tie.
     `differentiable` names the arguments whose gradients are compared too.
     `saved_sums(arguments)` gives the log-sum-exps that a backward reads, in a shape that multiplies the output.
+    `compiled` are sizes that no benchmark runs on a CPU as a GPU would: kernels are compiled for them too.
     `sample(arguments, output)` cuts both to a part that float64 on a CPU can check, for large cases.
     `unpack(arguments)` makes the arguments of an op that takes lists of tensors out of inputs without lists.
     """
@@ -85,6 +86,7 @@ class OpSpec:
     observe: Callable[[dict[str, Any], Any], dict[str, Tensor]] = observe_output
     differentiable: tuple[str, ...] = ()
     saved_sums: Callable[[dict[str, Any]], Tensor] | None = None
+    compiled: tuple[Case, ...] = ()
     sample: Callable[[dict[str, Any], Any], tuple[dict[str, Any], Any]] = keep_all
     unpack: Callable[[dict[str, Any]], dict[str, Any]] = dict
 

@@ -37,6 +37,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
     torch.int64: "*i64",
@@ -185,7 +186,7 @@ def kernels_of(name: str) -> dict[Kernel, str]:
         mock.patch.object(hardware, "triton_interpreted", lambda: False),
         mock.patch.object(hardware, "no_triton", lambda tensor: None),
     ):
-        for case in (*spec.benches, max(spec.tests, key=count_ones)):
+        for case in (*spec.benches, *spec.compiled, max(spec.tests, key=count_ones)):
             for dtype in (torch.float32, torch.bfloat16):
                 launches = launches_of(spec, case, dtype)
                 assert launches, f"{case}: the launcher launched nothing"

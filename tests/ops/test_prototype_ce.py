@@ -13,7 +13,7 @@ from parity import ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_g
 from torch.nn.functional import normalize
 
 from patchlight_kernels import force, prototype_ce, registry
-from patchlight_kernels.ops.prototype_ce import pieces, reference
+from patchlight_kernels.ops.prototype_ce import factors, pieces, reference
 from patchlight_kernels.registry import Case
 
 SPEC = registry.spec("prototype_ce")
@@ -133,9 +133,9 @@ def test_pieces_change_nothing(device, name, rows, prototypes, monkeypatch):
 
 
 def test_pieces_are_even_and_whole_tiles():
-    assert pieces.steps(1, 2048, 4096) == (2048, 4096)
-    assert pieces.steps(10, 64, 65536) == (64, 21888)
-    rows, prototypes = pieces.steps(1, 43520, 4096)
+    assert pieces.steps(1, 2048, 4096, pieces.PIECE) == (2048, 4096)
+    assert pieces.steps(10, 64, 65536, pieces.PIECE // 10) == (64, 21888)
+    rows, prototypes = pieces.steps(1, 43520, 4096, pieces.PIECE)
     assert prototypes == 4096
     assert rows % pieces.ALIGNED == 0
     assert rows * 4096 <= pieces.PIECE
@@ -185,8 +185,179 @@ def test_small_weights_survive_half_precision(device, name):
         outputs = torch.ops.patchlight.prototype_ce_fwd(*args)
     torch.testing.assert_close(outputs[0], loss * 1e-6)
     if device == "cpu":  # gradients made by the forward are fp32: the loss may still be scaled
-        for made, expected in zip(outputs[3:], gradients, strict=True):
-            assert (made.float() * 1e6 - expected.float()).abs().max() <= UNITS * expected.abs().max()
+        for made, scale, expected in zip(outputs[3:5], outputs[5], gradients, strict=True):
+            assert (made * scale * 1e6 - expected.float()).abs().max() <= UNITS * expected.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------ fp32 rows in fp16
+
+ROUNDED = ("fp16", "fp16x3")
+# The largest error of any gradient in Frobenius norm, relative to fp64 (measured on unit vectors of 256 channels, K = 8192).
+LIMITS = {"fp16": 1e-3, "fp16x3": 1e-5}
+every_products = pytest.mark.parametrize("products", ROUNDED)
+every_way = pytest.mark.parametrize("way", ["stream", "chunks"])
+
+
+def unit_rows(peaked, rows=48, prototypes=1500, width=256):
+    """Unit vectors as a head gives them; `peaked`: a student's row is close to a prototype."""
+    draws = torch.Generator().manual_seed(SEED)
+    random = lambda *shape: torch.randn(*shape, generator=draws)
+    directions = normalize(random(prototypes, width), dim=-1)
+    near = directions[:rows] + 0.02 * random(rows, width) if peaked else random(rows, width)
+    views = lambda count: normalize(normalize(near, dim=-1) + 0.02 * random(count, rows, width), dim=-1)
+    teacher = normalize(directions + 0.02 * random(prototypes, width), dim=-1)
+    temperatures = {"temperature": 0.1, "teacher_temperature": 0.04}
+    rows = {"z": views(1), "prototypes": directions, "teacher_z": views(1), "teacher_prototypes": teacher}
+    return rows | temperatures | {"pair_weight": torch.ones(1, 1)}
+
+
+def errors(result, expected):
+    return [((x - y).norm() / y.norm()).item() for x, y in zip(result, expected, strict=True)]
+
+
+@every_products
+@pytest.mark.parametrize("peaked", [False, True])
+@pytest.mark.parametrize(("of_rows", "of_prototypes"), [(1, 1), (1e6, 1e-6), (1e-6, 1e-6), (1e6, 1e6)])
+def test_errors_against_float64_do_not_depend_on_the_range(products, peaked, of_rows, of_prototypes):
+    arguments, scale = unit_rows(peaked), of_rows * of_prototypes
+    arguments = arguments | {
+        "z": arguments["z"] * of_rows,
+        "teacher_z": arguments["teacher_z"] * of_rows,
+        "prototypes": arguments["prototypes"] * of_prototypes,
+        "teacher_prototypes": arguments["teacher_prototypes"] * of_prototypes,
+        "temperature": 0.1 * scale,
+        "teacher_temperature": 0.04 * scale,
+    }
+    exact = with_gradients(double(arguments))
+    with force("reference"):
+        loss, *gradients = with_gradients(arguments | {"products": products})
+        in_fp32 = with_gradients(arguments | {"products": "fp32"})
+    assert loss.dtype == gradients[0].dtype == gradients[1].dtype == torch.float32
+    of_loss, *of_gradients = errors((loss, *gradients), exact)
+    assert of_loss <= 1e-4 if products == "fp16" else 1e-5
+    assert max(of_gradients) <= LIMITS[products]
+    if products == "fp16x3":
+        assert max(of_gradients) <= 2 * max(errors(in_fp32, exact)[1:])
+
+
+@every_runner
+@every_products
+@every_way
+@pytest.mark.parametrize("sizes", [(3, 2, 9, 37, 200), (1, 1, 20, 16, 67), (10, 2, 3, 8, 70)])
+def test_every_form_rounds_as_the_reference(device, name, products, way, sizes, monkeypatch):
+    """Between two forms lies only the order of fp32 sums, and what it changes in the last place of a rounded gradient."""
+    if name == "cpp":
+        pytest.skip("it multiplies in fp32 only, and says so")
+    monkeypatch.setattr(pieces, "WAY", way)
+    arguments = some_arguments(*sizes, device=device) | {"products": products}
+    with force("reference"):
+        expected = with_gradients(arguments)
+    with running(device, name):
+        result = with_gradients(arguments)
+    limits = (1e-6, 1e-4, 1e-4) if products == "fp16" else (2e-6, 1e-5, 1e-5)
+    for error, limit in zip(errors(result, expected), limits, strict=True):
+        assert error <= limit
+
+
+@every_runner
+@every_products
+@pytest.mark.parametrize(("rows", "prototypes"), [(5, 200), (70, 20)])
+def test_chunks_change_nothing(device, name, products, rows, prototypes, monkeypatch):
+    """Cut along the prototypes, where the logits are computed twice, or along the rows, where they are computed once."""
+    if name == "cpp":
+        pytest.skip("it multiplies in fp32 only, and says so")
+    monkeypatch.setattr(pieces, "WAY", "chunks")
+    arguments = some_arguments(2, 1, rows, 8, prototypes, device=device) | {"products": products}
+    with running(device, name):
+        whole = with_gradients(arguments)
+        monkeypatch.setattr(pieces, "ALIGNED", 64)
+        monkeypatch.setattr(pieces, "CHUNK", 16 * min(rows, prototypes) * 64)
+        cut = pieces.steps(2, rows, prototypes, pieces.CHUNK // 16)
+        assert cut != (rows, prototypes)
+        parts = with_gradients(arguments)
+        with torch.no_grad():
+            alone = prototype_ce(**arguments)
+    assert max(errors(parts, whole)) <= (1e-4 if products == "fp16" else 1e-5)
+    torch.testing.assert_close(alone, parts[0])
+
+
+@every_runner
+@every_products
+@every_way
+def test_a_prototype_without_probability_and_rows_of_every_length(device, name, products, way, monkeypatch):
+    """Bias -inf, rows 1e-3 to 1e3 long, and rows of zeros: everything is finite and as exact as on unit rows."""
+    if name == "cpp":
+        pytest.skip("it multiplies in fp32 only, and says so")
+    monkeypatch.setattr(pieces, "WAY", way)
+    arguments = some_arguments(prototypes=130, device=device) | {"products": products}
+    arguments["bias"][:70] = -torch.inf
+    lengths = torch.logspace(-3, 3, 5, device=device)[:, None]
+    arguments |= {"z": arguments["z"] * lengths, "teacher_z": arguments["teacher_z"] / lengths}
+    arguments["z"][1, 2], arguments["teacher_z"][0, 3] = 0, 0
+    exact = with_gradients(double(arguments))
+    with running(device, name):
+        result = with_gradients(arguments)
+    assert all(x.isfinite().all() for x in result)
+    with force("reference"):
+        expected = errors(with_gradients(arguments), exact)
+    for error, of_reference in zip(errors(result, exact), expected, strict=True):
+        assert error <= 2 * of_reference + 1e-5
+
+
+@every_runner
+@every_way
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["z", "teacher_z", "prototypes", "teacher_prototypes"])
+def test_what_is_not_finite_reaches_the_loss_in_fp16(device, name, way, value, which, monkeypatch):
+    if name == "cpp":
+        pytest.skip("it multiplies in fp32 only, and says so")
+    monkeypatch.setattr(pieces, "WAY", way)
+    arguments = some_arguments(prototypes=70, device=device) | {"products": "fp16"}
+    arguments[which].view(-1)[-1] = value
+    with running(device, name):
+        assert prototype_ce(**arguments).isnan()
+
+
+def test_powers_of_two():
+    x = torch.tensor([0.0, 1e-45, 1.0, 1.999, 2.0, 3.4e38, torch.inf, torch.nan])
+    expected = [2.0**-100, 2.0**-100, 1, 1, 2, 2.0**127, torch.inf, torch.inf]
+    assert factors.power_of_two(x).tolist() == expected
+    scale = factors.scales(3e5 * torch.ones(2), torch.zeros(1))
+    assert 2.0**14 <= 3e5 / scale[0] < 2.0**15
+    assert scale.isfinite().all()
+
+
+def test_other_dtypes_are_multiplied_as_they_are():
+    for dtype in (torch.float64, torch.bfloat16):
+        arguments = some_arguments() if dtype == torch.float64 else some_arguments(dtype=dtype)
+        arguments = double(arguments) if dtype == torch.float64 else arguments
+        plain = with_gradients(arguments)
+        for x, y in zip(with_gradients(arguments | {"products": "fp16"}), plain, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_the_default_on_a_cpu_is_fp32():
+    arguments = some_arguments()
+    for x, y in zip(with_gradients(arguments), with_gradients(arguments | {"products": "fp32"}), strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(prototype_ce(**arguments), prototype_ce(**arguments | {"products": None}))
+
+
+@every_runner
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_temperature_on_the_device_is_the_number(device, name, dtype):
+    arguments = some_arguments(device=device)
+    number = torch.tensor(0.05, dtype=dtype, device=device)
+    with running(device, name):
+        expected = with_gradients(arguments | {"teacher_temperature": number.item()})
+        result = with_gradients(arguments | {"teacher_temperature": number})
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_way_is_chosen_by_sizes():
+    assert pieces.way(10, 64, 65536, "fp32") == "stream"
+    assert pieces.way(10, 64, 65536, "fp16") == "chunks"
+    assert pieces.way(3, 5, 11, "fp16") == "stream"
 
 
 # --------------------------------------------------------------------------------- weights, ranges, gradients
@@ -284,6 +455,8 @@ WRONG = {
     "half weights": ({"row_weight": torch.zeros(5).half()}, TypeError, "row_weight must be torch.float32 beside a z"),
     "temperature 0": ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
     "temperature nan": ({"teacher_temperature": math.nan}, ValueError, "teacher_temperature must be positive, got nan"),
+    "teacher's temperatures": ({"teacher_temperature": torch.ones(2)}, ValueError, r"float32 of shape \(2,\) on cpu"),
+    "products": ({"products": "tf32"}, ValueError, r"products must be one of .*, got 'tf32'"),
     "temperature tensor": ({"temperature": torch.tensor(0.1)}, TypeError, "must be a Python float, got a tensor"),
 }  # fmt: skip
 

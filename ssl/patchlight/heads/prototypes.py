@@ -33,7 +33,7 @@ class Prototypes(nn.Module):
         return v * (_exact(self.weight_g) / v.norm(dim=1, keepdim=True))
 
     def logits(self, z: Tensor) -> Tensor:
-        """[..., D] to [..., K], in fp32 also under autocast: a bf16 cosine is off by 0.002, and / 0.04 that is 5 %."""
+        """[..., D] to [..., K], in fp32 also under autocast: a cosine stored in bf16 is off by 0.002, and / 0.04 that is 5 %."""
         with torch.autocast(z.device.type, enabled=False):
             return F.linear(_exact(z), self.directions())
 
@@ -48,23 +48,19 @@ class Prototypes(nn.Module):
         """The scalar sum over teacher views t, student views s and rows r of pair_weight[t, s] * row_weight[r] * CE.
 
         CE is the cross-entropy of softmax(z W^T / temperature) against the target's distribution of view t, row r;
-        row_weight defaults to 1/R. Gradients reach z and these prototypes, never the target. In fp32, also under autocast.
+        row_weight defaults to 1/R. Gradients reach z and these prototypes, never the target. In fp32, also under autocast; on
+        a GPU fp32 values are rounded to fp16 for products only. A teacher's temperature on the device is read there.
         """
         _check_shapes(self, z_SRD, target, pair_weight_TS, row_weight_R)
         z = _exact(z_SRD)
-        teacher_z, bias, teacher_temperature = target.z, target.bias, target.temperature
-        # A temperature on the device is never read by the host: its operand is divided by it, and the op gets 1.
-        if isinstance(temperature, Tensor):
+        if isinstance(temperature, Tensor):  # the host never reads it: its operand is divided by it, and the op gets 1
             z, temperature = z / temperature, 1.0
-        if isinstance(teacher_temperature, Tensor):
-            teacher_z = _exact(teacher_z) / teacher_temperature
-            bias = None if bias is None else bias / teacher_temperature
-            teacher_temperature = 1.0
-        operands = self.directions(), teacher_z, target.prototypes, pair_weight_TS
+        operands = self.directions(), target.z, target.prototypes, pair_weight_TS
         weight, teacher_z, teacher_weight, pair_weight = (x.to(z.dtype) for x in operands)
-        row_weight, bias = (None if x is None else x.to(z.dtype) for x in (row_weight_R, bias))
+        row_weight, bias = (None if x is None else x.to(z.dtype) for x in (row_weight_R, target.bias))
+        # fp32 in and fp32 gradients out; on a GPU the op multiplies in fp16 inside, with as many digits as tf32.
         return prototype_ce(
-            z, weight, teacher_z, teacher_weight, temperature, teacher_temperature, pair_weight, row_weight, bias
+            z, weight, teacher_z, teacher_weight, temperature, target.temperature, pair_weight, row_weight, bias
         )
 
     def extra_repr(self) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ... import extension, hardware
 from ...arguments import accumulator, check_dtype, check_float, check_same_dtype, message, with_dense_rows
 from ...dispatch import Impl, Op, first_reason, triton_call
-from ...losses import differentiate_loss, two_kernels
+from ...losses import differentiate_loss
 from . import pieces, reference
+from .factors import PRODUCTS
 
 OP_NAME = "prototype_ce"
+MAX_TEACHERS = 14  # of the CUDA kernels: 16 positions of them fill seven of a block's eight warps
 
 
 def _bind(
@@ -22,26 +22,51 @@ def _bind(
     teacher_z: Tensor,
     teacher_prototypes: Tensor,
     temperature: float,
-    teacher_temperature: float,
+    teacher_temperature: float | Tensor,
     pair_weight: Tensor,
     row_weight: Tensor | None = None,
     bias: Tensor | None = None,
+    products: str | None = None,
 ) -> tuple:
     """Checks the public arguments and returns those that implementations take."""
     _check_rows(z, prototypes, teacher_z, teacher_prototypes)
     _check_weights(z, prototypes, teacher_z, pair_weight, row_weight, bias)
+    products = _chosen_products(z, products)
+    check_float(OP_NAME, "temperature", temperature, "divide z by it and pass 1.0")
+    divisor, teacher_temperature = _teacher_temperature(z, teacher_temperature)
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        check_float(OP_NAME, name, value, "divide z by it and pass 1.0")
         if not value > 0:
             raise ValueError(message(OP_NAME, f"{name} must be positive", value, "0.1 and 0.04 are usual"))
     if row_weight is None:
         row_weight = z.new_full((z.shape[1],), 1 / max(z.shape[1], 1), dtype=accumulator(z.dtype))
-    # On a CPU the forward makes the gradients too, while the logits of a chunk are in cache: computing those again would
-    # cost as much as the gradients. On a GPU the backward does, as keeping what it needs would cost more than that.
-    gradients = torch.is_grad_enabled() and (z.requires_grad or prototypes.requires_grad) and z.device.type == "cpu"
+    # The forward makes the gradients too where the logits are at hand: on a CPU in cache, on a GPU in L2 where it multiplies
+    # in 16 bits. Else the backward computes the logits again, as keeping what it needs would cost more than that.
+    at_once = z.device.type == "cpu" or products != "fp32"
+    gradients = torch.is_grad_enabled() and (z.requires_grad or prototypes.requires_grad) and at_once
     rows = [with_dense_rows(x) for x in (z, prototypes, teacher_z.detach(), teacher_prototypes.detach())]
     weights = [None if x is None else x.detach().contiguous() for x in (pair_weight, row_weight, bias)]
-    return (*rows, float(temperature), float(teacher_temperature), *weights, gradients)
+    return (*rows, float(temperature), float(teacher_temperature), divisor, *weights, products, gradients)
+
+
+def _chosen_products(z: Tensor, products: str | None) -> str:
+    """What fp32 rows are multiplied as; other dtypes are multiplied as they are, which is called "fp32" too."""
+    if products is not None and products not in PRODUCTS:
+        rule, remedy = f"products must be one of {PRODUCTS}", "leave it out for the fastest that is exact to 5e-4"
+        raise ValueError(message(OP_NAME, rule, repr(products), remedy))
+    if z.dtype != torch.float32:
+        return "fp32"
+    return products or ("fp16" if z.device.type == "cuda" else "fp32")
+
+
+def _teacher_temperature(z: Tensor, value: float | Tensor) -> tuple[Tensor | None, float]:
+    """The factor of the temperature that is on the device, which the host never reads, and the factor that is a number."""
+    if not isinstance(value, Tensor):
+        return None, value
+    if value.dim() or not value.is_floating_point() or value.device != z.device:
+        rule = f"teacher_temperature must be a number, or a floating tensor without dimensions on {z.device}"
+        got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+        raise ValueError(message(OP_NAME, rule, got, "0.04 is usual"))
+    return value.detach(), 1.0
 
 
 def _check_rows(z: Tensor, prototypes: Tensor, teacher_z: Tensor, teacher_prototypes: Tensor) -> None:
@@ -98,13 +123,19 @@ def _cuda_shared_bytes(teachers: int, width: int, itemsize: int) -> int:
     return rows + stages + probabilities + scratch
 
 
-def _cuda_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *_) -> str | None:
+def _cuda_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *others) -> str | None:
     reason = first_reason(
-        hardware.unsupported_by_all(z.dtype, z, teacher_z), hardware.no_cuda_library(z, "prototype_ce_bwd")
+        hardware.unsupported_by_all(z.dtype, z, teacher_z), hardware.no_cuda_library(z, "prototype_ce_tiles")
     )
     if reason or z.device.type != "cuda":
         return reason
-    needed = _cuda_shared_bytes(len(teacher_z), z.shape[2], z.dtype.itemsize)
+    if len(teacher_z) > MAX_TEACHERS:
+        return f"a block holds at most {MAX_TEACHERS} teacher views, got {len(teacher_z)}"
+    products = others[-2]
+    if pieces.way(len(z), z.shape[1], len(prototypes), products) == "chunks":
+        return None
+    width = z.shape[2] * (3 if products == "fp16x3" else 1)
+    needed = _cuda_shared_bytes(len(teacher_z), width, z.dtype.itemsize if products == "fp32" else 2)
     return hardware.too_little_shared_memory(z, needed)
 
 
@@ -112,33 +143,59 @@ def _triton_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *_) ->
     return first_reason(hardware.unsupported_by_all(z.dtype, z, teacher_z), hardware.no_triton(z))
 
 
-def _cpp_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *_) -> str | None:
+def _cpp_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *others) -> str | None:
     return first_reason(
-        hardware.unsupported_by_all(z.dtype, z, teacher_z), hardware.no_cpu_library(z, "prototype_ce_fwd")
+        hardware.unsupported_by_all(z.dtype, z, teacher_z),
+        hardware.no_cpu_library(z, "prototype_ce_fwd"),
+        None if others[-2] == "fp32" else f"it multiplies fp32 as fp32, not as {others[-2]}",
     )
 
 
-def _cuda_statistics(*args) -> tuple[Tensor, Tensor, Tensor]:
-    return extension.native("prototype_ce_fwd")(*args[:-1], False)[:3]
+def _cpp_forward(*args) -> tuple[Tensor, ...]:
+    """The library reads the temperature of a tensor, which on a CPU waits for nothing; it multiplies in fp32 only."""
+    *rows, temperature, teacher_temperature, divisor, pair_weight, row_weight, bias, _, gradients = args
+    temperatures = temperature, teacher_temperature if divisor is None else teacher_temperature * float(divisor)
+    weights = pair_weight, row_weight, bias
+    results = extension.native("prototype_ce_fwd")(*rows, *temperatures, *weights, gradients)
+    return *results, results[0].new_ones(2 if gradients else 0)
 
 
-def _cuda_grad_logits(args: tuple, log2_student: Tensor, log2_teacher: Tensor, unit: Tensor) -> Tensor:
-    return extension.native("prototype_ce_bwd")(*args[:-1], log2_student, log2_teacher, unit)
+def _cuda_arguments(problem: pieces.Problem) -> tuple:
+    """What the CUDA functions take of a problem."""
+    p = problem
+    factors = p.z, p.prototypes, p.teacher_z, p.teacher_prototypes
+    return *factors, p.temperature, p.teacher_temperature, p.teacher_divisor, p.units, p.bias
 
 
-_triton_statistics = triton_call(__package__, "prototype_ce_fwd")
-_cuda_gradients = functools.partial(pieces.gradients, _cuda_grad_logits)
-_triton_gradients = functools.partial(pieces.gradients, triton_call(__package__, "grad_logits"))
+def _cuda_tiles(problem: pieces.Problem) -> tuple[Tensor, ...]:
+    return extension.native("prototype_ce_tiles")(*_cuda_arguments(problem))
+
+
+def _cuda_grad_logits(problem: pieces.Problem, *sums_and_dtype) -> Tensor:
+    weights = problem.pair_weight, problem.row_weight
+    return extension.native("prototype_ce_grad_logits")(*_cuda_arguments(problem), *weights, *sums_and_dtype)
+
+
+def _cuda_whole_rows(problem: pieces.Problem, unit: Tensor, dtype: torch.dtype | None, *outputs) -> Tensor | None:
+    weights = problem.pair_weight, problem.row_weight, unit
+    gradient = None if dtype is None else torch.empty_like(problem.z, dtype=dtype)
+    z, _, teacher_z, _, *rest = _cuda_arguments(problem)
+    extension.native("prototype_ce_whole_rows")(z, teacher_z, *rest, *weights, *outputs, gradient)
+    return gradient
+
+
+_CUDA = pieces.Kernels(_cuda_tiles, extension.native_call("prototype_ce_merge"), _cuda_grad_logits, _cuda_whole_rows)
+_TRITON = pieces.Kernels(*(triton_call(__package__, name) for name in ("tiles", "merge", "grad_logits", "whole_rows")))
 
 OP = Op(
     OP_NAME,
     bind=_bind,
     impls=(
-        two_kernels("cuda", _cuda_statistics, _cuda_gradients, _cuda_unsupported, count=2),
+        pieces.implementation("cuda", _CUDA, _cuda_unsupported),
         # The C++ forward makes the gradients if they are wanted at once; if they are wanted later, the reference does.
         # Before Triton, which takes CPU tensors in its slow interpreter only.
-        Impl("cpp", extension.native_call("prototype_ce_fwd"), _cpp_unsupported, reference.prototype_ce_bwd),
-        two_kernels("triton", _triton_statistics, _triton_gradients, _triton_unsupported, count=2),
+        Impl("cpp", _cpp_forward, _cpp_unsupported, reference.prototype_ce_bwd),
+        pieces.implementation("triton", _TRITON, _triton_unsupported),
         Impl("reference", reference.prototype_ce_fwd, lambda *args: None, reference.prototype_ce_bwd),
     ),
 )
@@ -151,43 +208,49 @@ def _run(*args) -> tuple[Tensor, ...]:
 
 def _fake(
     z: Tensor, prototypes: Tensor, teacher_z: Tensor, teacher_prototypes: Tensor, temperature: float,
-    teacher_temperature: float, pair_weight: Tensor, row_weight: Tensor, bias: Tensor | None, gradients: bool,
+    teacher_temperature: float, teacher_divisor: Tensor | None, pair_weight: Tensor, row_weight: Tensor,
+    bias: Tensor | None, products: str, gradients: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = accumulator(z.dtype)
-    shapes = ((), z.shape[:2], teacher_z.shape[:2], z.shape if gradients else 0, prototypes.shape if gradients else 0)
+    made = z.shape if gradients else 0, prototypes.shape if gradients else 0
+    shapes = (), z.shape[:2], teacher_z.shape[:2], *made, 2 if gradients else 0
     return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+_ARGUMENTS = (
+    "Tensor z, Tensor prototypes, Tensor teacher_z, Tensor teacher_prototypes, float temperature, "
+    "float teacher_temperature, Tensor? teacher_divisor, Tensor pair_weight, Tensor row_weight, Tensor? bias, "
+    "str products, bool gradients"
+)
 _fwd = OP.define(
     "fwd",
-    "(Tensor z, Tensor prototypes, Tensor teacher_z, Tensor teacher_prototypes, float temperature, "
-    "float teacher_temperature, Tensor pair_weight, Tensor row_weight, Tensor? bias, bool gradients) "
-    "-> (Tensor loss, Tensor log2_student, Tensor log2_teacher, Tensor dz, Tensor dprototypes)",
+    f"({_ARGUMENTS}) -> (Tensor loss, Tensor log2_student, Tensor log2_teacher, Tensor dz, Tensor dprototypes, Tensor scale)",
     run=_run,
     fake=_fake,
 )
 
 
 def _run_bwd(
-    grad_loss: Tensor, log2_student: Tensor, log2_teacher: Tensor, dz: Tensor, dprototypes: Tensor, *args
+    grad_loss: Tensor, log2_student: Tensor, log2_teacher: Tensor, dz: Tensor, dprototypes: Tensor, scale: Tensor, *args
 ) -> tuple[Tensor, Tensor]:
     dtype, device, gradients = args[0].dtype, args[0].device, args[-1]
     if gradients:
-        return (dz * grad_loss).to(dtype), (dprototypes * grad_loss).to(dtype)
+        of_z, of_prototypes = (grad_loss * scale).unbind()
+        return (dz * of_z).to(dtype), (dprototypes * of_prototypes).to(dtype)
     with torch.autocast(device.type, enabled=False):
         return OP.choose(*args).bwd(grad_loss, log2_student, log2_teacher, *args)
 
 
-def _fake_bwd(grad_loss, log2_student, log2_teacher, dz, dprototypes, z, prototypes, *_) -> tuple[Tensor, Tensor]:
+def _fake_bwd(
+    grad_loss, log2_student, log2_teacher, dz, dprototypes, scale, z, prototypes, *_
+) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), prototypes.new_empty(prototypes.shape)
 
 
 _bwd = OP.define(
     "bwd",
-    "(Tensor grad_loss, Tensor log2_student, Tensor log2_teacher, Tensor dz, Tensor dprototypes, "
-    "Tensor z, Tensor prototypes, Tensor teacher_z, Tensor teacher_prototypes, float temperature, "
-    "float teacher_temperature, Tensor pair_weight, Tensor row_weight, Tensor? bias, bool gradients) "
-    "-> (Tensor, Tensor)",
+    "(Tensor grad_loss, Tensor log2_student, Tensor log2_teacher, Tensor dz, Tensor dprototypes, Tensor scale, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor)",
     run=_run_bwd,
     fake=_fake_bwd,
 )
@@ -202,10 +265,11 @@ def prototype_ce(
     teacher_z: Tensor,
     teacher_prototypes: Tensor,
     temperature: float,
-    teacher_temperature: float,
+    teacher_temperature: float | Tensor,
     pair_weight: Tensor,
     row_weight: Tensor | None = None,
     bias: Tensor | None = None,
+    products: str | None = None,
 ) -> Tensor:
     """How far the student's distributions over K prototypes are from the teacher's, without the logits in memory.
 
@@ -219,19 +283,27 @@ def prototype_ce(
         teacher_z: [T, R, D]; row r of all views is the same image or patch.
         teacher_prototypes: [K, D].
         temperature: the student's, a Python float.
-        teacher_temperature: the teacher's.
+        teacher_temperature: the teacher's, a Python float, or a floating tensor without dimensions on the device of z, which
+            the host does not read (a CPU's library does).
         pair_weight: [T, S] fp32, 0 leaves a pair out.
         row_weight: [R] fp32, by default 1/R each.
         bias: [K] fp32, added to the teacher's logits before the temperature: minus the center, or a Sinkhorn potential.
+        products: what fp32 values are multiplied as, for the logits and for their gradients; sums are fp32 always. "fp16":
+            rounded to fp16, which keeps as many digits as tf32; gradients of logits are exact to 5e-4. "fp16x3": each value as
+            two fp16 numbers, as exact as fp32. "fp32": as they are, without tensor cores. By default "fp16" on a GPU and
+            "fp32" elsewhere. Other dtypes are multiplied as they are.
 
     Returns:
         The loss, an fp32 scalar. Gradients reach z and prototypes only, nothing of the teacher and no weight.
 
     16-bit values are multiplied exactly, and logits, exponentials and sums are fp32, also under autocast. On tensor cores
-    the gradient of a logit is rounded to the dtype of z once, for its two products, as autocast would.
-    Traffic: the rows once and the prototypes once per block of rows. On a GPU the forward keeps the log-sum-exps of the
-    rows; on a CPU it makes the gradients at once (fp32, the size of z and of prototypes) and the backward scales them.
+    the gradient of a logit is rounded to 16 bits once, for its two products, as autocast would; gradients have the dtype of z.
+    fp32 tensors are brought into the range of fp16 by a power of two each, so their size does not matter; beside a tensor's
+    largest value, values below 2^-28 of it lose digits.
+    Traffic: the rows once and the prototypes once per block of rows. The forward makes the gradients at once (fp32, the size
+    of z and of prototypes) on a CPU, and on a GPU with products in fp16; the backward scales them. Else it keeps the
+    log-sum-exps of the rows.
     """
-    weights = pair_weight, row_weight, bias
+    weights = pair_weight, row_weight, bias, products
     args = _bind(z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, *weights)
     return _fwd(*args)[0]

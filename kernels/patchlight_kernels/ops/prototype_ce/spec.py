@@ -21,11 +21,14 @@ def _case(
     bias: bool = True,
     equal: bool = False,
     small: bool = False,
+    products: str | None = None,
+    on_device: bool = False,
 ) -> Case:
-    """`equal`: all pairs and rows weigh the same, as in most libraries."""
+    """`equal`: all pairs and rows weigh the same, as in most libraries. `on_device`: the teacher's temperature is a tensor."""
     name = f"S{students}-T{teachers}-R{rows}-D{width}-K{prototypes}" + ("" if bias else "-unbiased")
+    name += (f"-{products}" if products else "") + ("-temperature" if on_device else "")
     sizes = {"students": students, "teachers": teachers, "rows": rows, "width": width, "prototypes": prototypes}
-    return Case(name, {**sizes, "bias": bias, "equal": equal}, small)
+    return Case(name, {**sizes, "bias": bias, "equal": equal, "products": products, "on_device": on_device}, small)
 
 
 TESTS = (
@@ -36,6 +39,9 @@ TESTS = (
     _case(1, 1, 1, 1, 1),  # one of everything: the loss is 0
     _case(1, 3, 2, 8, 64),  # more teachers than students, one full tile
     _case(5, 1, 18, 16, 40),
+    _case(3, 2, 5, 37, 67, products="fp16", on_device=True),
+    _case(2, 1, 17, 24, 130, products="fp16x3", on_device=True),
+    _case(1, 1, 40, 24, 200, bias=False, products="fp16"),
     _case(0, 1, 3, 8, 5),  # no views, no rows, no channels
     _case(2, 0, 3, 8, 5),
     _case(2, 1, 0, 8, 5),
@@ -48,6 +54,15 @@ BENCHES = (
     _case(10, 2, 64, 256, 65536, equal=True),
     _case(10, 2, 128, 256, 65536, equal=True),
     _case(1, 1, 43520, 256, 4096, equal=True),
+    _case(1, 1, 12672, 256, 8192, equal=True),
+)
+
+# What fp32 rows run on a GPU: cuBLAS's products beside kernels that read them, for whole rows and for some prototypes; and
+# kernels that multiply.
+COMPILED = tuple(
+    _case(*sizes, equal=True, products=products, on_device=True)
+    for sizes in ((1, 1, 512, 256, 4096), (10, 2, 16, 256, 65536), (10, 2, 4, 256, 16384))
+    for products in ("fp16", "fp16x3")
 )
 
 
@@ -67,16 +82,18 @@ def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[
     if s.get("equal"):
         pair_weight = (pair_weight > 0) / (pair_weight > 0).sum()
         row_weight = lambda: torch.full((s["rows"],), 1 / s["rows"])
+    how = {"products": s["products"]} if s.get("products") else {}
     return {
         "z": views(s["students"]),
         "prototypes": directions(),
         "teacher_z": views(s["teachers"]),
         "teacher_prototypes": directions(),
         "temperature": 0.1,
-        "teacher_temperature": 0.05,
+        "teacher_temperature": torch.tensor(0.05, dtype=torch.float64, device=device) if s.get("on_device") else 0.05,
         "pair_weight": pair_weight.to(device),
         "row_weight": row_weight().to(device),
         "bias": (0.05 * random(s["prototypes"])).to(device) if s["bias"] else None,
+        **how,
     }
 
 
@@ -108,6 +125,7 @@ SPEC = OpSpec(
     public=prototype_ce,
     tests=TESTS,
     benches=BENCHES,
+    compiled=COMPILED,
     inputs=_inputs,
     min_bytes=_min_bytes,
     flops=_flops,
