@@ -8,16 +8,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from patchlight_kernels import JITTER_ORDERS, PHOTOMETRIC_COLUMNS
+from patchlight_kernels import JITTER_ORDERS, PHOTOMETRIC_COLUMNS, prototype_ce
 from patchlight_kernels.ops.class_attention.reference import state_shape as class_attention_shape
 from patchlight_kernels.ops.neighbor_topk import reference as neighbor_reference
 from patchlight_kernels.ops.photometric import reference as photometric_reference
+from patchlight_kernels.ops.prototype_ce import pieces as prototype_pieces
 
 _tables: dict[tuple, Tensor] = {}
 
@@ -211,6 +213,18 @@ def prototype_ce_lightly(
     return loss(list(teacher_logits), list(logits), teacher_temp=teacher_temperature)
 
 
+def prototype_ce_way(way: str) -> Callable:
+    """Our op as a user calls it with fp32 on a GPU, by one of its two ways: kernels that multiply, or cuBLAS in chunks."""
+
+    def run(z, *others, **arguments):
+        if z.dtype != torch.float32 or z.device.type != "cuda":
+            raise NotImplementedError("only fp32 on a GPU can go both ways")
+        with mock.patch.object(prototype_pieces, "WAY", way):
+            return prototype_ce(z, *others, **arguments)
+
+    return run
+
+
 def _query_parts(
     qkv: Tensor, raw: int, query_keys: str, crop: int | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
@@ -359,6 +373,8 @@ PEERS: dict[str, dict[str, Callable]] = {
         "official eager": prototype_ce_official,
         "smart eager": prototype_ce_smart,
         "lightly": prototype_ce_lightly,
+        "ours by kernels that multiply": prototype_ce_way("stream"),
+        "ours by chunks": prototype_ce_way("chunks"),
         **_compiled(official=prototype_ce_official, smart=prototype_ce_smart),
     },
     "query_attention": {

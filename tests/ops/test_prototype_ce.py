@@ -160,7 +160,7 @@ def test_nothing_of_size_rows_by_prototypes_is_kept_for_the_backward(device, nam
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_backward_that_computes_logits_again(device, name, dtype):
     """As on a GPU: the forward keeps two vectors of sums, and the backward starts from those."""
-    arguments = some_arguments(dtype=dtype, device=device)
+    arguments = some_arguments(dtype=dtype, device=device, products="fp32")
     leaves = [arguments[key].requires_grad_() for key in LEAVES]
     with running(device, name):
         args = SPEC.op.bind(**arguments)
@@ -354,10 +354,32 @@ def test_a_temperature_on_the_device_is_the_number(device, name, dtype):
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-7)
 
 
+@every_products
+def test_a_compiler_joins_the_factors_with_what_makes_the_tensors(products):
+    """One node in a full graph, and the same loss and gradients: both parts of a value survive the compiler's casts."""
+    torch._dynamo.reset()
+    arguments = some_arguments() | {
+        "products": products,
+        "teacher_temperature": torch.tensor(0.05, dtype=torch.float64),
+    }
+    v = arguments.pop("prototypes").requires_grad_()
+
+    def loss(v, lengths):
+        return prototype_ce(prototypes=v * (lengths / v.norm(dim=1, keepdim=True)), **arguments)
+
+    def gradients(function):
+        value = function(v, torch.ones(len(v), 1))
+        return value.detach(), torch.autograd.grad(3 * value, v)[0]
+
+    result, expected = gradients(torch.compile(loss, fullgraph=True)), gradients(loss)
+    assert max(errors(result, expected)) <= (1e-4 if products == "fp16" else 1e-6)
+
+
 def test_the_way_is_chosen_by_sizes():
     assert pieces.way(10, 64, 65536, "fp32") == "stream"
     assert pieces.way(10, 64, 65536, "fp16") == "chunks"
     assert pieces.way(3, 5, 11, "fp16") == "stream"
+    assert pieces.way(3, 5, 11, "fp16x3") == "chunks"
 
 
 # --------------------------------------------------------------------------------- weights, ranges, gradients

@@ -27,13 +27,18 @@ def scales(*tensors: Tensor) -> Tensor:
 
 def half(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale in fp16, contiguous."""
+    if torch.compiler.is_compiling():
+        return (x * scale.reciprocal()).half()  # one kernel; without a compiler the product would be written in fp32
     return torch.mul(x, scale.reciprocal(), out=torch.empty(x.shape, dtype=torch.float16, device=x.device))
 
 
 def split(x: Tensor, lift: float = 1.0) -> tuple[Tensor, Tensor]:
-    """fp32 values as two fp16 parts: x = first + second / lift, to 22 bits."""
-    first = x.half()
-    return first, ((x - first.float()) * lift).half()
+    """fp32 values as two fp16 parts: x = first + second / lift, to 23 bits.
+
+    The first is rounded to 11 bits by its bits: a compiler may leave out a cast to fp16 and back, and the second would be 0.
+    """
+    first = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return first.half(), ((x - first) * lift).half()
 
 
 def student_factor(x: Tensor, scale: Tensor, products: str) -> Tensor:
@@ -52,9 +57,24 @@ def prototype_factor(x: Tensor, scale: Tensor, products: str) -> Tensor:
     return torch.cat((first, second, first), -1)
 
 
-def rounded(x: Tensor, scale: Tensor, products: str) -> Tensor:
-    """x with the digits that its factors keep, in fp32."""
+def of(
+    z: Tensor, prototypes: Tensor, teacher_z: Tensor, teacher_prototypes: Tensor, products: str
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The four as factors, and their scales."""
+    of_each = scales(z, prototypes, teacher_z, teacher_prototypes)
+    rows = [student_factor(x, of_each[i], products) for x, i in ((z, 0), (teacher_z, 2))]
+    tables = [prototype_factor(x, of_each[i], products) for x, i in ((prototypes, 1), (teacher_prototypes, 3))]
+    return (rows[0], tables[0], rows[1], tables[1]), of_each
+
+
+def width(factor: Tensor, products: str) -> int:
+    """The width of the tensor that the factor was made from."""
+    return factor.shape[-1] // (3 if products == "fp16x3" else 1)
+
+
+def values(factor: Tensor, scale: Tensor, products: str) -> Tensor:
+    """What the factor stands for, in fp32."""
     if products == "fp16":
-        return half(x, scale).float() * scale
-    first, second = split(x / scale)
-    return (first.float() + second.float()) * scale
+        return factor.float() * scale
+    _, second, third = factor.float().chunk(3, -1)  # on either side these are both parts
+    return (second + third) * scale

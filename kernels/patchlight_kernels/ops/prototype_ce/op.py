@@ -9,8 +9,7 @@ from ... import extension, hardware
 from ...arguments import accumulator, check_dtype, check_float, check_same_dtype, message, with_dense_rows
 from ...dispatch import Impl, Op, first_reason, triton_call
 from ...losses import differentiate_loss
-from . import pieces, reference
-from .factors import PRODUCTS
+from . import factors, pieces, reference
 
 OP_NAME = "prototype_ce"
 MAX_TEACHERS = 14  # of the CUDA kernels: 16 positions of them fill seven of a block's eight warps
@@ -43,15 +42,22 @@ def _bind(
     # in 16 bits. Else the backward computes the logits again, as keeping what it needs would cost more than that.
     at_once = z.device.type == "cpu" or products != "fp32"
     gradients = torch.is_grad_enabled() and (z.requires_grad or prototypes.requires_grad) and at_once
-    rows = [with_dense_rows(x) for x in (z, prototypes, teacher_z.detach(), teacher_prototypes.detach())]
+    sides: tuple[Tensor, ...] = z, prototypes, teacher_z.detach(), teacher_prototypes.detach()
+    scales = None
+    if products != "fp32":  # outside the op, so that a compiler can join it with what makes the tensors
+        sides, scales = factors.of(z.detach(), prototypes.detach(), sides[2], sides[3], products)
+    sides = tuple(with_dense_rows(x) for x in sides)
     weights = [None if x is None else x.detach().contiguous() for x in (pair_weight, row_weight, bias)]
-    return (*rows, float(temperature), float(teacher_temperature), divisor, *weights, products, gradients)
+    return (*sides, float(temperature), float(teacher_temperature), divisor, *weights, scales, products, gradients)
 
 
 def _chosen_products(z: Tensor, products: str | None) -> str:
     """What fp32 rows are multiplied as; other dtypes are multiplied as they are, which is called "fp32" too."""
-    if products is not None and products not in PRODUCTS:
-        rule, remedy = f"products must be one of {PRODUCTS}", "leave it out for the fastest that is exact to 5e-4"
+    if products is not None and products not in factors.PRODUCTS:
+        rule, remedy = (
+            f"products must be one of {factors.PRODUCTS}",
+            "leave it out for the fastest that is exact to 5e-4",
+        )
         raise ValueError(message(OP_NAME, rule, repr(products), remedy))
     if z.dtype != torch.float32:
         return "fp32"
@@ -134,8 +140,7 @@ def _cuda_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *others)
     products = others[-2]
     if pieces.way(len(z), z.shape[1], len(prototypes), products) == "chunks":
         return None
-    width = z.shape[2] * (3 if products == "fp16x3" else 1)
-    needed = _cuda_shared_bytes(len(teacher_z), width, z.dtype.itemsize if products == "fp32" else 2)
+    needed = _cuda_shared_bytes(len(teacher_z), z.shape[2], z.dtype.itemsize)
     return hardware.too_little_shared_memory(z, needed)
 
 
@@ -153,7 +158,7 @@ def _cpp_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *others) 
 
 def _cpp_forward(*args) -> tuple[Tensor, ...]:
     """The library reads the temperature of a tensor, which on a CPU waits for nothing; it multiplies in fp32 only."""
-    *rows, temperature, teacher_temperature, divisor, pair_weight, row_weight, bias, _, gradients = args
+    *rows, temperature, teacher_temperature, divisor, pair_weight, row_weight, bias, _, _, gradients = args
     temperatures = temperature, teacher_temperature if divisor is None else teacher_temperature * float(divisor)
     weights = pair_weight, row_weight, bias
     results = extension.native("prototype_ce_fwd")(*rows, *temperatures, *weights, gradients)
@@ -163,8 +168,8 @@ def _cpp_forward(*args) -> tuple[Tensor, ...]:
 def _cuda_arguments(problem: pieces.Problem) -> tuple:
     """What the CUDA functions take of a problem."""
     p = problem
-    factors = p.z, p.prototypes, p.teacher_z, p.teacher_prototypes
-    return *factors, p.temperature, p.teacher_temperature, p.teacher_divisor, p.units, p.bias
+    sides = p.z, p.prototypes, p.teacher_z, p.teacher_prototypes
+    return *sides, p.temperature, p.teacher_temperature, p.teacher_divisor, p.units, p.bias
 
 
 def _cuda_tiles(problem: pieces.Problem) -> tuple[Tensor, ...]:
@@ -209,10 +214,10 @@ def _run(*args) -> tuple[Tensor, ...]:
 def _fake(
     z: Tensor, prototypes: Tensor, teacher_z: Tensor, teacher_prototypes: Tensor, temperature: float,
     teacher_temperature: float, teacher_divisor: Tensor | None, pair_weight: Tensor, row_weight: Tensor,
-    bias: Tensor | None, products: str, gradients: bool,
+    bias: Tensor | None, scales: Tensor | None, products: str, gradients: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype = accumulator(z.dtype)
-    made = z.shape if gradients else 0, prototypes.shape if gradients else 0
+    dtype, width = accumulator(z.dtype), factors.width(z, products)
+    made = ((*z.shape[:2], width), (len(prototypes), width)) if gradients else (0, 0)
     shapes = (), z.shape[:2], teacher_z.shape[:2], *made, 2 if gradients else 0
     return tuple(z.new_empty(shape, dtype=dtype) for shape in shapes)
 
@@ -220,7 +225,7 @@ def _fake(
 _ARGUMENTS = (
     "Tensor z, Tensor prototypes, Tensor teacher_z, Tensor teacher_prototypes, float temperature, "
     "float teacher_temperature, Tensor? teacher_divisor, Tensor pair_weight, Tensor row_weight, Tensor? bias, "
-    "str products, bool gradients"
+    "Tensor? scales, str products, bool gradients"
 )
 _fwd = OP.define(
     "fwd",
@@ -257,6 +262,26 @@ _bwd = OP.define(
 
 
 differentiate_loss(OP, _bwd)
+
+
+class _RoundedLoss(torch.autograd.Function):
+    """The loss from factors in fp16, with gradients in fp32 for the tensors that they were made from.
+
+    Not part of the op, so that a compiler joins the last multiplication of the gradients with what follows.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, prototypes: Tensor, *args) -> Tensor:
+        loss, _, _, *gradients = _fwd(*args)
+        ctx.save_for_backward(*gradients)
+        ctx.count = len(args)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        dz, dprototypes, scale = ctx.saved_tensors
+        of_z, of_prototypes = (grad_loss * scale).unbind()
+        return dz * of_z, dprototypes * of_prototypes, *([None] * ctx.count)
 
 
 def prototype_ce(
@@ -306,4 +331,6 @@ def prototype_ce(
     """
     weights = pair_weight, row_weight, bias, products
     args = _bind(z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, *weights)
+    if args[-2] != "fp32" and args[-1]:
+        return _RoundedLoss.apply(z, prototypes, *args)
     return _fwd(*args)[0]

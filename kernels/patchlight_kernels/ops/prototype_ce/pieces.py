@@ -92,7 +92,8 @@ def way(views: int, rows: int, prototypes: int, products: str) -> str:
     """The way for a problem of these sizes, by prediction until somebody has measured both (see the op's README)."""
     if products == "fp32":
         return "stream"  # also 16-bit rows, which are multiplied as they are
-    return WAY or ("stream" if views * rows * prototypes < FEW else "chunks")
+    few = views * rows * prototypes < FEW and products == "fp16"  # rows of "fp16x3" are three times as wide
+    return WAY or ("stream" if few else "chunks")
 
 
 def implementation(name: str, kernels: Kernels, unsupported: Callable[..., str | None]) -> Impl:
@@ -115,21 +116,15 @@ class Passes:
 
     def __init__(self, kernels: Kernels, args: tuple) -> None:
         z, prototypes, teacher_z, teacher_prototypes, temperature, teacher_temperature, divisor, *weights, _ = args
-        pair_weight, row_weight, bias, products = weights
-        self.kernels, self.products, self.width = kernels, products, z.shape[2]
-        self.scales = units = None
-        if products != "fp32":
-            self.scales = factors.scales(z, prototypes, teacher_z, teacher_prototypes)
-            units = self.scales.view(2, 2).prod(1)
-            z, teacher_z = (factors.student_factor(x, self.scales[i], products) for x, i in ((z, 0), (teacher_z, 2)))
-            prototypes = factors.prototype_factor(prototypes, self.scales[1], products)
-            teacher_prototypes = factors.prototype_factor(teacher_prototypes, self.scales[3], products)
+        pair_weight, row_weight, bias, self.scales, self.products = weights
+        self.kernels, self.width = kernels, factors.width(z, self.products)
+        units = None if self.scales is None else self.scales.view(2, 2).prod(1)
         divisor = None if divisor is None else divisor.to(torch.float64)
         temperatures = temperature, teacher_temperature, divisor
         rows = z, prototypes, teacher_z, teacher_prototypes
         self.problem = Problem(*rows, *temperatures, units, bias, pair_weight, row_weight)
         views, _, length, count = self.problem.sizes
-        self.way = way(views, length, count, products)
+        self.way = way(views, length, count, self.products)
 
     def steps(self) -> tuple[int, int]:
         """Rows and prototypes of a piece."""

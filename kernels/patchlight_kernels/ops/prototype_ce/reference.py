@@ -86,10 +86,10 @@ def rounded(grad_logits: Tensor, dtype: torch.dtype, products: str, unit: Tensor
 
 def prototype_ce_fwd(*args) -> tuple[Tensor, ...]:
     """Takes the arguments of `patchlight::prototype_ce_fwd`: loss, log2 of the softmax sums, gradients if wanted."""
-    dtype, products = args[0].dtype, args[-2]
-    if products != "fp32":
-        scales = factors.scales(*args[:4])
-        args = *(factors.rounded(x, scale, products) for x, scale in zip(args[:4], scales, strict=True)), *args[4:]
+    dtype, (scales, products, gradients) = args[0].dtype, args[-3:]
+    if scales is not None:
+        args = *(factors.values(x, scale, products) for x, scale in zip(args[:4], scales, strict=True)), *args[4:]
+    args = *args[:-3], products, gradients
     wide: list[Any] = [value.to(accumulator(dtype)) if isinstance(value, Tensor) else value for value in args]
     z, prototypes, teacher_z = wide[:3]
     loss = z.new_zeros(())
@@ -101,9 +101,9 @@ def prototype_ce_fwd(*args) -> tuple[Tensor, ...]:
         if chunk.grad_logits is not None:
             dz[:, chunk.rows] = chunk.grad_logits @ prototypes
             dprototypes += chunk.grad_logits.flatten(0, 1).T @ z[:, chunk.rows].flatten(0, 1)
-    if not args[-1]:
+    if not gradients:
         dz, dprototypes = z.new_empty(0), z.new_empty(0)
-    return loss, log2_student, log2_teacher, dz, dprototypes, z.new_ones(2 if args[-1] else 0)
+    return loss, log2_student, log2_teacher, dz, dprototypes, z.new_ones(2 if gradients else 0)
 
 
 def prototype_ce_bwd(grad_loss: Tensor, log2_student: Tensor, log2_teacher: Tensor, *args) -> tuple[Tensor, Tensor]:
