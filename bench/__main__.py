@@ -1,4 +1,4 @@
-"""`python -m bench ops|step|update|loader|evaluation|study` measures; `report` draws; `readme` publishes bench/results."""
+"""`python -m bench ops|step|update|loader|evaluation|study` measures, `cost` counts; `report` draws; `readme` publishes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import tyro
 
 from . import evaluation, loader, ops, report, step, study, update
+from .cost import command as cost
 
 
 def main() -> None:
@@ -19,6 +20,7 @@ def main() -> None:
             "evaluation": evaluation.measure_evaluation,
             "study": study.measure_study,
             "study-report": study.draw,
+            "cost": cost.measure_cost,
             "report": report.draw,
             "readme": report.publish,
         },

@@ -1,0 +1,1 @@
+"""What a training step would cost on a GPU, counted without one: `python -m bench cost`. See docs/cost.md."""

@@ -1,0 +1,49 @@
+"""`python -m bench cost`: what a training step would cost on a GPU, counted without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..methods import LARGE, METHODS, StepSize
+from ..rows import Row, write_rows
+from .count import count_step
+from .hardware import Hardware
+from .table import COLUMNS, print_kernels, print_step, rows_of
+
+
+def measure_cost(
+    method: Annotated[
+        Literal["dino", "selfpatch", "ibot", "sere", "dino-sere", "pqcl"] | None, tyro.conf.Positional
+    ] = None,
+    hardware: str = "h200",
+    batch: int = LARGE.batch,
+    arch: str = LARGE.arch,
+    top: int = 0,
+    out: Path = Path("bench/out/cost.csv"),
+) -> None:
+    """Count a training step's launches, bytes and FLOPs as a GPU would see it, and predict its time.
+
+    Args:
+        method: one method; by default all.
+        hardware: a file of constants in bench/hardware, without its ending.
+        batch: images of a step.
+        arch: the backbone.
+        top: list so many operations that take most of the device's time.
+        out: the CSV to write.
+    """
+    constants = Hardware.load(hardware)
+    size: StepSize = replace(LARGE, batch=batch, arch=arch)
+    rows: list[Row] = []
+    for name in [method] if method else METHODS:
+        launches = count_step(METHODS[name].run(size))
+        found = rows_of(name, launches, constants, batch)
+        print_step(found, batch)
+        if top:
+            print_kernels(launches, constants, top)
+        rows += found
+        write_rows(rows, out, COLUMNS)
+    print(f"rows: {out}")

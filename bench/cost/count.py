@@ -1,0 +1,101 @@
+"""Counts one training step on a fake GPU: every kernel, with the phase of the step that launches it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patchlight.data.interface import Loader
+from patchlight.engine import assembly
+from patchlight.engine.parallel import Mesh
+from patchlight.engine.trainer import Trainer
+from patchlight.run import Run
+
+from ..methods import LastLoss, SyntheticLoader
+from .fake_gpu import GPU, fake_gpu
+from .kernels import kernels_of
+from .records import BACKWARD, CUE, OBJECTIVE, REST, STUDENT, TEACHER, Call, Launch
+
+
+class Counter(TorchDispatchMode):
+    """Collects the kernels of every operation within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = REST
+        self.launches: list[Launch] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            name = f"{function.namespace}.{function._schema.name.split('::')[1]}"
+            call = Call(name, args, kwargs or {}, result)
+            self.launches += [Launch(self.phase, kernel) for kernel in kernels_of(call)]
+        return result
+
+    @contextlib.contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def watch(self, phase: str, call: Callable) -> Callable:
+        """The call, whose operations belong to the phase."""
+
+        @functools.wraps(call)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self.within(phase):
+                return call(*args, **kwargs)
+
+        return counted
+
+
+def build_trainer(run: Run) -> Trainer:
+    """The trainer of a run on the fake GPU, one process."""
+    with mock.patch.object(
+        assembly, "check_teacher_student", lambda *_: None
+    ):  # compares addresses, which there are none of
+        loader = cast("Loader", SyntheticLoader(run, GPU))
+        return assembly.build_trainer(run, Mesh(GPU), loader=loader, metrics=LastLoss())
+
+
+def as_on_a_gpu(run: Run) -> Run:
+    """In bf16, operation by operation: neither compiled nor captured, which only a real GPU can be."""
+    settings: dict[str, Any] = {"precision": "bf16", "compile": False, "graph": "off"}
+    known = {field.name for field in fields(run.parallel)}
+    chosen = {name: value for name, value in settings.items() if name in known}
+    return replace(run, parallel=replace(run.parallel, **chosen))
+
+
+def count_step(run: Run) -> list[Launch]:
+    """The launches of the second training step of a run: the first one also makes the optimizer's state."""
+    with fake_gpu():
+        trainer = build_trainer(as_on_a_gpu(run))
+        trainer.step()
+        return count_call(trainer, trainer.step)
+
+
+def count_call(trainer: Trainer, step: Callable[[], object]) -> list[Launch]:
+    """The launches of a step, by the modules within which they happen."""
+    counter = Counter()
+    with contextlib.ExitStack() as stack:
+        for owner, name, phase in (
+            (trainer.teacher, "forward", TEACHER),
+            (trainer.student, "forward", STUDENT),
+            (trainer.objectives, "cue", CUE),
+            (trainer.objectives, "forward", OBJECTIVE),
+            (torch.Tensor, "backward", BACKWARD),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, counter.watch(phase, getattr(owner, name))))
+        stack.enter_context(counter)
+        step()
+    return counter.launches

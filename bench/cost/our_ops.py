@@ -1,0 +1,93 @@
+"""What our own operations launch: counted nodes, as no kernels are loaded for a GPU that is not there.
+
+How many kernels each form launches is written down here, from the profiles and the launchers; bytes are those of all operands
+and results once, FLOPs what the specs state. A form that computes something twice is slower, not larger.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from math import ceil
+
+from torch import Tensor
+
+from patchlight_kernels.dispatch import ops
+
+from ..flops import OP_FORMULAS
+from .records import ATTENTION, PRODUCTS_16, PRODUCTS_32, Call, Kernel, bytes_of
+
+# Launches of an operation by its direction and form: the first number always, the second for each piece of the backward.
+LAUNCHES = {
+    ("class_attention_fwd", "cuda"): (1, 0),
+    ("class_attention_fwd", "triton"): (1, 0),
+    ("class_attention_bwd", "cuda"): (4, 0),
+    ("class_attention_bwd", "triton"): (4, 0),
+    ("neighbor_topk_fwd", "cuda"): (1, 0),
+    ("neighbor_topk_fwd", "triton"): (1, 0),
+    ("photometric_fwd", "cuda"): (3, 0),
+    ("photometric_fwd", "triton"): (3, 0),
+    ("prototype_ce_fwd", "cuda"): (5, 0),
+    ("prototype_ce_fwd", "triton"): (5, 0),
+    ("prototype_ce_bwd", "cuda"): (8, 10),
+    ("prototype_ce_bwd", "triton"): (8, 10),
+    ("query_attention_fwd", "cuda"): (1, 0),
+    ("query_attention_fwd", "triton"): (1, 0),
+    ("query_attention_bwd", "cuda"): (3, 0),
+    ("query_attention_bwd", "triton"): (3, 0),
+    ("self_relation_fwd", "cuda"): (4, 0),
+    ("self_relation_fwd", "triton"): (4, 0),
+    ("self_relation_bwd", "cuda"): (2, 0),
+    ("self_relation_bwd", "triton"): (2, 0),
+}
+DEFAULT = (1, 0)
+PIECE = 1 << 24  # elements of the gradient of logits that the backward of prototype_ce has in memory at a time
+
+
+def kernels_of_our_op(call: Call) -> Iterator[Kernel]:
+    """The first kernel has all bytes and FLOPs, and the others only their launches."""
+    name = call.name.removeprefix("patchlight.")
+    form = chosen_form(call, name)
+    kind, flop_kind = f"{name} {form}", ATTENTION
+    if name.startswith("prototype_ce"):
+        wide = call.args[FIRST_ARGUMENT.get(name, 0)].element_size() == 4
+        kind, flop_kind = f"{kind} {'fp32' if wide else '16 bit'}", PRODUCTS_32 if wide else PRODUCTS_16
+    yield Kernel(call.name, kind, bytes_of([*call.given, *call.returned]), flops_of(call, name), flop_kind)
+    once, per_piece = LAUNCHES.get((name, form), DEFAULT)
+    for _ in range(once + per_piece * pieces_of(call, name) - 1):
+        yield Kernel(call.name + " more", "small")
+
+
+def flops_of(call: Call, name: str) -> int:
+    """By the spec."""
+    if name not in OP_FORMULAS:
+        return 0
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in call.args]
+    return OP_FORMULAS[name](*shapes, **call.kwargs, out_shape=[tuple(x.shape) for x in call.returned])
+
+
+def pieces_of(call: Call, name: str) -> int:
+    if name != "prototype_ce_bwd":
+        return 0
+    z, prototypes = call.args[5], call.args[6]
+    return ceil(z.shape[0] * z.shape[1] * prototypes.shape[0] / PIECE)
+
+
+FIRST_ARGUMENT = {"prototype_ce_bwd": 5, "self_relation_bwd": 4, "query_attention_bwd": 1, "class_attention_bwd": 1}
+
+
+def chosen_form(call: Call, name: str) -> str:
+    """The implementation that a GPU would run, by the operation's own rules."""
+    op = ops().get(name.rsplit("_", 1)[0])
+    if op is None:
+        return "cuda"
+    try:
+        return op.choose(*call.args[FIRST_ARGUMENT.get(name, 0) :]).name
+    except (TypeError, RuntimeError, AttributeError):
+        return op.impls[0].name
+
+
+def gpu_has_everything() -> list[tuple]:
+    """Stand-ins for the questions that forms ask about a GPU: a Hopper with the library of kernels and Triton."""
+    hardware = importlib.import_module("patchlight_kernels.hardware")
+    return [(hardware, "no_cuda_library", lambda *_: None), (hardware, "no_triton", lambda *_: None)]

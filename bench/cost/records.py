@@ -1,0 +1,74 @@
+"""What is counted: an operation's call, and the kernels that it launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+# Kinds of FLOPs, as they are listed.
+PRODUCTS_16, PRODUCTS_32, ATTENTION, ELEMENTWISE = "products in 16 bit", "products in fp32", "attention", "elementwise"
+FLOP_KINDS = (PRODUCTS_16, PRODUCTS_32, ATTENTION, ELEMENTWISE)
+HOST_READ = "host read"  # the kind of a copy for which the host waits
+# Phases of a step, in order.
+TEACHER, CUE, STUDENT, OBJECTIVE, BACKWARD, REST = PHASES = (
+    "teacher", "cue", "student", "objective", "backward", "update and rest"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch. `kind` names the constants of its time in bench/hardware; `blocks` counts an attention's blocks."""
+
+    name: str
+    kind: str
+    bytes: int = 0  # read and written
+    flops: int = 0
+    flop_kind: str = ELEMENTWISE
+    blocks: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    phase: str
+    kernel: Kernel
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation with what it got and what it returned."""
+
+    name: str  # without the overload: "aten.mm"
+    args: tuple
+    kwargs: dict
+    result: Any
+
+    @property
+    def given(self) -> list[Tensor]:
+        return tensors_in((self.args, self.kwargs))
+
+    @property
+    def returned(self) -> list[Tensor]:
+        return tensors_in(self.result)
+
+    @property
+    def on_host(self) -> bool:
+        return all(x.device.type == "cpu" for x in (*self.given, *self.returned))
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def size_of(x: Tensor) -> int:
+    """Bytes that a kernel moves to read or write the tensor once; a broadcast dimension is read once."""
+    real = prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride or size == 0)
+    return real * x.element_size()
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum(map(size_of, tensors))
