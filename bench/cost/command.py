@@ -10,6 +10,7 @@ import tyro
 
 from ..methods import LARGE, METHODS, StepSize
 from ..rows import Row, write_rows
+from . import pinned
 from .count import count_step
 from .hardware import Hardware
 from .table import COLUMNS, print_kernels, print_step, rows_of
@@ -23,6 +24,7 @@ def measure_cost(
     batch: int = LARGE.batch,
     arch: str = LARGE.arch,
     top: int = 0,
+    update_table: bool = False,
     out: Path = Path("bench/out/cost.csv"),
 ) -> None:
     """Count a training step's launches, bytes and FLOPs as a GPU would see it, and predict its time.
@@ -33,8 +35,13 @@ def measure_cost(
         batch: images of a step.
         arch: the backbone.
         top: list so many operations that take most of the device's time.
+        update_table: instead of this, write anew the committed table that a test compares every step with.
         out: the CSV to write.
     """
+    if update_table:
+        pinned.update_table()
+        print(f"table: {pinned.TABLE}; look at its difference, and commit it")
+        return
     constants = Hardware.load(hardware)
     size: StepSize = replace(LARGE, batch=batch, arch=arch)
     rows: list[Row] = []

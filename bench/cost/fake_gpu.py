@@ -39,6 +39,8 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if function.namespace == "prim":  # asks a tensor for its device
+            return function(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         device = kwargs.get("device")
         on_gpu = (device is not None and torch.device(device).type == "cuda") or any(

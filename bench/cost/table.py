@@ -13,25 +13,31 @@ from .hardware import Hardware
 from .records import FLOP_KINDS, HOST_READ, PHASES, Kernel, Launch
 
 STEP = "step"  # the row of all phases together
-PINNED = ("method", "phase", "launches", "gb", *(f"gflop {kind}" for kind in FLOP_KINDS))  # without any constant
-COLUMNS = (*PINNED, "hardware", "form", "waits", "device_ms", "wall_launched_ms", "wall_graph_ms", "images_per_s")
+COUNTS = ("launches", "gb", *(f"gflop {kind}" for kind in FLOP_KINDS), "waits")
+TIMES = ("device_ms", "wall_launched_ms", "wall_graph_ms", "images_per_s")
+COLUMNS = ("method", "hardware", "form", "phase", *COUNTS, *TIMES)
 
 
 def rows_of(method: str, launches: Sequence[Launch], hardware: Hardware, batch: int, form: str = "eager") -> list[Row]:
     """A row for each phase that launches anything, then the step's, which alone has wall times."""
     rows = []
-    for phase in (*PHASES, STEP):
-        kernels = [launch.kernel for launch in launches if phase in (launch.phase, STEP)]
-        if not kernels:
-            continue
-        row = {"method": method, "phase": phase, "hardware": hardware.name, "form": form, **counts_of(kernels)}
-        device = row["device_ms"] = hardware.device_ms(kernels)
-        if phase == STEP:
-            row["wall_launched_ms"] = hardware.wall_ms(device, len(kernels), graph=False)
-            row["wall_graph_ms"] = hardware.wall_ms(device, len(kernels), graph=True)
-            row["images_per_s"] = batch / row["wall_graph_ms"] * 1e3
-        rows.append(row)
+    for phase, counts in counts_by_phase(launches).items():
+        device = hardware.device_ms(launch.kernel for launch in launches if phase in (launch.phase, STEP))
+        rows.append(
+            {"method": method, "hardware": hardware.name, "form": form, "phase": phase, **counts, "device_ms": device}
+        )
+    step, number = rows[-1], len(launches)
+    step["wall_launched_ms"] = hardware.wall_ms(step["device_ms"], number, graph=False)
+    step["wall_graph_ms"] = hardware.wall_ms(step["device_ms"], number, graph=True)
+    step["images_per_s"] = batch / step["wall_graph_ms"] * 1e3
     return rows
+
+
+def counts_by_phase(launches: Sequence[Launch]) -> dict[str, Row]:
+    """The counts of each phase that launches anything, and of the step."""
+    kernels = {phase: [launch.kernel for launch in launches if launch.phase == phase] for phase in PHASES}
+    kernels[STEP] = [launch.kernel for launch in launches]
+    return {phase: counts_of(found) for phase, found in kernels.items() if found}
 
 
 def counts_of(kernels: Sequence[Kernel]) -> Row:

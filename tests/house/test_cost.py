@@ -1,0 +1,128 @@
+"""The gauge without a GPU: it counts what a GPU would run, and no method's step becomes dearer unseen."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from parity import ROOT
+from torch import nn
+
+pytest.importorskip("bench.cost", reason="run from the repository root")
+from bench.cost import pinned
+from bench.cost.count import Counter
+from bench.cost.fake_gpu import GPU, backward, fake_gpu
+from bench.cost.hardware import Hardware, names
+from bench.cost.kernels import chunks
+from bench.cost.records import HOST_READ, Kernel
+
+
+def test_no_step_is_dearer_than_the_table():
+    """`python -m bench cost --update-table` writes the table anew, where a step is dearer on purpose."""
+    paths = os.pathsep.join(str(ROOT / name) for name in ("", "kernels", "ssl"))
+    command = [sys.executable, "-m", "bench.cost.pinned"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_dearer_step_is_named():
+    table = [{"method": "dino", "depth": "2", "phase": "teacher", "launches": "100", "gb": "2.0"}]
+    row = {"method": "dino", "depth": 2, "phase": "teacher", "launches": 100, "gb": 2.0}
+    assert not list(pinned.dearer([row], table))
+    (sentence,) = pinned.dearer([row | {"launches": 104}], table)
+    assert sentence.startswith("dino, teacher") and "got 104 launches where the table says 100" in sentence
+    (sentence,) = pinned.dearer([row | {"gb": 2.1}], table)
+    assert "2.1 gb" in sentence and pinned.UPDATE in sentence
+    assert list(pinned.dearer([row | {"phase": "cue"}], table)), "a phase that the table does not know"
+
+
+def test_a_linear_layer_counts_as_on_a_gpu():
+    """Under autocast: x, weight and bias are converted, the product adds the bias; a view costs nothing."""
+    with fake_gpu():
+        layer, x = nn.Linear(8, 16, device=GPU), torch.ones(4, 6, 8, device=GPU)
+        counter = Counter()
+        with counter, torch.autocast("cuda", torch.bfloat16):
+            y = layer(x).flatten(0, 1)
+    assert y.dtype == torch.bfloat16 and y.device == GPU
+    kernels = sorted((launch.kernel for launch in counter.launches), key=lambda kernel: kernel.bytes)
+    rows, inputs, outputs = 24, 8, 16
+    assert [kernel.name for kernel in kernels] == [*["aten._to_copy"] * 3, "aten.addmm"]
+    assert [kernel.bytes for kernel in kernels] == [
+        6 * outputs,
+        6 * inputs * outputs,
+        6 * rows * inputs,
+        2 * (rows * inputs + inputs * outputs + outputs + rows * outputs),
+    ]
+    assert kernels[-1].flops == 2 * rows * inputs * outputs
+
+
+def test_a_broadcast_operand_is_read_once():
+    with fake_gpu():
+        x, row = torch.ones(100, 10, device=GPU), torch.ones(10, device=GPU)
+        counter = Counter()
+        with counter:
+            x + row.expand(100, 10)
+    (launch,) = counter.launches
+    assert launch.kernel.bytes == 4 * (1000 + 10 + 1000)
+
+
+def test_a_read_by_the_host_is_seen():
+    with fake_gpu():
+        counter = Counter()
+        with counter:
+            torch.ones((), device=GPU).item()
+    assert [launch.kernel.kind for launch in counter.launches][-1] == HOST_READ
+
+
+def test_gradients_are_those_of_the_engine():
+    """Shared and broadcast parameters, a conversion, a node written in Python, a part that gets no gradient."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 2
+
+    layer, scale, x = nn.Linear(5, 5), nn.Parameter(torch.rand(1, 5)), torch.randn(7, 5)
+    leaves = [*layer.parameters(), scale]
+
+    def loss():
+        y = Doubled.apply(layer(layer(x) * scale)) + layer.bias
+        first, _ = y.double().split(3, dim=1)
+        return (first.exp() + torch.addmm(scale.double(), y.double(), layer.weight.double())[:, :3]).mean()
+
+    loss().backward()
+    wanted = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    backward(loss())
+    for leaf, gradient in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+
+
+def test_lists_are_cut_as_pytorch_cuts_them():
+    assert list(chunks([10] * 111, 110)) == [1100, 10]
+    assert list(chunks([1 << 16, 1], 110)) == [(1 << 16) + 1]
+    assert list(chunks([321 << 16], 110)) == [320 << 16, 1 << 16]
+    assert sum(chunks([70_000_000, 5, 0, 7], 36)) == 70_000_012
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_constant_says_where_it_comes_from(name):
+    text = (ROOT / f"bench/hardware/{name}.toml").read_text()
+    assert not re.findall(r"^\w+ = [\d.]+\s*$", text, re.MULTILINE)
+    hardware = Hardware.load(name)
+    large = Kernel("aten.add", "elementwise", bytes=10**9)
+    assert 200 < hardware.microseconds(large) < 1000
+    assert hardware.microseconds(Kernel("aten.add", "elementwise")) > 0
+    assert hardware.wall_ms(1.0, 1000, graph=False) > hardware.wall_ms(1.0, 1000, graph=True) >= 1.0
+
+
+def test_faster_memory_makes_a_step_faster():
+    kernel = Kernel("aten.add", "elementwise", bytes=10**9)
+    assert Hardware.load("h200").microseconds(kernel) < Hardware.load("h100").microseconds(kernel)
