@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any, cast
 from unittest import mock
@@ -19,9 +20,10 @@ from patchlight.engine.trainer import Trainer
 from patchlight.run import Run
 
 from ..methods import LastLoss, SyntheticLoader
+from .compiled import compile_branch, compiler_sees_a_gpu
 from .fake_gpu import GPU, fake_gpu
 from .kernels import kernels_of
-from .records import BACKWARD, CUE, OBJECTIVE, REST, STUDENT, TEACHER, Call, Launch
+from .records import BACKWARD, CUE, OBJECTIVE, REST, STUDENT, TEACHER, Call, Kernel, Launch
 
 
 class Counter(TorchDispatchMode):
@@ -37,8 +39,12 @@ class Counter(TorchDispatchMode):
         if not function.is_view:
             name = f"{function.namespace}.{function._schema.name.split('::')[1]}"
             call = Call(name, args, kwargs or {}, result)
-            self.launches += [Launch(self.phase, kernel) for kernel in kernels_of(call)]
+            for kernel in kernels_of(call):
+                self.add(kernel)
         return result
+
+    def add(self, kernel: Kernel) -> None:
+        self.launches.append(Launch(self.phase, kernel))
 
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
@@ -58,6 +64,10 @@ class Counter(TorchDispatchMode):
 
         return counted
 
+    def watched(self, owner: Any, name: str, phase: str) -> AbstractContextManager:
+        """Within the block, what the owner's function of that name does belongs to the phase."""
+        return mock.patch.object(owner, name, self.watch(phase, getattr(owner, name)))
+
 
 def build_trainer(run: Run) -> Trainer:
     """The trainer of a run on the fake GPU, one process."""
@@ -76,26 +86,27 @@ def as_on_a_gpu(run: Run) -> Run:
     return replace(run, parallel=replace(run.parallel, **chosen))
 
 
-def count_step(run: Run) -> list[Launch]:
-    """The launches of the second training step of a run: the first one also makes the optimizer's state."""
-    with fake_gpu():
-        trainer = build_trainer(as_on_a_gpu(run))
-        trainer.step()
-        return count_call(trainer, trainer.step)
+def count_step(run: Run, compiled: bool = False) -> list[Launch]:
+    """The launches of the second training step of a run: the first one also makes the optimizer's state, and compiles.
 
-
-def count_call(trainer: Trainer, step: Callable[[], object]) -> list[Launch]:
-    """The launches of a step, by the modules within which they happen."""
+    compiled: both branches as whole graphs; else operation by operation.
+    """
     counter = Counter()
     with contextlib.ExitStack() as stack:
-        for owner, name, phase in (
-            (trainer.teacher, "forward", TEACHER),
-            (trainer.student, "forward", STUDENT),
-            (trainer.objectives, "cue", CUE),
-            (trainer.objectives, "forward", OBJECTIVE),
-            (torch.Tensor, "backward", BACKWARD),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, counter.watch(phase, getattr(owner, name))))
-        stack.enter_context(counter)
-        step()
+        stack.enter_context(fake_gpu())
+        trainer = build_trainer(as_on_a_gpu(run))
+        if compiled:
+            stack.enter_context(compiler_sees_a_gpu(counter.add))
+            compile_branch(trainer.teacher, functools.partial(counter.watch, TEACHER))
+            compile_branch(trainer.student, functools.partial(counter.watch, STUDENT))
+        else:
+            stack.enter_context(counter.watched(trainer.teacher, "forward", TEACHER))
+            stack.enter_context(counter.watched(trainer.student, "forward", STUDENT))
+        stack.enter_context(counter.watched(trainer.objectives, "cue", CUE))
+        stack.enter_context(counter.watched(trainer.objectives, "forward", OBJECTIVE))
+        stack.enter_context(counter.watched(torch.Tensor, "backward", BACKWARD))
+        trainer.step()
+        counter.launches.clear()
+        with counter:
+            trainer.step()
     return counter.launches

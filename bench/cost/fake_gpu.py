@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from .our_ops import gpu_has_everything
@@ -54,6 +54,30 @@ class FakeGpu(TorchDispatchMode):
             return function(*args, **kwargs)
 
 
+MODES: list[Any] = []  # those that were active before `without_modes`
+
+
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """For PyTorch's compiler, which traces nothing while a mode of ours is active."""
+    before = [*MODES]
+    MODES[:] = _get_current_dispatch_mode_stack() or before
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        MODES[:] = before
+
+
+@contextlib.contextmanager
+def with_modes() -> Iterator[None]:
+    """Within `without_modes`: what runs here is counted again."""
+    with contextlib.ExitStack() as stack:
+        for mode in MODES:
+            stack.enter_context(mode)
+        yield
+
+
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[FakeGpu]:
     """Within the block there is a GPU, number 0; autocast, attention and fused optimizers do on it what a real one does."""
@@ -70,6 +94,7 @@ def fake_gpu() -> Iterator[FakeGpu]:
             (adam, "_device_dtype_check_for_fused", lambda *_, **__: None),
             (F, "scaled_dot_product_attention", attention),
             (torch.Tensor, "backward", backward),
+            (torch.autograd, "grad", gradients),
             (torch, "tensor", functools.partial(tensor, torch.tensor)),
             (torch.Tensor, "new_tensor", new_tensor),
             (torch, "as_tensor", functools.partial(tensor, torch.as_tensor)),
@@ -104,35 +129,75 @@ def attention(
 
 
 def backward(root: Tensor, gradient: Tensor | None = None, **_: Any) -> None:
-    """Gradients of all leaves, node by node in the order of PyTorch's engine, which refuses a device that is not there."""
-    assert root.grad_fn is not None
-    waiting = count_uses(root.grad_fn)
-    received: dict[Node, dict[int, Tensor]] = {
-        root.grad_fn: {0: torch.ones_like(root) if gradient is None else gradient}
-    }
-    ready = [root.grad_fn]
+    """Gradients of all leaves, as `Tensor.backward` leaves them."""
+    given = torch.ones_like(root) if gradient is None else gradient
     with torch.no_grad():
-        while ready:
-            ready.sort(key=lambda node: node._sequence_nr())
-            node = ready.pop()
-            outputs = run_node(node, received.pop(node, {}))
-            for position, (following, slot) in enumerate(node.next_functions):
-                if following is None:
-                    continue
-                output = outputs[position] if outputs else None
-                if output is not None:
-                    output = fitted(output, following._input_metadata[slot])
-                    slots = received.setdefault(following, {})
-                    slots[slot] = slots[slot] + output if slot in slots else output
-                waiting[following] -= 1
-                if not waiting[following]:
-                    ready.append(following)
+        for (node, _slot), found in propagate([(root, given)]).items():
+            if hasattr(node, "variable"):
+                leaf = node.variable
+                leaf.grad = found.detach() if leaf.grad is None else leaf.grad + found
 
 
-def count_uses(root: Node) -> dict[Node, int]:
-    """How many gradients each node behind the root waits for."""
-    uses: dict[Node, int] = {root: 0}
-    stack = [root]
+def gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None], **_: Any
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs, as `torch.autograd.grad` returns them while PyTorch's compiler traces a backward."""
+    places = [place_of(x) for x in inputs]
+    roots = [(output, given) for output, given in zip(outputs, grad_outputs, strict=True) if given is not None]
+    with torch.no_grad():
+        found = propagate(roots, places)
+    return tuple(found.get(place) for place in places)
+
+
+Place = tuple[Node, int]  # a node of the graph, and the number of its output
+
+
+def place_of(x: Tensor) -> Place:
+    """Where the gradient of a tensor arrives: for a leaf, the node that would keep it."""
+    if x.grad_fn is not None:
+        return x.grad_fn, x.output_nr
+    with torch.enable_grad():
+        behind = x.view_as(x).grad_fn
+    assert behind is not None and behind.next_functions[0][0] is not None
+    return behind.next_functions[0][0], 0
+
+
+def propagate(roots: Sequence[tuple[Tensor, Tensor]], keep: Sequence[Place] | None = None) -> dict[Place, Tensor]:
+    """What arrives at `keep`, or else at all leaves; node by node as PyTorch's engine does, which refuses a missing device."""
+    found: dict[Place, Tensor] = {}
+    received: dict[Node, dict[int, Tensor]] = {}
+    for root, given in roots:
+        add_to(received.setdefault(place_of(root)[0], {}), place_of(root)[1], given)
+    waiting = count_uses(list(received))
+    kept = {(node, 0) for node in waiting if hasattr(node, "variable")} if keep is None else set(keep)
+    needed = before(kept, list(waiting))
+    ready = [node for node in received if not waiting[node]]
+    while ready:
+        ready.sort(key=lambda node: node._sequence_nr())
+        node = ready.pop()
+        slots = received.pop(node, {})
+        found.update({(node, slot): x for slot, x in slots.items() if (node, slot) in kept})
+        outputs = run_node(node, slots) if node in needed else ()
+        for position, (following, slot) in enumerate(node.next_functions):
+            if following is None:
+                continue
+            output = outputs[position] if outputs else None
+            if output is not None:
+                add_to(received.setdefault(following, {}), slot, fitted(output, following._input_metadata[slot]))
+            waiting[following] -= 1
+            if not waiting[following]:
+                ready.append(following)
+    return found
+
+
+def add_to(slots: dict[int, Tensor], slot: int, gradient: Tensor) -> None:
+    slots[slot] = slots[slot] + gradient if slot in slots else gradient
+
+
+def count_uses(roots: Sequence[Node]) -> dict[Node, int]:
+    """How many gradients each node behind the roots waits for."""
+    uses = dict.fromkeys(roots, 0)
+    stack = list(roots)
     while stack:
         for following, _ in stack.pop().next_functions:
             if following is None:
@@ -144,17 +209,31 @@ def count_uses(root: Node) -> dict[Node, int]:
     return uses
 
 
-def run_node(node: Node, gradients: dict[int, Tensor]) -> tuple:
-    """The gradients of a node's inputs; a leaf keeps its gradient."""
-    if not gradients:
+def before(kept: set[Place], nodes: Sequence[Node]) -> set[Node]:
+    """The nodes that lead to a place that is kept."""
+    users: dict[Node, list[Node]] = {}
+    for node in nodes:
+        for following, _ in node.next_functions:
+            if following is not None:
+                users.setdefault(following, []).append(node)
+    found: set[Node] = set()
+    stack = [node for node, _ in kept]
+    while stack:
+        for user in users.get(stack.pop(), []):
+            if user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def run_node(node: Node, received: dict[int, Tensor]) -> tuple:
+    """The gradients of a node's inputs."""
+    if not received:
         return ()
-    if hasattr(node, "variable"):
-        leaf = node.variable
-        leaf.grad = gradients[0].detach() if leaf.grad is None else leaf.grad + gradients[0]
-        return ()
-    given = [gradients.get(number) for number in range(len(node._input_metadata))]
+    given = [received.get(number) for number in range(len(node._input_metadata))]
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # defined in Python
-        outputs = node.apply(*given)
+        with without_modes() if type(node).__name__ == "CompiledFunctionBackward" else contextlib.nullcontext():
+            outputs = node.apply(*given)
     else:
         outputs = node(*given)  # type: ignore[operator]  # the stub leaves it out
     return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -49,7 +49,8 @@ class Call:
 
     @property
     def given(self) -> list[Tensor]:
-        return tensors_in((self.args, self.kwargs))
+        """Without tensors that the result is written into."""
+        return tensors_in((self.args, {name: value for name, value in self.kwargs.items() if name != "out"}))
 
     @property
     def returned(self) -> list[Tensor]:
