@@ -13,6 +13,8 @@ from ..rows import Row, write_rows
 from . import pinned
 from .count import count_step
 from .hardware import Hardware
+from .ranks import COLUMNS as PLAN_COLUMNS
+from .ranks import plan, print_plan
 from .table import COLUMNS, print_kernels, print_step, rows_of
 
 
@@ -23,7 +25,10 @@ def measure_cost(
     hardware: str = "h200",
     batch: int = LARGE.batch,
     arch: str = LARGE.arch,
+    compiled: bool = False,
     top: int = 0,
+    ranks: tuple[int, ...] = (),
+    global_batch: int | None = None,
     update_table: bool = False,
     out: Path = Path("bench/out/cost.csv"),
 ) -> None:
@@ -34,7 +39,10 @@ def measure_cost(
         hardware: a file of constants in bench/hardware, without its ending.
         batch: images of a step.
         arch: the backbone.
+        compiled: both branches as torch.compile makes them; takes minutes.
         top: list so many operations that take most of the device's time.
+        ranks: predict a step on so many GPUs, for example 8 64 512.
+        global_batch: with `ranks`, also for this batch divided among the GPUs.
         update_table: instead of this, write anew the committed table that a test compares every step with.
         out: the CSV to write.
     """
@@ -46,11 +54,15 @@ def measure_cost(
     size: StepSize = replace(LARGE, batch=batch, arch=arch)
     rows: list[Row] = []
     for name in [method] if method else METHODS:
-        launches = count_step(METHODS[name].run(size))
-        found = rows_of(name, launches, constants, batch)
+        launches = count_step(METHODS[name].run(size), compiled)
+        found = rows_of(name, launches, constants, batch, "branches compiled" if compiled else "eager")
         print_step(found, batch)
         if top:
             print_kernels(launches, constants, top)
         rows += found
         write_rows(rows, out, COLUMNS)
+        if ranks:
+            scaled = plan(name, METHODS[name].run(size), ranks, constants, global_batch, compiled)
+            print_plan(scaled)
+            write_rows(scaled, out.with_stem(f"{out.stem}_ranks_{name}"), PLAN_COLUMNS)
     print(f"rows: {out}")

@@ -15,13 +15,21 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor, nn
 
 from .fake_gpu import GPU, HOPPER, with_modes, without_modes
 from .records import Kernel
 
 Record = Callable[[Kernel], None]
+# Nothing is kept or compiled, and nothing runs on the device while code is generated: no timing of products, no constants.
+SETTINGS = {
+    "fx_graph_cache": False,
+    "compile_threads": 1,
+    "joint_graph_constant_folding": False,
+    "shape_padding": False,
+}
+# By the start of a kernel's name: whether it reduces, and whether a block holds what it reduces.
+KINDS = {"triton_red": "triton reduction", "triton_per": "triton row", "triton_": "triton elementwise"}
 
 
 @contextlib.contextmanager
@@ -52,7 +60,7 @@ def compiler_sees_a_gpu(record: Record) -> Iterator[None]:
         (GraphLowering, "compile_to_module", functools.partialmethod(load_generated_code, record)),
     ]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(config.patch(fx_graph_cache=False, compile_threads=1, joint_graph_constant_folding=False))
+        stack.enter_context(config.patch(SETTINGS))
         for where, name, answer in answers:
             stack.enter_context(mock.patch.object(where, name, answer, create=True))
         yield
@@ -61,7 +69,11 @@ def compiler_sees_a_gpu(record: Record) -> Iterator[None]:
 def load_generated_code(graph: Any, record: Record) -> SimpleNamespace:
     """The generated module, with `call` running on fake tensors."""
     text = graph.codegen()[0].value
-    names: dict[str, Any] = {"contextlib": contextlib, "__name__": "generated", "counted_kernel": functools.partial(CountedKernel, record)}
+    names: dict[str, Any] = {
+        "contextlib": contextlib,
+        "__name__": "generated",
+        "counted_kernel": functools.partial(CountedKernel, record),
+    }
     exec(compile(for_fake_tensors(text), "generated code", "exec"), names)
     generated = names["call"]
 
@@ -101,8 +113,7 @@ class CountedKernel:
         parameters = re.search(rf"^def {name}\((.*?)\):$", source, re.MULTILINE | re.DOTALL)
         assert parameters is not None, "generated code reads differently now"
         self.parameters = [part.split(":")[0].strip() for part in parameters[1].split(",")]
-        self.reduces = name.startswith(("triton_red", "triton_per"))
-        self.sums_rows = "tl.sum" in source
+        self.kind = next(kind for start, kind in KINDS.items() if name.startswith(start))
 
     def run(self, *arguments: Any, **_: Any) -> None:
         given = dict(zip(self.parameters, arguments, strict=False))
@@ -112,8 +123,7 @@ class CountedKernel:
         for name, value in given.items():
             if isinstance(value, Tensor):
                 moved += min(value.numel(), elements) * value.element_size() * (2 if name.startswith("in_out") else 1)
-        kind = "triton reduction" if self.reduces else "triton elementwise"
-        self.record(Kernel(re.sub(r"_\d+$", "", self.name), kind, moved, elements))
+        self.record(Kernel(re.sub(r"_\d+$", "", self.name), self.kind, moved, elements))
 
 
 def compile_branch(branch: nn.Module, watch: Callable[[Callable], Callable]) -> None:
@@ -126,4 +136,4 @@ def compile_branch(branch: nn.Module, watch: Callable[[Callable], Callable]) -> 
         with without_modes():
             return compiled(*args, **kwargs)
 
-    branch._compiled_call_impl = watch(call)  # type: ignore[assignment]
+    branch._compiled_call_impl = watch(call)

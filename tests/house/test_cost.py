@@ -4,11 +4,19 @@ import os
 import re
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
+from engine.tiny_run import DINO, IBOT, PQCL, SELFPATCH, SERE, on_processes, tiny_run, tiny_trainer
 from parity import ROOT
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from patchlight.engine.parallel import processes
+from patchlight_kernels import force
 
 pytest.importorskip("bench.cost", reason="run from the repository root")
 from bench.cost import pinned
@@ -16,7 +24,9 @@ from bench.cost.count import Counter
 from bench.cost.fake_gpu import GPU, backward, fake_gpu
 from bench.cost.hardware import Hardware, names
 from bench.cost.kernels import chunks
+from bench.cost.ranks import Layout, Network, layouts
 from bench.cost.records import HOST_READ, Kernel
+from bench.cost.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message, traffic_of
 
 
 def test_no_step_is_dearer_than_the_table():
@@ -126,3 +136,66 @@ def test_every_constant_says_where_it_comes_from(name):
 def test_faster_memory_makes_a_step_faster():
     kernel = Kernel("aten.add", "elementwise", bytes=10**9)
     assert Hardware.load("h200").microseconds(kernel) < Hardware.load("h100").microseconds(kernel)
+
+
+class Traffic(TorchDispatchMode):
+    """Collectives as they are sent, of groups with more than one process: kind and bytes."""
+
+    KINDS: ClassVar = {
+        "allreduce_": ALL_REDUCE, "_allgather_base_": ALL_GATHER, "_reduce_scatter_base_": REDUCE_SCATTER
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs))
+        kind = self.KINDS.get(function._schema.name.removeprefix("c10d::"))
+        groups = [leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject)]
+        if kind and max(map(members, groups)) > 1:
+            self.sent.append((kind, max(x.numel() * x.element_size() for x in leaves if isinstance(x, torch.Tensor))))
+        return function(*args, **(kwargs or {}))
+
+
+def members(found: torch.ScriptObject) -> int:
+    """How many processes a group has; 0 for another object, such as the kind of a reduction."""
+    try:
+        return dist.ProcessGroup.unbox(found).size()
+    except (RuntimeError, TypeError, ValueError):
+        return 0
+
+
+def send_one_step(run) -> list[tuple[str, int]]:
+    with force(neighbor_topk="reference"), processes(run.parallel) as mesh:
+        trainer = tiny_trainer(run, mesh)
+        trainer.step()
+        with Traffic() as traffic:
+            trainer.step()
+    return sorted(traffic.sent)
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "shard"),
+    [((DINO, SELFPATCH), 2, 1), ((DINO, SELFPATCH), 4, 2), ((IBOT, SERE), 2, 2), ((IBOT, PQCL), 4, 4)],
+    ids=["replicas", "shards of 2", "batch norm", "full shards"],
+)
+def test_messages_are_those_that_processes_send(options, count, shard, tmp_path):
+    alone = tiny_trainer(tiny_run(tmp_path / "alone", options=options))
+    alone.step()
+    counted = [(m.kind, m.bytes) for m in traffic_of(alone).messages(count // shard, shard, gpu=False)]
+    parts = {"parallel": {"shard": shard}, "data": {"batch_per_rank": 8 // count}}
+    sent = on_processes(count, send_one_step, tiny_run(tmp_path / "ranks", options=options, **parts))[0]
+    assert sorted(counted) == sent
+
+
+def test_messages_take_longer_over_more_nodes():
+    network = Network(**Hardware.load("h200").table["network"])
+    message = Message("gradients", ALL_REDUCE, "replicate", 10**8)
+    times = [network.milliseconds(message, Layout(gpus, 1)) for gpus in (8, 64, 512)]
+    assert times == sorted(times) and times[0] < times[1] / 1.5
+    assert times[0] == pytest.approx(2 * 7 / 8 * 1e8 / 400e6 + 0.015, rel=1e-6)
+    neighbors = Message("weights", ALL_GATHER, "shard", 10**8)
+    assert network.shape(neighbors, Layout(8, 8)) == (8, 1)
+    assert network.shape(message, Layout(8, 8)) == (1, 8), "copies of one shard are on different nodes"
+    assert [layout.title for layout in layouts(64, 8)] == ["replicas", "shards of 8", "full shards"]
