@@ -1,7 +1,7 @@
 """Compiled branches: every method's are traced as a whole, once, and train like plain ones."""
 
 import re
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -70,6 +70,8 @@ def compile_by(monkeypatch):
 
     def replace_by(backend: str) -> None:
         compile_whole = partialmethod(nn.Module.compile, backend=backend, fullgraph=True)
+        compile_function = partial(torch.compile, backend=backend, fullgraph=True)
+        monkeypatch.setattr(torch, "compile", compile_function)
         monkeypatch.setattr(nn.Module, "compile", compile_whole)
 
     torch._dynamo.reset()

@@ -37,7 +37,7 @@ from .init_from import init_from
 from .metrics import Metrics
 from .optim import Update
 from .pairing import check_pairing
-from .parallel import Mesh, choose_compiled, parallelize, processes
+from .parallel import Mesh, choose_compiled, compile_objectives, parallelize, processes
 from .precision import build_scaler
 from .probe import TeacherProbe
 from .trainer import Trainer
@@ -80,6 +80,8 @@ def build_trainer(
     compiled, compile_reason = choose_compiled(run.parallel, recorder is not None)
     parallelize(student, run.parallel, mesh, trained=True, compiled=compiled)
     parallelize(teacher, run.parallel, mesh, trained=False, compiled=compiled)
+    if compiled:
+        compile_objectives(objectives, student, run.parallel, mesh)
     check_teacher_student(teacher, student)
     torch.manual_seed(run.parallel.seed + 1 + mesh.rank)  # dropped paths differ between ranks
     scaler = build_scaler(run.parallel.precision, mesh.device)

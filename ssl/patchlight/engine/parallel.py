@@ -26,6 +26,7 @@ from ..heads.prototypes import Prototypes
 from ..run import Parallel
 
 if TYPE_CHECKING:
+    from ..objectives.weighted import WeightedObjectives
     from .branches import Branch
 
 
@@ -153,6 +154,16 @@ def compile_parts(branch: Branch, whole: bool, one_process: bool) -> None:
         if one_process or not has_batch_norm:
             # Each crop size has kernels of its own.
             (part[0] if len(part) == 1 else branch).compile(dynamic=False)
+
+
+def compile_objectives(objectives: WeightedObjectives, student: Branch, parallel: Parallel, mesh: Mesh) -> None:
+    """Compiles cues and losses with the heads in them, if these can be compiled: they are no units of FSDP2, and no BatchNorm
+    communicates."""
+    heads = [*student.heads.values(), *student.predictors.values()]
+    communicates = mesh.world > 1 and any(isinstance(part, _BatchNorm) for head in heads for part in head.modules())
+    if parallel.shard == 1 and not communicates:
+        objectives.compile(dynamic=False)
+        objectives.cue = torch.compile(objectives.cue, dynamic=False)  # type: ignore[method-assign]
 
 
 def check_equal_start(branch: Branch, mesh: Mesh) -> None:
