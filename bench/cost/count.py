@@ -80,7 +80,7 @@ def build_trainer(run: Run) -> Trainer:
 
 def as_on_a_gpu(run: Run) -> Run:
     """In bf16, operation by operation: neither compiled nor captured, which only a real GPU can be."""
-    settings: dict[str, Any] = {"precision": "bf16", "compile": False, "graph": "off"}
+    settings: dict[str, Any] = {"precision": "bf16", "compile": "off", "graph": "off"}
     known = {field.name for field in fields(run.parallel)}
     chosen = {name: value for name, value in settings.items() if name in known}
     return replace(run, parallel=replace(run.parallel, **chosen))
@@ -105,8 +105,9 @@ def count_step(run: Run, compiled: bool = False) -> list[Launch]:
         stack.enter_context(counter.watched(trainer.objectives, "cue", CUE))
         stack.enter_context(counter.watched(trainer.objectives, "forward", OBJECTIVE))
         stack.enter_context(counter.watched(torch.Tensor, "backward", BACKWARD))
-        trainer.step()
+        batches = [next(trainer.loader) for _ in range(run.parallel.accumulate)]
+        trainer.device_step(batches)
         counter.launches.clear()
         with counter:
-            trainer.step()
+            trainer.device_step(batches)
     return counter.launches

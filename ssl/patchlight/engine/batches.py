@@ -15,8 +15,8 @@ class Batches:
 
     def __init__(self, loader: Loader, count: int, device: torch.device) -> None:
         """count: batches per step."""
-        self.loader, self.count = loader, count
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.loader, self.count, self.device = loader, count, device
+        self.stream: torch.cuda.Stream | None = None  # of the reading ahead
         self.ahead: list[Views] = []
         self.state_before: dict | None = None  # the loader's, before it read ahead
         self.stalled = 0.0  # seconds that a step has waited for data, since this was last set to 0
@@ -37,8 +37,9 @@ class Batches:
 
     def read_ahead(self) -> None:
         """Reads the next step's batches while the GPU does what it was given until now."""
-        if self.stream is None:
+        if self.device.type != "cuda":
             return
+        self.stream = self.stream or torch.cuda.Stream(self.device)
         given = torch.cuda.current_stream().record_event()
         self.state_before = self.loader.state_dict()
         with torch.cuda.stream(self.stream):
