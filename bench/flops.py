@@ -83,7 +83,7 @@ def prototype_ce_fwd(z, prototypes, teacher_z, *others, **_) -> int:
 
 
 def prototype_ce_bwd(
-    grad_loss, log2_student, log2_teacher, dz, dprototypes, z, prototypes, teacher_z, *others, **_
+    grad_loss, log2_student, log2_teacher, dz, dprototypes, scale, z, prototypes, teacher_z, *others, **_
 ) -> int:
     return prototype_ce(z, prototypes, teacher_z, forward=False, backward=not others[-1])
 
