@@ -38,7 +38,13 @@ class Counter(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if not function.is_view:
             name = f"{function.namespace}.{function._schema.name.split('::')[1]}"
-            call = Call(name, args, kwargs or {}, result)
+            names = tuple(argument.name for argument in function._schema.arguments)
+            written = frozenset(
+                argument.name
+                for argument in function._schema.arguments
+                if argument.alias_info is not None and argument.alias_info.is_write
+            )
+            call = Call(name, args, kwargs or {}, result, names, written)
             for kernel in kernels_of(call):
                 self.add(kernel)
         return result

@@ -38,7 +38,9 @@ class FakeGpu(TorchDispatchMode):
     fakes = FakeTensorMode(allow_non_fake_inputs=True)  # one for the process: code may keep tensors between two runs
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if kwargs.get("pin_memory"):  # needs a driver
+            kwargs["pin_memory"] = False
         if function.namespace == "prim":  # asks a tensor for its device
             return function(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
@@ -52,6 +54,25 @@ class FakeGpu(TorchDispatchMode):
             return {torch.bool: False}.get(args[0].dtype, 0.0 if args[0].dtype.is_floating_point else 0)
         with self.fakes:
             return function(*args, **kwargs)
+
+
+class FakeStream:
+    """A stream or an event: nothing waits here."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    wait_event = wait_stream
+    wait = record_event = record
+
+    def synchronize(self) -> None:
+        pass
 
 
 MODES: list[Any] = []  # those that were active before `without_modes`
@@ -88,6 +109,12 @@ def fake_gpu() -> Iterator[FakeGpu]:
         for where, name, stand_in in (
             (amp, "amp_definitely_not_available", lambda: False),
             (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "Stream", FakeStream),
+            (torch.cuda, "Event", FakeStream),
+            (torch.cuda, "current_stream", FakeStream),
+            (torch.cuda, "stream", lambda *_: contextlib.nullcontext()),
+            (torch.cuda, "synchronize", lambda *_: None),
+            (torch.Tensor, "pin_memory", lambda x, *_: x),
             (torch.cuda, "get_device_properties", lambda *_: HOPPER),
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),

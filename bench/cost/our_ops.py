@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Iterator
 from math import ceil
 
+import torch
 from torch import Tensor
 
 from patchlight_kernels.dispatch import ops
@@ -19,6 +20,10 @@ from .records import ATTENTION, PRODUCTS_16, PRODUCTS_32, Call, Kernel, bytes_of
 
 # Launches of an operation by its direction and form: the first number always, the second for each piece of the backward.
 LAUNCHES = {
+    ("adamw_fwd", "cuda"): (2, 0),
+    ("adamw_fwd", "triton"): (2, 0),
+    ("square_sums_fwd", "cuda"): (2, 0),
+    ("square_sums_fwd", "triton"): (2, 0),
     ("class_attention_fwd", "cuda"): (1, 0),
     ("class_attention_fwd", "triton"): (1, 0),
     ("class_attention_bwd", "cuda"): (4, 0),
@@ -50,9 +55,11 @@ def kernels_of_our_op(call: Call) -> Iterator[Kernel]:
     form = chosen_form(call, name)
     kind, flop_kind = f"{name} {form}", ATTENTION
     if name.startswith("prototype_ce"):
-        wide = call.args[FIRST_ARGUMENT.get(name, 0)].element_size() == 4
+        wide = call.argument("z").element_size() == 4
         kind, flop_kind = f"{kind} {'fp32' if wide else '16 bit'}", PRODUCTS_32 if wide else PRODUCTS_16
-    yield Kernel(call.name, kind, bytes_of([*call.given, *call.returned]), flops_of(call, name), flop_kind)
+    yield Kernel(
+        call.name, kind, bytes_of([*call.given, *call.returned, *call.changed]), flops_of(call, name), flop_kind
+    )
     once, per_piece = LAUNCHES.get((name, form), DEFAULT)
     for _ in range(once + per_piece * pieces_of(call, name) - 1):
         yield Kernel(call.name + " more", "small")
@@ -69,21 +76,18 @@ def flops_of(call: Call, name: str) -> int:
 def pieces_of(call: Call, name: str) -> int:
     if name != "prototype_ce_bwd":
         return 0
-    z, prototypes = call.args[5], call.args[6]
+    z, prototypes = call.argument("z"), call.argument("prototypes")
     return ceil(z.shape[0] * z.shape[1] * prototypes.shape[0] / PIECE)
 
 
-FIRST_ARGUMENT = {"prototype_ce_bwd": 5, "self_relation_bwd": 4, "query_attention_bwd": 1, "class_attention_bwd": 1}
-
-
 def chosen_form(call: Call, name: str) -> str:
-    """The implementation that a GPU would run, by the operation's own rules."""
-    op = ops().get(name.rsplit("_", 1)[0])
-    if op is None:
-        return "cuda"
+    """The implementation that a GPU would run, by the operation's own rules, which take the arguments of its forward."""
+    own = name.rsplit("_", 1)[0]
+    op = ops()[own]
+    first = getattr(torch.ops.patchlight, f"{own}_fwd").default._schema.arguments[0].name
     try:
-        return op.choose(*call.args[FIRST_ARGUMENT.get(name, 0) :]).name
-    except (TypeError, RuntimeError, AttributeError):
+        return op.choose(*call.args[call.names.index(first) :]).name
+    except RuntimeError:  # one is forced that a GPU does not have
         return op.impls[0].name
 
 

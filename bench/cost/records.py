@@ -46,6 +46,8 @@ class Call:
     args: tuple
     kwargs: dict
     result: Any
+    names: tuple[str, ...] = ()  # of the arguments
+    written: frozenset[str] = frozenset()  # those that are changed in place
 
     @property
     def given(self) -> list[Tensor]:
@@ -55,6 +57,14 @@ class Call:
     @property
     def returned(self) -> list[Tensor]:
         return tensors_in(self.result)
+
+    def argument(self, name: str) -> Any:
+        return self.args[self.names.index(name)]
+
+    @property
+    def changed(self) -> list[Tensor]:
+        """Arguments that are changed in place, and are not results."""
+        return tensors_in([value for name, value in zip(self.names, self.args, strict=False) if name in self.written])
 
     @property
     def on_host(self) -> bool:
