@@ -80,11 +80,13 @@ def build_trainer(
     compiled, compile_reason = choose_compiled(run.parallel, recorder is not None)
     parallelize(student, run.parallel, mesh, trained=True, compiled=compiled)
     parallelize(teacher, run.parallel, mesh, trained=False, compiled=compiled)
-    if compiled:
-        compile_objectives(objectives, student, run.parallel, mesh)
     check_teacher_student(teacher, student)
     torch.manual_seed(run.parallel.seed + 1 + mesh.rank)  # dropped paths differ between ranks
     scaler = build_scaler(run.parallel.precision, mesh.device)
+    update = Update(student, teacher, run.optim, mesh, scaler)
+    if compiled:
+        compile_objectives(objectives, student, run.parallel, mesh)
+        update.compile()
     loader = loader or build_loader(run, mesh)
     return Trainer(
         run,
@@ -92,7 +94,7 @@ def build_trainer(
         student,
         teacher,
         objectives,
-        Update(student, teacher, run.optim, mesh, scaler),
+        update,
         scaler,
         loader,
         metrics or build_metrics(run, mesh, objectives),
