@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 from parity import ROOT, SEED, assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running, spread
+from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import normalize
 
 from patchlight_kernels import force, prototype_ce, registry
@@ -254,9 +255,10 @@ def test_every_form_rounds_as_the_reference(device, name, products, way, sizes, 
         expected = with_gradients(arguments)
     with running(device, name):
         result = with_gradients(arguments)
-    limits = (1e-6, 1e-4, 1e-4) if products == "fp16" else (2e-6, 1e-5, 1e-5)
-    for error, limit in zip(errors(result, expected), limits, strict=True):
-        assert error <= limit
+    limit = 1e-4 if products == "fp16" else 1e-6  # of a gradient whose last place in fp16 differs
+    moved = spread(with_gradients, {key: value for key, value in arguments.items() if key != "products"})
+    for value, other, moves in zip(result, expected, moved, strict=True):
+        assert (value - other).abs().max() <= limit * other.abs().max() + 8 * moves
 
 
 @every_runner
@@ -356,7 +358,7 @@ def test_a_temperature_on_the_device_is_the_number(device, name, dtype):
 
 @every_products
 def test_a_compiler_joins_the_factors_with_what_makes_the_tensors(products):
-    """One node in a full graph, and the same loss and gradients: both parts of a value survive the compiler's casts."""
+    """The same loss and gradients, as both parts of a value survive the compiler's casts; no directions are written in fp32."""
     torch._dynamo.reset()
     arguments = some_arguments() | {
         "products": products,
@@ -371,8 +373,9 @@ def test_a_compiler_joins_the_factors_with_what_makes_the_tensors(products):
         value = function(v, torch.ones(len(v), 1))
         return value.detach(), torch.autograd.grad(3 * value, v)[0]
 
-    result, expected = gradients(torch.compile(loss, fullgraph=True)), gradients(loss)
-    assert max(errors(result, expected)) <= (1e-4 if products == "fp16" else 1e-6)
+    result, codes = run_and_get_code(gradients, torch.compile(loss, fullgraph=True))
+    assert max(errors(result, gradients(loss))) <= (1e-4 if products == "fp16" else 1e-6)
+    assert "empty_strided_cpu((11, 7), (7, 1), torch.float32)" not in codes[0]
 
 
 def test_the_way_is_chosen_by_sizes():
