@@ -151,15 +151,16 @@ class Passes:
         problem, weights = self.problem, (self.problem.pair_weight, self.problem.row_weight)
         if self.way == "stream":
             return self.kernels.merge(*self.kernels.tiles(problem), *weights)  # type: ignore[return-value]
-        views, teachers, rows, count = problem.sizes
-        loss = weights[0].new_zeros(())
-        log2_student, log2_teacher = loss.new_empty((views, rows)), loss.new_empty((teachers, rows))
+        _, _, rows, count = problem.sizes
+        results = []
         for r in slices(rows, row_step):
             parts = [self.kernels.tiles(problem.piece(r, k).multiplied()) for k in slices(count, prototype_step)]
-            tiles = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            of_rows, log2_student[:, r], log2_teacher[:, r] = self.kernels.merge(*tiles, weights[0], weights[1][r])
-            loss += of_rows
-        return loss, log2_student, log2_teacher
+            tiles = [torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*parts, strict=True)]
+            results.append(self.kernels.merge(*tiles, weights[0], weights[1][r]))
+        if len(results) == 1:
+            return results[0]  # type: ignore[return-value]
+        losses, log2_student, log2_teacher = zip(*results, strict=True)
+        return torch.stack(losses).sum(), torch.cat(log2_student, 1), torch.cat(log2_teacher, 1)
 
     def gradients(self, log2_student: Tensor, log2_teacher: Tensor, dtype: torch.dtype) -> GradientSums:
         """Both gradients, from the sums: the logits are computed again."""
