@@ -84,7 +84,7 @@ def without_modes() -> Iterator[None]:
     before = [*MODES]
     MODES[:] = _get_current_dispatch_mode_stack() or before
     try:
-        with _disable_current_modes():
+        with _disable_current_modes(), FakeGpu.fakes:
             yield
     finally:
         MODES[:] = before

@@ -84,9 +84,9 @@ def chosen_form(call: Call, name: str) -> str:
     """The implementation that a GPU would run, by the operation's own rules, which take the arguments of its forward."""
     own = name.rsplit("_", 1)[0]
     op = ops()[own]
-    first = getattr(torch.ops.patchlight, f"{own}_fwd").default._schema.arguments[0].name
+    forward = getattr(torch.ops.patchlight, f"{own}_fwd").default._schema.arguments
     try:
-        return op.choose(*call.args[call.names.index(first) :]).name
+        return op.choose(*(call.argument(argument.name) for argument in forward)).name
     except RuntimeError:  # one is forced that a GPU does not have
         return op.impls[0].name
 
