@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..methods import LARGE, METHODS, StepSize
+from ..methods import LARGE, METHODS, OFFICIAL, StepSize
 from ..rows import Row, write_rows
 from . import pinned
-from .count import count_step
+from .count import count_official, count_step
 from .hardware import Hardware
 from .ranks import COLUMNS as PLAN_COLUMNS
 from .ranks import plan, print_plan
@@ -26,6 +26,7 @@ def measure_cost(
     batch: int = LARGE.batch,
     arch: str = LARGE.arch,
     compiled: bool = False,
+    official: bool = False,
     top: int = 0,
     ranks: tuple[int, ...] = (),
     global_batch: int | None = None,
@@ -40,6 +41,7 @@ def measure_cost(
         batch: images of a step.
         arch: the backbone.
         compiled: both branches as torch.compile makes them; takes minutes.
+        official: the official step instead of ours.
         top: list so many operations that take most of the device's time.
         ranks: predict a step on so many GPUs, for example 8 64 512.
         global_batch: with `ranks`, also for this batch divided among the GPUs.
@@ -52,17 +54,19 @@ def measure_cost(
         return
     constants = Hardware.load(hardware)
     size: StepSize = replace(LARGE, batch=batch, arch=arch)
+    form = OFFICIAL if official else "branches compiled" if compiled else "eager"
     rows: list[Row] = []
     for name in [method] if method else METHODS:
-        launches = count_step(METHODS[name].run(size), compiled)
-        found = rows_of(name, launches, constants, batch, "branches compiled" if compiled else "eager")
+        run = METHODS[name].run(size)
+        launches = count_official(METHODS[name].official, run) if official else count_step(run, compiled)
+        found = rows_of(name, launches, constants, batch, form)
         print_step(found, batch)
         if top:
             print_kernels(launches, constants, top)
         rows += found
         write_rows(rows, out, COLUMNS)
         if ranks:
-            scaled = plan(name, METHODS[name].run(size), ranks, constants, global_batch, compiled)
+            scaled = plan(name, run, ranks, constants, global_batch, compiled)
             print_plan(scaled)
             write_rows(scaled, out.with_stem(f"{out.stem}_ranks_{name}"), PLAN_COLUMNS)
     print(f"rows: {out}")

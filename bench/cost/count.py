@@ -19,7 +19,8 @@ from patchlight.engine.parallel import Mesh
 from patchlight.engine.trainer import Trainer
 from patchlight.run import Run
 
-from ..methods import LastLoss, SyntheticLoader
+from ..methods import LastLoss, SyntheticLoader, build_official
+from ..official_step import OfficialStep
 from .compiled import compile_branch, compiler_sees_a_gpu
 from .fake_gpu import GPU, fake_gpu
 from .kernels import kernels_of
@@ -116,4 +117,17 @@ def count_step(run: Run, compiled: bool = False) -> list[Launch]:
         counter.launches.clear()
         with counter:
             trainer.device_step(batches)
+    return counter.launches
+
+
+def count_official(kind: type[OfficialStep], run: Run) -> list[Launch]:
+    """The launches of the second official step on the same crops; its phases are the backward and all else."""
+    counter = Counter()
+    with fake_gpu(), counter.watched(torch.Tensor, "backward", BACKWARD):
+        trainer = build_trainer(as_on_a_gpu(run))
+        official, views = build_official(kind, trainer), next(trainer.loader)
+        with torch.autocast(GPU.type, torch.bfloat16):
+            official.step(views)
+            with counter:
+                official.step(views)
     return counter.launches

@@ -12,7 +12,7 @@ from math import ceil, prod
 from torch import Tensor
 
 from .our_ops import kernels_of_our_op
-from .records import ATTENTION, HOST_READ, PRODUCTS_16, PRODUCTS_32, Call, Kernel, bytes_of, size_of
+from .records import ATTENTION, HOST_READ, PRODUCTS_16, PRODUCTS_32, Call, Kernel, bytes_of, size_of, tensors_in
 
 
 def kernels_of(call: Call) -> list[Kernel]:
@@ -142,9 +142,9 @@ def softmax(call: Call) -> Iterator[Kernel]:
 
 def product(call: Call) -> Iterator[Kernel]:
     """[..., M, K] x [..., K, N]: a memset and a second kernel where the sum over K is split over blocks."""
-    a, b = call.given[-2:]
-    bias = call.given[:-2]
-    out = call.returned[0]
+    operands, out = tensors_in(call.args), call.returned[0]
+    bias = operands[:1] if "add" in call.name else []
+    a, b = operands[len(bias) :][:2]
     m, k, n = a.shape[-2] if a.ndim > 1 else 1, a.shape[-1], b.shape[-1] if b.ndim > 1 else 1
     batch = a.shape[0] if a.ndim == 3 else 1
     flops = 2 * batch * m * n * k

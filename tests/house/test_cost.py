@@ -115,6 +115,43 @@ def test_gradients_are_those_of_the_engine():
         torch.testing.assert_close(leaf.grad, gradient)
 
 
+COMPILED = """
+import torch
+from torch import nn
+from bench.cost.compiled import compile_branch, compiler_sees_a_gpu
+from bench.cost.count import Counter
+from bench.cost.fake_gpu import GPU, fake_gpu
+
+counter = Counter()
+with fake_gpu(), compiler_sees_a_gpu(counter.add):
+    branch = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).to(GPU)
+    x = torch.ones(32, 64, device=GPU)
+    compile_branch(branch, lambda call: call)
+    branch(x).sum().backward()
+    counter.launches.clear()
+    with counter:
+        branch(x).sum().backward()
+for launch in counter.launches:
+    print(launch.kernel.name, launch.kernel.bytes, sep=",")
+"""
+
+
+def test_compiled_code_is_counted():
+    """Of a linear layer, GELU and a linear layer: the products stay, GELU is a kernel of the compiler, also its gradient."""
+    paths = os.pathsep.join(str(ROOT / name) for name in ("", "kernels", "ssl"))
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = [line.split(",") for line in run.stdout.splitlines()]
+    names = [name for name, _ in rows]
+    products = [name for name in names if name in ("aten.addmm", "aten.mm")]
+    assert len(products) == 5, f"two forward, three backward, as x needs no gradient: {names}"
+    assert [int(size) for name, size in rows if name == "triton_poi_fused_gelu"] == [2 * 4 * 32 * 128]
+    assert any("gelu_backward" in name for name in names)
+    assert "aten.gelu" not in names
+
+
 def test_lists_are_cut_as_pytorch_cuts_them():
     assert list(chunks([10] * 111, 110)) == [1100, 10]
     assert list(chunks([1 << 16, 1], 110)) == [(1 << 16) + 1]
