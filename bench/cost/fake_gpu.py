@@ -79,12 +79,12 @@ MODES: list[Any] = []  # those that were active before `without_modes`
 
 
 @contextlib.contextmanager
-def without_modes() -> Iterator[None]:
-    """For PyTorch's compiler, which traces nothing while a mode of ours is active."""
+def without_modes(backward: bool = False) -> Iterator[None]:
+    """For PyTorch's compiler, which traces nothing while a mode of ours is active; a backward may make tensors of its own."""
     before = [*MODES]
     MODES[:] = _get_current_dispatch_mode_stack() or before
     try:
-        with _disable_current_modes(), FakeGpu.fakes:
+        with _disable_current_modes(), FakeGpu.fakes if backward else contextlib.nullcontext():
             yield
     finally:
         MODES[:] = before
@@ -259,7 +259,11 @@ def run_node(node: Node, received: dict[int, Tensor]) -> tuple:
         return ()
     given = [received.get(number) for number in range(len(node._input_metadata))]
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # defined in Python
-        with without_modes() if type(node).__name__ == "CompiledFunctionBackward" else contextlib.nullcontext():
+        with (
+            without_modes(backward=True)
+            if type(node).__name__ == "CompiledFunctionBackward"
+            else contextlib.nullcontext()
+        ):
             outputs = node.apply(*given)
     else:
         outputs = node(*given)  # type: ignore[operator]  # the stub leaves it out

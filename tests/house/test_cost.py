@@ -122,9 +122,18 @@ from bench.cost.compiled import compile_branch, compiler_sees_a_gpu
 from bench.cost.count import Counter
 from bench.cost.fake_gpu import GPU, fake_gpu
 
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        return self.second(nn.functional.gelu(self.first(x)))
+
+
 counter = Counter()
 with fake_gpu(), compiler_sees_a_gpu(counter.add):
-    branch = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).to(GPU)
+    branch = Branch().to(GPU)
     x = torch.ones(32, 64, device=GPU)
     compile_branch(branch, lambda call: call)
     branch(x).sum().backward()
