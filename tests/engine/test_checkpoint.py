@@ -100,7 +100,7 @@ def test_asynchronous_saves_beside_the_training_of_two_processes(tmp_path):
 
 
 def test_resuming_in_the_frozen_epoch_keeps_the_prototypes_step_counters(tmp_path):
-    """Frozen prototypes have no optimizer state yet: the checkpoint must not contain any for them."""
+    """Frozen prototypes have had no update yet: their moments are zeros and their counters 0."""
     whole = train_tiny(tiny_run(tmp_path / "whole"))
     run = tiny_run(tmp_path / "parts")
     first = tiny_trainer(run)

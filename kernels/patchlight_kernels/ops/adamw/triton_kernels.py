@@ -58,14 +58,79 @@ def _numbers_kernel(
 
 @triton.jit
 def _pointer(table_ptr, row, first, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where a chunk begins in the tensor of that row; 0 if there is no tensor."""
-    address = tl.load(table_ptr + row)
-    address = tl.where(address == 0, 0, address + first * (TYPE.primitive_bitwidth // 8))
-    if ALIGNED:
-        address = tl.multiple_of(address, 8)
-        if TYPE.primitive_bitwidth == 32:
-            address = tl.multiple_of(address, 16)
-    return address
+    """Where a chunk begins in the tensor of that row."""
+    address = tl.load(table_ptr + row) + first * (TYPE.primitive_bitwidth // 8)
+    pointer = address.to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def _read(ptr, offs, left, FULL: tl.constexpr):
+    """fp32 values of a chunk; a chunk that is FULL needs no mask, and is read four values at a time."""
+    x = tl.load(ptr + offs) if FULL else tl.load(ptr + offs, mask=offs < left, other=0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _write(ptr, offs, left, x, FULL: tl.constexpr):
+    if FULL:
+        store(ptr + offs, x, None)
+    else:
+        store(ptr + offs, x, offs < left)
+
+
+@triton.jit
+def _sweep(
+    table_ptr,
+    numbers_ptr,
+    count,
+    first,
+    left,
+    beta1_rest,
+    beta2,
+    beta2_rest,
+    eps,
+    GRADIENT: tl.constexpr,
+    COPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """One chunk; what has no address or does not move is not read."""
+    scale, decay = tl.load(numbers_ptr), tl.load(numbers_ptr + count)
+    rate, root = tl.load(numbers_ptr + 2 * count), tl.load(numbers_ptr + 3 * count)
+    share = tl.load(numbers_ptr + 4 * count)
+    p_ptr = _pointer(table_ptr, 2 * count, first, tl.float32, ALIGNED)
+    g_ptr = _pointer(table_ptr, 3 * count, first, GRADIENT, ALIGNED)
+    m_ptr = _pointer(table_ptr, 4 * count, first, tl.float32, ALIGNED)
+    v_ptr = _pointer(table_ptr, 5 * count, first, tl.float32, ALIGNED)
+    t_ptr = _pointer(table_ptr, 6 * count, first, tl.float32, ALIGNED)
+    copy_ptr = _pointer(table_ptr, 7 * count, first, COPY, ALIGNED)
+    t_copy_ptr = _pointer(table_ptr, 8 * count, first, COPY, ALIGNED)
+    follows, copied = tl.load(table_ptr + 6 * count) != 0, tl.load(table_ptr + 7 * count) != 0
+    t_copied = tl.load(table_ptr + 8 * count) != 0
+    for start in range(0, _CHUNK, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        p = _read(p_ptr, offs, left, FULL)
+        t = p
+        if follows:
+            t = _read(t_ptr, offs, left, FULL)
+        if rate == rate:
+            g = _read(g_ptr, offs, left, FULL) * scale
+            m, v = _read(m_ptr, offs, left, FULL), _read(v_ptr, offs, left, FULL)
+            m += (g - m) * beta1_rest
+            v = v * beta2 + g * g * beta2_rest
+            p = p * decay - rate * (m / (tl.sqrt(v) * root + eps))
+            _write(p_ptr, offs, left, p, FULL)
+            _write(m_ptr, offs, left, m, FULL)
+            _write(v_ptr, offs, left, v, FULL)
+        if copied:
+            _write(copy_ptr, offs, left, p, FULL)
+        if follows:
+            t = tl.where(share < 0.5, t + share * (p - t), p - (p - t) * (1 - share))
+            _write(t_ptr, offs, left, t, FULL)
+            if t_copied:
+                _write(t_copy_ptr, offs, left, t, FULL)
 
 
 @triton.jit
@@ -94,41 +159,16 @@ def _sweep_kernel(
     table_ptr += number
     numbers_ptr += number
     left = tl.load(table_ptr) - first
-    scale, decay = tl.load(numbers_ptr), tl.load(numbers_ptr + count)
-    rate, root = tl.load(numbers_ptr + 2 * count), tl.load(numbers_ptr + 3 * count)
-    share = tl.load(numbers_ptr + 4 * count)
-    p_at = _pointer(table_ptr, 2 * count, first, tl.float32, ALIGNED)
-    g_at = _pointer(table_ptr, 3 * count, first, GRADIENT, ALIGNED)
-    m_at = _pointer(table_ptr, 4 * count, first, tl.float32, ALIGNED)
-    v_at = _pointer(table_ptr, 5 * count, first, tl.float32, ALIGNED)
-    t_at = _pointer(table_ptr, 6 * count, first, tl.float32, ALIGNED)
-    copy_at = _pointer(table_ptr, 7 * count, first, COPY, ALIGNED)
-    t_copy_at = _pointer(table_ptr, 8 * count, first, COPY, ALIGNED)
-    moved = tl.where(rate == rate, left, 0)  # how many values of each kind, from the chunk's first one on
-    following = tl.where(t_at == 0, 0, left)
-    copied, followers_copied = tl.where(copy_at == 0, 0, left), tl.where(t_copy_at == 0, 0, following)
-    for start in range(0, _CHUNK, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        p_ptr = p_at.to(tl.pointer_type(tl.float32)) + offs
-        m_ptr = m_at.to(tl.pointer_type(tl.float32)) + offs
-        v_ptr = v_at.to(tl.pointer_type(tl.float32)) + offs
-        t_ptr = t_at.to(tl.pointer_type(tl.float32)) + offs
-        moves, follows = offs < moved, offs < following
-        p = tl.load(p_ptr, mask=offs < left, other=0)
-        g = tl.load(g_at.to(tl.pointer_type(GRADIENT)) + offs, mask=moves, other=0).to(tl.float32) * scale
-        m = tl.load(m_ptr, mask=moves, other=0)
-        v = tl.load(v_ptr, mask=moves, other=0)
-        t = tl.load(t_ptr, mask=follows, other=0)
-        m += (g - m) * beta1_rest
-        v = v * beta2 + g * g * beta2_rest
-        p = tl.where(moves, p * decay - rate * (m / (tl.sqrt(v) * root + eps)), p)
-        t = tl.where(share < 0.5, t + share * (p - t), p - (p - t) * (1 - share))
-        tl.store(p_ptr, p, mask=moves)
-        tl.store(m_ptr, m, mask=moves)
-        tl.store(v_ptr, v, mask=moves)
-        tl.store(t_ptr, t, mask=follows)
-        store(copy_at.to(tl.pointer_type(COPY)) + offs, p, offs < copied)
-        store(t_copy_at.to(tl.pointer_type(COPY)) + offs, t, offs < followers_copied)
+    if left >= _CHUNK:
+        _sweep(
+            *(table_ptr, numbers_ptr, count, first, left, beta1_rest, beta2, beta2_rest, eps),
+            *(GRADIENT, COPY, ALIGNED, BLOCK, True),
+        )
+    else:
+        _sweep(
+            *(table_ptr, numbers_ptr, count, first, left, beta1_rest, beta2, beta2_rest, eps),
+            *(GRADIENT, COPY, ALIGNED, BLOCK, False),
+        )
 
 
 def adamw_fwd(*args) -> None:

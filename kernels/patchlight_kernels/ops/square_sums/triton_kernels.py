@@ -31,9 +31,13 @@ def _chunk_kernel(
     count = tl.load(table_ptr + tensor) - first
     offs = tl.arange(0, _CHUNK)
     address = tl.load(table_ptr + 2 * tensors + tensor) + first * (TYPE.primitive_bitwidth // 8)
+    start = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    x = tl.load(address.to(tl.pointer_type(TYPE)) + offs, mask=offs < count, other=0).to(tl.float32)
+        start = tl.multiple_of(start, 16)
+    if count >= _CHUNK:  # without a mask four values are read at once
+        x = tl.load(start + offs).to(tl.float32)
+    else:
+        x = tl.load(start + offs, mask=offs < count, other=0).to(tl.float32)
     tl.store(sums_ptr + block, tl.sum(x * x, axis=0))
 
 
