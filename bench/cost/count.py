@@ -21,7 +21,7 @@ from patchlight.run import Run
 
 from ..methods import LastLoss, SyntheticLoader, build_official
 from ..official_step import OfficialStep
-from .compiled import compile_branch, compiler_sees_a_gpu
+from .compiled import compile_branch, compile_function, compiler_sees_a_gpu
 from .fake_gpu import GPU, fake_gpu
 from .kernels import kernels_of
 from .records import BACKWARD, CUE, OBJECTIVE, REST, STUDENT, TEACHER, Call, Kernel, Launch
@@ -96,7 +96,7 @@ def as_on_a_gpu(run: Run) -> Run:
 def count_step(run: Run, compiled: bool = False) -> list[Launch]:
     """The launches of the second training step of a run: the first one also makes the optimizer's state, and compiles.
 
-    compiled: both branches as whole graphs; else operation by operation.
+    compiled: branches, cues, losses and the update's small functions as whole graphs; else operation by operation.
     """
     counter = Counter()
     with contextlib.ExitStack() as stack:
@@ -106,11 +106,15 @@ def count_step(run: Run, compiled: bool = False) -> list[Launch]:
             stack.enter_context(compiler_sees_a_gpu(counter.add))
             compile_branch(trainer.teacher, functools.partial(counter.watch, TEACHER))
             compile_branch(trainer.student, functools.partial(counter.watch, STUDENT))
+            compile_branch(trainer.objectives, functools.partial(counter.watch, OBJECTIVE))
+            compile_function(trainer.objectives, "cue", functools.partial(counter.watch, CUE))
+            for name in ("_find_bad", "_judge"):
+                compile_function(trainer.update, name, functools.partial(counter.watch, REST))
         else:
+            stack.enter_context(counter.watched(trainer.objectives, "cue", CUE))
+            stack.enter_context(counter.watched(trainer.objectives, "forward", OBJECTIVE))
             stack.enter_context(counter.watched(trainer.teacher, "forward", TEACHER))
             stack.enter_context(counter.watched(trainer.student, "forward", STUDENT))
-        stack.enter_context(counter.watched(trainer.objectives, "cue", CUE))
-        stack.enter_context(counter.watched(trainer.objectives, "forward", OBJECTIVE))
         stack.enter_context(counter.watched(torch.Tensor, "backward", BACKWARD))
         batches = [next(trainer.loader) for _ in range(run.parallel.accumulate)]
         trainer.device_step(batches)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from patchlight_kernels.dispatch import ops
+from patchlight_kernels.ops.prototype_ce import pieces
 
 from ..flops import OP_FORMULAS
 from .records import ATTENTION, PRODUCTS_16, PRODUCTS_32, Call, Kernel, bytes_of
@@ -36,6 +37,8 @@ LAUNCHES = {
     ("prototype_ce_fwd", "triton"): (5, 0),
     ("prototype_ce_bwd", "cuda"): (8, 10),
     ("prototype_ce_bwd", "triton"): (8, 10),
+    ("block_masks_fwd", "cuda"): (1, 0),
+    ("block_masks_fwd", "triton"): (1, 0),
     ("query_attention_fwd", "cuda"): (1, 0),
     ("query_attention_fwd", "triton"): (1, 0),
     ("query_attention_bwd", "cuda"): (3, 0),
@@ -46,12 +49,14 @@ LAUNCHES = {
     ("self_relation_bwd", "triton"): (2, 0),
 }
 DEFAULT = (1, 0)
-PIECE = 1 << 24  # elements of the gradient of logits that the backward of prototype_ce has in memory at a time
 
 
 def kernels_of_our_op(call: Call) -> Iterator[Kernel]:
     """The first kernel has all bytes and FLOPs, and the others only their launches."""
     name = call.name.removeprefix("patchlight.")
+    if name == "prototype_ce_fwd" and (found := in_chunks(call)):
+        yield from found
+        return
     form = chosen_form(call, name)
     kind, flop_kind = f"{name} {form}", ATTENTION
     if name.startswith("prototype_ce"):
@@ -63,6 +68,28 @@ def kernels_of_our_op(call: Call) -> Iterator[Kernel]:
     once, per_piece = LAUNCHES.get((name, form), DEFAULT)
     for _ in range(once + per_piece * pieces_of(call, name) - 1):
         yield Kernel(call.name + " more", "small")
+
+
+def in_chunks(call: Call) -> list[Kernel]:
+    """The kernels of prototype_ce where fp16 factors are multiplied by cuBLAS, chunk by chunk; none where they are not."""
+    z, prototypes, teacher_z = (call.argument(name) for name in ("z", "prototypes", "teacher_z"))
+    products, gradients = call.argument("products"), call.argument("gradients")
+    (views, rows, width), count, teachers = z.shape, len(prototypes), len(teacher_z)
+    if pieces.way(views, rows, count, products) != "chunks":
+        return []
+    of_pair = 4 * (views + teachers) + 2 * views
+    row_step, prototype_step = pieces.steps(views, rows, count, pieces.CHUNK // of_pair)
+    whole = prototype_step == count <= pieces.WHOLE_ROWS // (teachers + 1)
+    chunks = ceil(rows / row_step) * ceil(count / prototype_step)
+    pairs, passes = rows * count, 1 if whole or not gradients else 2
+    dots, of_gradients = 2 * width * pairs * (views + teachers) * passes, 4 * width * pairs * views * gradients
+    moved = pairs * (4 * (views + teachers) * passes + 2 * views * gradients)
+    first = [
+        Kernel(call.name, "prototype_ce chunk products", 0, dots + of_gradients, PRODUCTS_16),
+        Kernel(call.name + " passes", "prototype_ce chunk passes", moved),
+    ]
+    launches = 12 + (5 if whole else 8) * chunks
+    return first + [Kernel(call.name + " more", "part")] * (launches - len(first))
 
 
 def flops_of(call: Call, name: str) -> int:
@@ -77,7 +104,7 @@ def pieces_of(call: Call, name: str) -> int:
     if name != "prototype_ce_bwd":
         return 0
     z, prototypes = call.argument("z"), call.argument("prototypes")
-    return ceil(z.shape[0] * z.shape[1] * prototypes.shape[0] / PIECE)
+    return ceil(z.shape[0] * z.shape[1] * prototypes.shape[0] / pieces.PIECE)
 
 
 def chosen_form(call: Call, name: str) -> str:
