@@ -42,13 +42,13 @@ def _chunk_kernel(
 
 
 @triton.jit
-def _tensor_kernel(table_ptr, sums_ptr, out_ptr, tensors, BLOCK: tl.constexpr):
-    """The sum over the chunks of one tensor."""
+def _tensor_kernel(table_ptr, sums_ptr, out_ptr, tensors, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over the chunks of one tensor, BLOCK in each round; the largest tensor needs all ROUNDS."""
     tensor = tl.program_id(0)
     chunks = (tl.load(table_ptr + tensor) + _CHUNK - 1) // _CHUNK
     sums_ptr += tl.load(table_ptr + tensors + tensor)
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in range(0, chunks, BLOCK):
+    for first in range(0, ROUNDS * BLOCK, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         total += tl.load(sums_ptr + offs, mask=offs < chunks, other=0)
     tl.store(out_ptr + tensor, tl.sum(total, axis=0))
@@ -63,5 +63,6 @@ def square_sums_fwd(tensors: list[Tensor]) -> Tensor:
     out = torch.empty(len(tensors), device=device)
     kind, fits = TYPES[tensors[0].dtype], aligned(rows[2:])
     _chunk_kernel[(len(sums),)](table, blocks, sums, len(tensors), len(sums), TYPE=kind, ALIGNED=fits, num_warps=4)
-    _tensor_kernel[(len(tensors),)](table, sums, out, len(tensors), BLOCK=512, num_warps=4)
+    rounds = triton.cdiv(max(counts), CHUNK * 512)
+    _tensor_kernel[(len(tensors),)](table, sums, out, len(tensors), ROUNDS=rounds, BLOCK=512, num_warps=4)
     return out
