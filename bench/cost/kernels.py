@@ -12,7 +12,18 @@ from math import ceil, prod
 from torch import Tensor
 
 from .our_ops import kernels_of_our_op
-from .records import ATTENTION, HOST_READ, PRODUCTS_16, PRODUCTS_32, Call, Kernel, bytes_of, size_of, tensors_in
+from .records import (
+    ATTENTION,
+    HOST_COPY,
+    HOST_READ,
+    PRODUCTS_16,
+    PRODUCTS_32,
+    Call,
+    Kernel,
+    bytes_of,
+    size_of,
+    tensors_in,
+)
 
 
 def kernels_of(call: Call) -> list[Kernel]:
@@ -56,7 +67,8 @@ def copy(call: Call) -> Iterator[Kernel]:
     target = call.returned[0]
     source = call.given[-1]
     if source.device != target.device:
-        yield Kernel("copy from the host", "host copy", size_of(target))
+        waits = not (call.kwargs.get("non_blocking") or any(x is True for x in call.args))
+        yield Kernel("copy from the host", HOST_COPY if waits else "memcpy", size_of(target))
         return
     moved = [source, target]
     dense = same_layout(moved)

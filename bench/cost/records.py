@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 # Kinds of FLOPs, as they are listed.
 PRODUCTS_16, PRODUCTS_32, ATTENTION, ELEMENTWISE = "products in 16 bit", "products in fp32", "attention", "elementwise"
 FLOP_KINDS = (PRODUCTS_16, PRODUCTS_32, ATTENTION, ELEMENTWISE)
-HOST_READ = "host read"  # the kind of a copy for which the host waits
+HOST_READ, HOST_COPY = WAITS = "host read", "host copy"  # kinds of copies for which the host waits
 # Phases of a step, in order.
 TEACHER, CUE, STUDENT, OBJECTIVE, BACKWARD, REST = PHASES = (
     "teacher", "cue", "student", "objective", "backward", "update and rest"

@@ -10,7 +10,7 @@ from rich.table import Table
 from ..console import wide_console
 from ..rows import Row
 from .hardware import Hardware
-from .records import FLOP_KINDS, HOST_READ, PHASES, Kernel, Launch
+from .records import FLOP_KINDS, PHASES, WAITS, Kernel, Launch
 
 STEP = "step"  # the row of all phases together
 COUNTS = ("launches", "gb", *(f"gflop {kind}" for kind in FLOP_KINDS), "waits")
@@ -43,7 +43,7 @@ def counts_by_phase(launches: Sequence[Launch]) -> dict[str, Row]:
 def counts_of(kernels: Sequence[Kernel]) -> Row:
     """What needs no constant of any hardware."""
     flops = {f"gflop {kind}": sum(k.flops for k in kernels if k.flop_kind == kind) / 1e9 for kind in FLOP_KINDS}
-    waits = sum(kernel.kind == HOST_READ for kernel in kernels)
+    waits = sum(kernel.kind in WAITS for kernel in kernels)
     return {"launches": len(kernels), "gb": sum(k.bytes for k in kernels) / 1e9, "waits": waits, **flops}
 
 

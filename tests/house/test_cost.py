@@ -25,7 +25,7 @@ from bench.cost.fake_gpu import GPU, backward, fake_gpu
 from bench.cost.hardware import Hardware, names
 from bench.cost.kernels import chunks
 from bench.cost.ranks import Layout, Network, layouts
-from bench.cost.records import HOST_READ, Kernel
+from bench.cost.records import HOST_COPY, HOST_READ, Kernel
 from bench.cost.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, Message, traffic_of
 
 
@@ -38,13 +38,14 @@ def test_no_step_is_dearer_than_the_table():
 
 
 def test_a_dearer_step_is_named():
-    table = [{"method": "dino", "depth": "2", "phase": "teacher", "launches": "100", "gb": "2.0"}]
-    row = {"method": "dino", "depth": 2, "phase": "teacher", "launches": 100, "gb": 2.0}
+    table = [{"method": "dino", "depth": "2", "phase": "teacher", "launches": "100", "gb": "2.0", "waits": "0"}]
+    row = {"method": "dino", "depth": 2, "phase": "teacher", "launches": 100, "gb": 2.0, "waits": 0}
     assert not list(pinned.dearer([row], table))
     (sentence,) = pinned.dearer([row | {"launches": 104}], table)
     assert sentence.startswith("dino, teacher") and "got 104 launches where the table says 100" in sentence
     (sentence,) = pinned.dearer([row | {"gb": 2.1}], table)
     assert "2.1 gb" in sentence and pinned.UPDATE in sentence
+    assert list(pinned.dearer([row | {"waits": 1}], table))
     assert list(pinned.dearer([row | {"phase": "cue"}], table)), "a phase that the table does not know"
 
 
@@ -84,6 +85,15 @@ def test_a_read_by_the_host_is_seen():
         with counter:
             torch.ones((), device=GPU).item()
     assert [launch.kernel.kind for launch in counter.launches][-1] == HOST_READ
+
+
+def test_a_copy_from_the_host_waits_unless_it_may_not():
+    with fake_gpu():
+        counter, x = Counter(), torch.ones(3)
+        with counter:
+            torch.tensor([1.0, 2.0], device=GPU)
+            x.to(GPU, non_blocking=True)
+    assert [launch.kernel.kind for launch in counter.launches] == [HOST_COPY, "memcpy"]
 
 
 def test_gradients_are_those_of_the_engine():
