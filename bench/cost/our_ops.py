@@ -114,7 +114,7 @@ def chosen_form(call: Call, name: str) -> str:
     forward = getattr(torch.ops.patchlight, f"{own}_fwd").default._schema.arguments
     try:
         return op.choose(*(call.argument(argument.name) for argument in forward)).name
-    except RuntimeError:  # one is forced that a GPU does not have
+    except (RuntimeError, ValueError):  # one is forced that a GPU does not have, or the backward has other arguments
         return op.impls[0].name
 
 
