@@ -60,7 +60,7 @@ def measure_cost(
         run = METHODS[name].run(size)
         launches = count_official(METHODS[name].official, run) if official else count_step(run, compiled)
         found = rows_of(name, launches, constants, batch, form)
-        print_step(found, batch)
+        print_step(found, launches, batch)
         if top:
             print_kernels(launches, constants, top)
         rows += found

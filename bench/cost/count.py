@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
@@ -24,7 +26,7 @@ from ..official_step import OfficialStep
 from .compiled import compile_branch, compile_function, compiler_sees_a_gpu
 from .fake_gpu import GPU, fake_gpu
 from .kernels import kernels_of
-from .records import BACKWARD, CUE, OBJECTIVE, REST, STUDENT, TEACHER, Call, Kernel, Launch
+from .records import BACKWARD, CUE, OBJECTIVE, REST, STUDENT, TEACHER, WAITS, Call, Kernel, Launch
 
 
 class Counter(TorchDispatchMode):
@@ -51,7 +53,7 @@ class Counter(TorchDispatchMode):
         return result
 
     def add(self, kernel: Kernel) -> None:
-        self.launches.append(Launch(self.phase, kernel))
+        self.launches.append(Launch(self.phase, kernel, own_line() if kernel.kind in WAITS else ""))
 
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
@@ -74,6 +76,12 @@ class Counter(TorchDispatchMode):
     def watched(self, owner: Any, name: str, phase: str) -> AbstractContextManager:
         """Within the block, what the owner's function of that name does belongs to the phase."""
         return mock.patch.object(owner, name, self.watch(phase, getattr(owner, name)))
+
+
+def own_line() -> str:
+    """The line of our packages that is running."""
+    frames = [frame for frame in traceback.extract_stack() if "/patchlight" in frame.filename]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
 def build_trainer(run: Run) -> Trainer:

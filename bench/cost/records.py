@@ -36,6 +36,7 @@ class Kernel:
 class Launch:
     phase: str
     kernel: Kernel
+    place: str = ""  # the line of our code, where the host waits
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def counts_of(kernels: Sequence[Kernel]) -> Row:
     return {"launches": len(kernels), "gb": sum(k.bytes for k in kernels) / 1e9, "waits": waits, **flops}
 
 
-def print_step(rows: Sequence[Row], batch: int) -> None:
+def print_step(rows: Sequence[Row], launches: Sequence[Launch], batch: int) -> None:
     """A line per phase; what the whole step takes below."""
     step = rows[-1]
     title = f"{step['method']}, {batch} images, {step['form']}, predicted for {step['hardware']}"
@@ -62,6 +62,9 @@ def print_step(rows: Sequence[Row], batch: int) -> None:
         f"launched one by one: {launched:.1f} ms, {batch / launched * 1e3:.0f} images/s; as one graph: {graph:.1f} ms, "
         f"{batch / graph * 1e3:.0f} images/s; the host waits {step['waits']} times"
     )
+    places = Counter(launch.place for launch in launches if launch.kernel.kind in WAITS)
+    if places:
+        table.caption += ": " + ", ".join(f"{place} ({number})" for place, number in places.items())
     wide_console().print(table)
 
 
