@@ -369,3 +369,34 @@ def test_fixed_positions_have_the_row_first_and_are_not_trained(class_token):
 def test_fixed_positions_need_a_multiple_of_four_channels():
     with pytest.raises(ValueError, match="multiple of 4, got 6"):
         VisionTransformer(6, 1, 2, 4, image_size=8, positions="sincos_rows_first")
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_sizes_together_are_sizes_one_by_one(class_token, drop_path):
+    """Outputs and gradients, in float64, with the same dropped paths."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(24, 3, 2, 4, 16, class_token=class_token, drop_path=drop_path).double()
+    crops = [(torch.randn(3, 3, 16, 16).double(), torch.rand(3, 16) < 0.5), (torch.randn(2, 3, 8, 12).double(), None)]
+    kept = torch.rand(2, 3, 2, 3) < 0.5 if drop_path else torch.ones(2, 3, 2, 3) > 0
+    results = []
+    for together in (False, True):
+        vit.zero_grad()
+        counts = [0, 0]
+
+        def drop(x, counts=counts):
+            size = 0 if len(x) == 3 else 1
+            block, branch = divmod(counts[size], 2)
+            counts[size] += 1
+            return x * (kept[size, block, branch, : len(x)].double() / (1 - drop_path))[:, None, None]
+
+        for block in vit.blocks[1:]:
+            if drop_path:
+                block.drop_path1.forward = block.drop_path2.forward = drop
+        tokens = vit.forward_sizes(crops, True) if together else [vit(*crop, residual=True) for crop in crops]
+        outputs = [x for t in tokens for x in (t.cls, t.patches, t.residual) if x is not None]
+        assert [t.grid for t in tokens] == [(4, 4), (2, 3)]
+        sum(x.square().sum() for x in outputs).backward()
+        results.append(outputs + [p.grad for p in vit.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -24,6 +24,7 @@ from torch import nn
 
 from patchlight.data.policy import dino_policy
 from patchlight.data.procedural import ProceduralSource
+from patchlight.engine.branches import Branch
 from patchlight.engine.parallel import choose_compiled, processes
 from patchlight.engine.probe import TeacherProbe
 from patchlight.run import Parallel, Run
@@ -101,6 +102,18 @@ def test_every_methods_branches_and_heads_are_traced_whole_and_once(method, tmp_
     assert compiled["terms"] == plain["terms"]
     assert largest_difference(plain["student"], compiled["student"]) == 0
     assert largest_difference(plain["teacher"], compiled["teacher"]) == 0
+
+
+@pytest.mark.parametrize("method", ["dino", "selfpatch", "ibot", "sere"])
+def test_crops_of_all_sizes_together_are_traced_whole_and_once(method, tmp_path, compile_by, monkeypatch):
+    """As on a GPU. Rounding differs, as products have other sizes."""
+    plain = train_tiny(tiny_run(tmp_path, **METHODS[method]), STEPS)
+    compile_by("eager")
+    monkeypatch.setattr(Branch, "sizes_together", property(lambda _: True, lambda *_: None), raising=False)
+    compiled = train_without_recompiling(tiny_run(tmp_path, **METHODS[method], parallel={**FP32, "compile": "on"}))
+    for expected, terms in zip(plain["terms"], compiled["terms"], strict=True):
+        assert terms == pytest.approx(expected, rel=1e-4)
+    assert compiled["terms"] != plain["terms"]
 
 
 @pytest.mark.parametrize(("precision", "residual"), [("fp32", "fp32"), ("bf16", "16bit")])

@@ -27,6 +27,7 @@ class Backbone(nn.Module, ABC):
     heads: int  # attention heads, also of a class-attention summary
     norm_eps: float | None  # of the final norm of its published weights; None where they have none
     blocks: nn.ModuleList | list[nn.Module]  # of several processes the engine compiles and shards each by itself
+    takes_sizes = False  # whether it has `forward_sizes`, which takes crops of several sizes at once
     has_class_token: bool  # whether Tokens.cls exists; if not, Tokens.patches are the raw residual stream
 
     @abstractmethod

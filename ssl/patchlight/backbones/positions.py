@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -60,7 +61,8 @@ def resize_table(table: Tensor, source: tuple[int, int], target: tuple[int, int]
     """
     exact = _exact(table)
     matrix = resize_matrix(source, target, resize, exact.dtype, exact.device)
-    with torch.autocast(table.device.type, enabled=False):
+    # The device "meta", on which FLOPs are counted, knows no autocast.
+    with nullcontext() if table.is_meta else torch.autocast(table.device.type, enabled=False):
         return (matrix @ exact.squeeze(0)).unsqueeze(0).to(table.dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -50,6 +51,7 @@ class VisionTransformer(Backbone):
 
     capabilities = frozenset({"class_token", "masks", "queries"})
     norm_eps = NORM_EPS
+    takes_sizes = True
     blocks: nn.ModuleList
     residual_16bit = False  # under autocast the tokens between blocks have its format, which saves memory traffic
     cls_token: nn.Parameter | None  # [1, 1, D]
@@ -149,8 +151,7 @@ class VisionTransformer(Backbone):
         wanted = [self._block_number(layer) for layer in layers]
         x = self.embed(pixels, mask)
         exact = x.dtype
-        if self.residual_16bit and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self._as_stream(x)
         raw = x.shape[1]
         query_arguments: tuple = ()
         if queries is not None:
@@ -166,6 +167,38 @@ class VisionTransformer(Backbone):
         predictions = None
         if queries is not None:
             x, predictions = x[:, :raw], self.norm(x[:, raw:])
+        return self._tokens(x, grid, residual, intermediate, predictions)
+
+    def forward_sizes(self, crops: Sequence[tuple[Tensor, Tensor | None]], residual: bool = False) -> list[Tokens]:
+        """`forward` of several (pixels, mask), each of another size: all rows go through a layer together.
+
+        Only attention, its projection and dropped paths take each size by itself. So there are fewer and larger kernels, and
+        each weight has one gradient.
+        """
+        embedded = [self.embed(*crop) for crop in crops]
+        sizes = tuple((len(x), x.shape[1]) for x in embedded)
+        x = self._as_stream(torch.cat([x.flatten(0, 1) for x in embedded]))
+        for block in self.blocks:
+            x = block(x, None, "all", None, sizes)
+        parts = split_sizes(x.to(embedded[0].dtype), sizes)
+        grids = [self.grid(*pixels.shape[-2:]) for pixels, _ in crops]
+        return [self._tokens(part, grid, residual) for part, grid in zip(parts, grids, strict=True)]
+
+    def _as_stream(self, x: Tensor) -> Tensor:
+        """x in the format that tokens have between blocks."""
+        if self.residual_16bit and torch.is_autocast_enabled(x.device.type):
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def _tokens(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        residual: bool,
+        intermediate: tuple[Tensor, ...] = (),
+        predictions: Tensor | None = None,
+    ) -> Tokens:
+        """The output for the raw tokens after the last block."""
         if not self.has_class_token:
             return Tokens(None, x, grid, intermediate, predictions, x if residual else None)
         cls, patches = x.split((1, x.shape[1] - 1), dim=1)
@@ -260,11 +293,26 @@ class Block(timm_vit.Block):
     attn: timm_vit.Attention
 
     def forward(  # type: ignore[override]  # queries instead of timm's attention mask, which is not used here
-        self, x: Tensor, raw: int | None = None, keys: str = "all", crop: int | None = None
+        self,
+        x: Tensor,
+        raw: int | None = None,
+        keys: str = "all",
+        crop: int | None = None,
+        sizes: tuple[tuple[int, int], ...] | None = None,
     ) -> Tensor:
-        """x [M, T, D]; of its T rows the first `raw` are raw tokens, the others queries. keys, crop: as in `Queries`."""
+        """x [M, T, D]; of its T rows the first `raw` are raw tokens, the others queries. keys, crop: as in `Queries`.
+
+        sizes: x is [rows, D] instead, the tokens of (images, tokens) of several sizes, one after the other.
+        """
         attention = self.attn
         qkv = attention.qkv(self.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
+        if sizes is not None:
+            attended_by_size = [attention.proj(self_attention(part).flatten(2)) for part in split_sizes(qkv, sizes)]
+            x = x + join_sizes([self.drop_path1(part) for part in attended_by_size])
+            y = self.mlp(self.norm2(x))
+            if isinstance(self.drop_path2, DropPath):
+                y = join_sizes([self.drop_path2(part) for part in split_sizes(y, sizes)])
+            return x + y
         if raw is None:
             x = x + self.drop_path1(attention.proj(self_attention(qkv).flatten(2)))
             return x + self.drop_path2(self.mlp(self.norm2(x)))
@@ -277,6 +325,17 @@ def self_attention(qkv: Tensor) -> Tensor:
     """[M, T, 3, H, E] to [M, T, H, E]. In this layout the gradient needs one copy, where timm's code needs two."""
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def split_sizes(x: Tensor, sizes: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """[rows, ...] to [images, tokens, ...] of each size."""
+    rows = x.split([images * tokens for images, tokens in sizes])
+    return [part.unflatten(0, size) for part, size in zip(rows, sizes, strict=True)]
+
+
+def join_sizes(parts: list[Tensor]) -> Tensor:
+    """The inverse of split_sizes."""
+    return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 class DropPath(nn.Module):

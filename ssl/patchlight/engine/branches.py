@@ -53,23 +53,37 @@ class Branch(nn.Module):
         self.names = tuple(heads if names is None else names)
         self.hosts = dict(hosts or {})
         self.separate_views = separate_views
+        self.sizes_together = False  # whether crops of all sizes go through the backbone together, if it can
 
     def forward(self, views: Views, cues: Cues | None = None, wanted: Wanted = Wanted()) -> BranchFeatures:  # noqa: B008 frozen
         """Features of the global crops (with cues for them), and of the other crops that are wanted and present."""
-        local, query = views.local_crops, views.query_crops
+        cues = cues or Cues()
+        local = views.local_crops if wanted.local_crops else None
+        query = views.query_crops if wanted.query_crops else None
+        tokens = self._tokens([views.global_crops, local, query], cues, wanted)
         return BranchFeatures(
-            self._features(views.global_crops, wanted, cues),
-            self._features(local, wanted) if wanted.local_crops and local is not None else None,
-            self._features(query, Wanted()) if wanted.query_crops and query is not None else None,
+            self._features(views.global_crops, tokens[0], wanted),
+            None if local is None else self._features(local, tokens[1], wanted),
+            None if query is None else self._features(query, tokens[2], Wanted()),
         )
 
-    def _features(self, crops: Crops, wanted: Wanted, cues: Cues | None = None) -> Features:
-        """One pass over all crops of a size, V x B images at once, or a pass per view where BatchNorm needs that."""
-        if self.separate_views:
-            by_view = [self.backbone(pixels) for pixels in crops.pixels]  # a backbone with BatchNorm takes no cues
-            tokens = replace(by_view[0], patches=torch.cat([view.patches for view in by_view]))
+    def _tokens(self, crops: Sequence[Crops | None], cues: Cues, wanted: Wanted) -> list[Any]:
+        """The backbone's output for each kind of crops, the first with cues; None where there are none."""
+        present = [c for c in crops if c is not None]
+        if self.sizes_together and self.backbone.takes_sizes and len(present) > 1 and cues.queries is None:
+            masks = [cues.mask, *[None] * (len(present) - 1)]
+            pairs = [
+                (c.pixels.flatten(0, 1), None if mask is None else mask.flatten(0, 1))
+                for c, mask in zip(present, masks, strict=True)
+            ]
+            forward_sizes: Any = self.backbone.forward_sizes
+            found = iter(forward_sizes(pairs, wanted.residual and self.backbone.has_class_token))
         else:
-            tokens = self._tokens(crops.pixels.flatten(0, 1), cues or Cues(), wanted)
+            found = iter([self._tokens_of(c, Cues() if number else cues, wanted) for number, c in enumerate(present)])
+        return [None if c is None else next(found) for c in crops]
+
+    def _features(self, crops: Crops, tokens: Tokens, wanted: Wanted) -> Features:
+        """The summary's output for crops of a size, by view."""
         result = self.summary(tokens, wanted.neighbors)
         queries = None if tokens.queries is None else self.summary.norm(tokens.queries)
         residual = None
@@ -80,15 +94,21 @@ class Branch(nn.Module):
         split: list[Any] = [None if x is None else x.unflatten(0, views_and_images) for x in given]
         return Features(split[0], split[1], tokens.grid, split[2], queries=split[3], residual=split[4])
 
-    def _tokens(self, pixels: Tensor, cues: Cues, wanted: Wanted) -> Tokens:
-        """The backbone's output. Not every backbone has the arguments queries and residual: passed only if needed."""
+    def _tokens_of(self, crops: Crops, cues: Cues, wanted: Wanted) -> Tokens:
+        """One pass over all crops of a size, V x B images at once, or a pass per view where BatchNorm needs that.
+
+        Not every backbone has the arguments queries and residual: passed only if needed.
+        """
+        if self.separate_views:
+            by_view = [self.backbone(pixels) for pixels in crops.pixels]  # a backbone with BatchNorm takes no cues
+            return replace(by_view[0], patches=torch.cat([view.patches for view in by_view]))
         mask = None if cues.mask is None else cues.mask.flatten(0, 1)
         extra: dict[str, Any] = {}
         if cues.queries is not None:
             extra["queries"] = replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
         if wanted.residual and self.backbone.has_class_token:
             extra["residual"] = True
-        return self.backbone(pixels, mask, **extra)
+        return self.backbone(crops.pixels.flatten(0, 1), mask, **extra)
 
     def head_of(self, name: str) -> nn.Module | None:
         """The head that an objective uses: its own, or its host's."""

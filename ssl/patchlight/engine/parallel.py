@@ -117,6 +117,8 @@ def parallelize(branch: Branch, parallel: Parallel, mesh: Mesh, trained: bool, c
         synchronize_batch_norm(branch, mesh)
     if parallel.residual == "16bit":
         set_residual_16bit(branch.backbone)
+    # Fewer launches on a GPU. FSDP2's units and a CPU, where a copy costs more than a launch, take each size by itself.
+    branch.sizes_together = mesh.device.type == "cuda" and parallel.shard == 1
     if parallel.checkpoint_activations and trained:
         for block in branch.backbone.blocks:
             checkpoint_activations(block)
