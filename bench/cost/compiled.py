@@ -18,9 +18,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from patchlight.backbones import positions
-from patchlight.data import masking
-
 from .fake_gpu import GPU, HOPPER, with_modes, without_modes
 from .records import Kernel
 
@@ -52,9 +49,6 @@ def compiler_sees_a_gpu(record: Record) -> Iterator[None]:
         get_active_torch_device=lambda: GPU,
     )
     answers: list[tuple[Any, str, Any]] = [
-        # Constants that compiled code keeps on the device: they need values, which fake tensors have none of.
-        (positions, "resize_matrix", empty_resize_matrix),
-        (masking, "_kept_counts", empty_counts),
         (CudaInterface, "get_device_properties", lambda *_: HOPPER),
         (CudaInterface.Worker, "get_device_properties", lambda *_: HOPPER),
         (CudaInterface, "get_compute_capability", lambda *_: 90),
@@ -71,16 +65,6 @@ def compiler_sees_a_gpu(record: Record) -> Iterator[None]:
         for where, name, answer in answers:
             stack.enter_context(mock.patch.object(where, name, answer, create=True))
         yield
-
-
-def empty_resize_matrix(
-    source: tuple[int, int], target: tuple[int, int], resize: str, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    return torch.empty(target[0] * target[1], source[0] * source[1], dtype=dtype, device=device)
-
-
-def empty_counts(ratios: tuple, crops: int, number: int, device: torch.device) -> Tensor:
-    return torch.empty(crops, dtype=torch.int32, device=device)
 
 
 def load_generated_code(graph: Any, record: Record) -> SimpleNamespace:

@@ -13,8 +13,11 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from patchlight.backbones import positions
+from patchlight.data import masking
 from patchlight.data.interface import Loader
 from patchlight.engine import assembly
 from patchlight.engine.parallel import Mesh
@@ -84,6 +87,24 @@ def own_line() -> str:
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
+def empty_resize_matrix(
+    source: tuple[int, int], target: tuple[int, int], resize: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.empty(target[0] * target[1], source[0] * source[1], dtype=dtype, device=device)
+
+
+def empty_counts(ratios: tuple, crops: int, number: int, device: torch.device) -> Tensor:
+    return torch.empty(crops, dtype=torch.int32, device=device)
+
+
+# What is copied to the device once, before the steps that count; the fake GPU has no values to keep.
+CONSTANTS = (
+    (positions, "resize_matrix", empty_resize_matrix),
+    (masking, "_kept_counts", empty_counts),
+    (masking, "_new_counts", empty_counts),
+)
+
+
 def build_trainer(run: Run) -> Trainer:
     """The trainer of a run on the fake GPU, one process."""
     with mock.patch.object(
@@ -109,6 +130,8 @@ def count_step(run: Run, compiled: bool = False) -> list[Launch]:
     counter = Counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_gpu())
+        for where, name, empty in CONSTANTS:
+            stack.enter_context(mock.patch.object(where, name, empty))
         trainer = build_trainer(as_on_a_gpu(run))
         if compiled:
             stack.enter_context(compiler_sees_a_gpu(counter.add))

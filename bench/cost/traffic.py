@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from patchlight.engine.branches import Branch
+from patchlight.engine.gradients import in_buckets, padded_lengths
 from patchlight.engine.trainer import Trainer
 from patchlight.heads.projection import ProjectionHead
 from patchlight.heads.prototypes import Prototypes
@@ -65,19 +66,22 @@ class StepTraffic:
     teacher: list[Unit]
     checked: int  # numbers that must be finite: the terms, and a norm for each trainable parameter
     norms: int
+    buckets: list[int]  # bytes of gradients that replicas send together
     own_messages: list[Message]  # of the objectives
     batch_norms: list[tuple[int, bool]]  # channels of every call, and whether it has a backward
 
     def messages(self, replicate: int, shard: int, gpu: bool = True) -> Iterator[Message]:
         """Of one process in a step, in no order."""
         world = replicate * shard
-        for unit in self.student:
-            if size := unit.bytes(shard, trained=True):
-                if shard > 1:
-                    yield Message(GRADIENTS, REDUCE_SCATTER, SHARD, size)
-                if replicate > 1:
-                    yield Message(GRADIENTS, ALL_REDUCE, REPLICATE, size // shard)
+        if shard == 1 and replicate > 1:
+            for size in self.buckets:
+                yield Message(GRADIENTS, ALL_REDUCE, EVERYONE, size)
         if shard > 1:
+            for unit in self.student:
+                if size := unit.bytes(shard, trained=True):
+                    yield Message(GRADIENTS, REDUCE_SCATTER, SHARD, size)
+                    if replicate > 1:
+                        yield Message(GRADIENTS, ALL_REDUCE, REPLICATE, size // shard)
             for units, trained in ((self.student, True), (self.teacher, False)):
                 for unit in units:
                     for _ in range(gathers(unit, trained)):
@@ -143,7 +147,8 @@ def traffic_of(trainer: Trainer) -> StepTraffic:
         trainer.step()
     norms = sum(p.requires_grad for p in trainer.student.parameters())
     student, teacher = (units_of(branch, calls, with_gradient) for branch in (trainer.student, trainer.teacher))
-    return StepTraffic(student, teacher, norms + len(terms), norms, own, calls.batch_norms)
+    buckets = [4 * sum(padded_lengths(parameters)) for parameters in in_buckets(trainer.student)]
+    return StepTraffic(student, teacher, norms + len(terms), norms, buckets, own, calls.batch_norms)
 
 
 class Calls:

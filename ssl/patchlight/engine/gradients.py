@@ -24,15 +24,8 @@ class GradientMean:
         self.last = True
         if world == 1 or isinstance(student, FSDPModule):
             return
-        # Gradients come from the last layer to the first.
-        waiting: list[nn.Parameter] = []
-        for parameter in reversed([p for p in student.parameters() if p.requires_grad]):
-            waiting.append(parameter)
-            if sum(p.numel() * p.element_size() for p in waiting) >= BUCKET:
-                self.add_bucket(waiting)
-                waiting = []
-        if waiting:
-            self.add_bucket(waiting)
+        for parameters in in_buckets(student):
+            self.add_bucket(parameters)
 
     def add_bucket(self, parameters: list[nn.Parameter]) -> None:
         bucket = Bucket(parameters)
@@ -66,12 +59,30 @@ class GradientMean:
         self.sent = 0
 
 
+def in_buckets(student: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters whose gradients are sent together, in the order in which gradients come: from the last to the first."""
+    buckets: list[list[nn.Parameter]] = []
+    full = BUCKET
+    for parameter in reversed([p for p in student.parameters() if p.requires_grad]):
+        if full >= BUCKET:
+            buckets.append([])
+            full = 0
+        buckets[-1].append(parameter)
+        full += parameter.numel() * parameter.element_size()
+    return buckets
+
+
+def padded_lengths(parameters: list[nn.Parameter]) -> list[int]:
+    """How many numbers each gradient takes in its bucket."""
+    return [-(-p.numel() // ALIGNED) * ALIGNED for p in parameters]
+
+
 class Bucket:
     """Gradients that are sent together, in memory of their own."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters, self.missing = parameters, len(parameters)
-        lengths = [-(-p.numel() // ALIGNED) * ALIGNED for p in parameters]
+        lengths = padded_lengths(parameters)
         self.flat = parameters[0].new_zeros(sum(lengths), requires_grad=False)
         self.gradients = [
             part[: p.numel()].view(p.shape) for part, p in zip(self.flat.split(lengths), parameters, strict=True)
