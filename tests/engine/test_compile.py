@@ -83,6 +83,8 @@ def compile_by(monkeypatch):
 def train_without_recompiling(run: Run) -> dict:
     with force(neighbor_topk="reference"):
         trainer = tiny_trainer(run)
+        if run.parallel.precision == "bf16":
+            trainer.update.keep_copies(torch.bfloat16)
         compiled = [module for module in trainer.student.modules() if module._compiled_call_impl is not None]
         assert compiled[0] is trainer.student
         assert set(compiled[1:]) == {*trainer.student.heads.values(), *trainer.student.predictors.values()}

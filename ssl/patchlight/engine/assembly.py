@@ -38,7 +38,7 @@ from .metrics import Metrics
 from .optim import Update
 from .pairing import check_pairing
 from .parallel import Mesh, choose_compiled, compile_objectives, parallelize, processes
-from .precision import build_scaler
+from .precision import DTYPES, build_scaler
 from .probe import TeacherProbe
 from .trainer import Trainer
 
@@ -84,6 +84,9 @@ def build_trainer(
     torch.manual_seed(run.parallel.seed + 1 + mesh.rank)  # dropped paths differ between ranks
     scaler = build_scaler(run.parallel.precision, mesh.device)
     update = Update(student, teacher, run.optim, mesh, scaler)
+    dtype = DTYPES[run.parallel.precision]
+    if mesh.device.type == "cuda" and dtype is not None and run.optim.name == "adamw" and run.parallel.shard == 1:
+        update.keep_copies(dtype)
     if compiled:
         compile_objectives(objectives, student, run.parallel, mesh)
         update.compile()

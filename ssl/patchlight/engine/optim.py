@@ -19,6 +19,7 @@ from .branches import Teacher
 from .dtensor import like, local
 from .parallel import Mesh
 from .precision import LossScaler
+from .weight_copies import WeightCopies
 
 Norms = Callable[[Sequence[Tensor | None]], Tensor]
 Values = Mapping[
@@ -70,6 +71,15 @@ class Update:
         self.tally = torch.zeros(3, dtype=torch.float32, device=mesh.device)
         self.checked: list[str] = []
         self._find_bad, self._judge = find_bad, judge
+        self.copies: list[WeightCopies] = []
+
+    def keep_copies(self, dtype: torch.dtype) -> None:
+        """From now on both branches multiply by 16-bit copies of their weights, which each update writes."""
+        assert isinstance(self.optimizer, AdamW) and self.teacher is not None
+        student, teacher = WeightCopies(self.student, dtype), WeightCopies(self.teacher, dtype)
+        self.optimizer.copies = student.in_order(self.names, self.parameters[0])
+        self.optimizer.teacher_copies = teacher.in_order(self.names, self.parameters[0])
+        self.copies = [student, teacher]
 
     def compile(self) -> None:
         """Compiles what happens between the kernels: about 4 launches instead of 14."""
@@ -140,13 +150,18 @@ class Update:
         return result
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Loads what `state_dict` returned, in place. A parameter that is not in it has had no update."""
+        """Loads what `state_dict` returned, in place, after the branches were loaded.
+
+        A parameter that is not in it has had no update.
+        """
         for name, own in zip(self.names, self.optimizer.states(), strict=True):
             for key, value in own.items():
                 if name in state:
                     value.copy_(local(state[name][key]))
                 else:
                     value.zero_()
+        for copies in self.copies:
+            copies.refresh()
 
 
 def find_bad(terms: list[Tensor], norms: Tensor) -> Tensor:
