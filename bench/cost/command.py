@@ -26,6 +26,7 @@ def measure_cost(
     batch: int = LARGE.batch,
     arch: str = LARGE.arch,
     compiled: bool = False,
+    residual: Literal["fp32", "16bit"] = "fp32",
     official: bool = False,
     top: int = 0,
     ranks: tuple[int, ...] = (),
@@ -40,7 +41,8 @@ def measure_cost(
         hardware: a file of constants in bench/hardware, without its ending.
         batch: images of a step.
         arch: the backbone.
-        compiled: both branches as torch.compile makes them; takes minutes.
+        compiled: the step as torch.compile makes it, which is what a GPU runs; takes minutes.
+        residual: as Parallel.residual.
         official: the official step instead of ours.
         top: list so many operations that take most of the device's time.
         ranks: predict a step on so many GPUs, for example 8 64 512.
@@ -54,10 +56,12 @@ def measure_cost(
         return
     constants = Hardware.load(hardware)
     size: StepSize = replace(LARGE, batch=batch, arch=arch)
-    form = OFFICIAL if official else "branches compiled" if compiled else "eager"
+    form = OFFICIAL if official else "compiled" if compiled else "eager"
+    form += ", 16-bit residual" if residual == "16bit" else ""
     rows: list[Row] = []
     for name in [method] if method else METHODS:
         run = METHODS[name].run(size)
+        run = replace(run, parallel=replace(run.parallel, residual=residual))
         launches = count_official(METHODS[name].official, run) if official else count_step(run, compiled)
         found = rows_of(name, launches, constants, batch, form)
         print_step(found, launches, batch)

@@ -18,7 +18,6 @@ from .hardware import Hardware
 from .records import BACKWARD, Launch
 from .traffic import ALL_REDUCE, EVERYONE, GRADIENTS, REPLICATE, WEIGHTS, Message, StepTraffic, traffic_of
 
-HIDEABLE = (GRADIENTS, WEIGHTS)  # sent while something else is computed; everything waits for the other messages
 COLUMNS = (
     "method", "hardware", "layout", "scaling", "gpus", "batch", "computed_ms", "sent_mb", "messages", "network_ms",
     "visible_ms", "step_ms", "images_per_s", "efficiency",
@@ -99,7 +98,7 @@ def plan(
     network = Network(**hardware.table["network"])
     with fake_gpu():
         trainer = build_trainer(as_on_a_gpu(run))
-        trainer.step()
+        trainer.device_step([next(trainer.loader) for _ in range(run.parallel.accumulate)])
         traffic = traffic_of(trainer)
     batch = run.data.batch_per_rank
     sizes = {"weak": dict.fromkeys(gpus, batch)}
@@ -113,7 +112,7 @@ def plan(
         for number, size in of_kind.items():
             for layout in layouts(number, network.gpus_per_node):
                 row: Row = {"method": method, "hardware": hardware.name, "scaling": scaling, "batch": size}
-                row |= predict(launches[size], traffic, layout, network, hardware)
+                row |= predict(launches[size], traffic, layout, network, hardware, compiled)
                 rows.append(
                     row
                     | {
@@ -134,15 +133,24 @@ def computed(launches: Sequence[Launch], hardware: Hardware) -> float:
 
 
 def predict(
-    launches: Sequence[Launch], traffic: StepTraffic, layout: Layout, network: Network, hardware: Hardware
+    launches: Sequence[Launch],
+    traffic: StepTraffic,
+    layout: Layout,
+    network: Network,
+    hardware: Hardware,
+    compiled: bool,
 ) -> Row:
-    """The step of one layout: gradients run beside the backward, gathered weights beside everything, the rest beside nothing."""
+    """The step of one layout: gradients run beside the backward, gathered weights beside everything, the rest beside nothing.
+
+    The backward of a replica's branch that is compiled as a whole gives all gradients at its end: they run beside nothing.
+    """
     messages = list(traffic.messages(layout.replicate, layout.shard))
     alone = computed(launches, hardware)
     backward = hardware.device_ms(launch.kernel for launch in launches if launch.phase == BACKWARD)
     times = {message: network.milliseconds(message, layout) for message in set(messages)}
-    hideable = sum(times[message] for message in messages if message.purpose in HIDEABLE)
-    waited = sum(times[message] for message in messages if message.purpose not in HIDEABLE)
+    hidden = (WEIGHTS,) if compiled and layout.shard == 1 else (WEIGHTS, GRADIENTS)
+    hideable = sum(times[message] for message in messages if message.purpose in hidden)
+    waited = sum(times[message] for message in messages if message.purpose not in hidden)
     beside = backward if layout.shard == 1 else alone
     visible = waited + max(0.0, hideable - network.hidden_share * beside)
     return {

@@ -144,7 +144,7 @@ def traffic_of(trainer: Trainer) -> StepTraffic:
         stack.enter_context(mock.patch.object(dist, "get_world_size", lambda *_: 1))
         stack.enter_context(mock.patch.object(dist, "all_reduce", all_reduce))
         stack.enter_context(mock.patch.object(trainer.update, "step", update))
-        trainer.step()
+        trainer.device_step([next(trainer.loader) for _ in range(trainer.run.parallel.accumulate)])
     norms = sum(p.requires_grad for p in trainer.student.parameters())
     student, teacher = (units_of(branch, calls, with_gradient) for branch in (trainer.student, trainer.teacher))
     buckets = [4 * sum(padded_lengths(parameters)) for parameters in in_buckets(trainer.student)]
