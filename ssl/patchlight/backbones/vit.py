@@ -110,28 +110,7 @@ class VisionTransformer(Backbone):
         self.blocks = nn.ModuleList(parts.blocks)
         self.norm = parts.norm if class_token else nn.Identity()
         _set_drop_path(self.blocks, drop_path)
-        self._initialize(start)
-
-    @torch.no_grad()
-    def _initialize(self, start: str) -> None:
-        (_initialize_as_dino if start == "dino" else _initialize_as_moco_v3)(self)
-        self._initialize_positions()
-        nn.init.zeros_(self.mask_token)
-        if self.cls_token is None:
-            return
-        if start == "dino":
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
-        else:
-            nn.init.normal_(self.cls_token, std=1e-6)
-
-    def _initialize_positions(self) -> None:
-        if self.embed_positions is None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
-            return
-        table = self.embed_positions(grid_positions(self.table_grid), self.width).to(self.pos_embed.dtype)
-        del self.pos_embed  # the parameter
-        class_row = table.new_zeros(int(self.has_class_token), self.width)
-        self.register_buffer("pos_embed", torch.cat([class_row, table])[None])
+        _initialize(self, start)
 
     def forward(
         self,
@@ -150,9 +129,8 @@ class VisionTransformer(Backbone):
         grid = self.grid(*pixels.shape[-2:])
         wanted = [self._block_number(layer) for layer in layers]
         x = self.embed(pixels, mask)
-        exact = x.dtype
+        exact, raw = x.dtype, x.shape[1]
         x = self._as_stream(x)
-        raw = x.shape[1]
         query_arguments: tuple = ()
         if queries is not None:
             x = torch.cat([x, self.embed_queries(queries).to(x.dtype)], dim=1)
@@ -250,9 +228,8 @@ class VisionTransformer(Backbone):
 
     def _block_number(self, layer: int) -> int:
         depth = len(self.blocks)
-        if not -depth <= layer < depth:
-            rule = f"VisionTransformer: layers must lie in [{-depth}, {depth})"
-            raise ValueError(sentence(rule, layer, f"there are {depth} blocks"))
+        rule = f"VisionTransformer: layers must lie in [{-depth}, {depth})"
+        check(-depth <= layer < depth, rule, layer, f"there are {depth} blocks")
         return layer % depth
 
 
@@ -262,6 +239,30 @@ def _set_drop_path(blocks: nn.ModuleList, last_rate: float) -> None:
         rate = last_rate * number / max(len(blocks) - 1, 1)
         if rate > 0:
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+
+
+@torch.no_grad()
+def _initialize(vit: VisionTransformer, start: str) -> None:
+    """Weights, position table and tokens, always in this order, in which they take random numbers."""
+    (_initialize_as_dino if start == "dino" else _initialize_as_moco_v3)(vit)
+    _initialize_positions(vit)
+    nn.init.zeros_(vit.mask_token)
+    if vit.cls_token is None:
+        return
+    if start == "dino":
+        nn.init.trunc_normal_(vit.cls_token, std=0.02)
+    else:
+        nn.init.normal_(vit.cls_token, std=1e-6)
+
+
+def _initialize_positions(vit: VisionTransformer) -> None:
+    if vit.embed_positions is None:
+        nn.init.trunc_normal_(vit.pos_embed, std=0.02)
+        return
+    table = vit.embed_positions(grid_positions(vit.table_grid), vit.width).to(vit.pos_embed.dtype)
+    del vit.pos_embed  # the parameter
+    class_row = table.new_zeros(int(vit.has_class_token), vit.width)
+    vit.register_buffer("pos_embed", torch.cat([class_row, table])[None])
 
 
 def _initialize_as_dino(vit: nn.Module) -> None:
