@@ -84,8 +84,15 @@ def in_chunks(call: Call) -> list[Kernel]:
     pairs, passes = rows * count, 1 if whole or not gradients else 2
     dots, of_gradients = 2 * width * pairs * (views + teachers) * passes, 4 * width * pairs * views * gradients
     moved = pairs * (4 * (views + teachers) * passes + 2 * views * gradients)
+    cut = "rows" if whole else "prototypes"
     first = [
-        Kernel(call.name, "prototype_ce chunk products", 0, dots + of_gradients, PRODUCTS_16),
+        Kernel(
+            call.name,
+            f"prototype_ce chunk products, {cut} cut",
+            0,
+            dots + of_gradients,
+            PRODUCTS_16,
+        ),
         Kernel(call.name + " passes", "prototype_ce chunk passes", moved),
     ]
     launches = 12 + (5 if whole else 8) * chunks
