@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,14 +118,20 @@ def find_providers(spec: OpSpec, arguments: dict[str, Any]) -> dict[str, Callabl
     found = dict(PEERS.get(spec.name, {}))  # a new op has none
     for impl, reason in spec.op.reasons(*raw):
         if reason is None and impl.name != "reference":
-            found[f"patchlight {impl.name}"] = functools.partial(call_forced, spec, impl.name)
+            found[f"patchlight {impl.name}"] = Forced(spec, impl.name)
     return found
 
 
-def call_forced(spec: OpSpec, name: str, **arguments: Any) -> Any:
+@dataclass(frozen=True)
+class Forced:
     """The op by the implementation of this name."""
-    with force(name):
-        return spec.public(**arguments)
+
+    spec: OpSpec
+    name: str
+
+    def __call__(self, **arguments: Any) -> Any:
+        with force(self.name):
+            return self.spec.public(**arguments)
 
 
 def run_forward(spec: OpSpec, call: Callable, arguments: dict[str, Any]) -> None:
@@ -133,11 +140,12 @@ def run_forward(spec: OpSpec, call: Callable, arguments: dict[str, Any]) -> None
 
 
 def run_backward(spec: OpSpec, call: Callable, arguments: dict[str, Any]) -> None:
-    """The call, and the gradients of everything differentiable."""
+    """The call, and the gradients of everything differentiable; what is forced is forced in the backward too."""
     leaves = {key: arguments[key].detach().requires_grad_() for key in spec.differentiable}
     output = call(**{**arguments, **leaves})
     parts = [p for p in (output if isinstance(output, tuple) else (output,)) if p.requires_grad]
-    torch.autograd.grad(parts, list(leaves.values()), [torch.ones_like(p) for p in parts])
+    with force(call.name) if isinstance(call, Forced) else contextlib.nullcontext():
+        torch.autograd.grad(parts, list(leaves.values()), [torch.ones_like(p) for p in parts])
 
 
 def check_result(spec: OpSpec, call: Callable, arguments: dict[str, Any]) -> Row:
