@@ -116,11 +116,12 @@ def pieces_of(call: Call, name: str) -> int:
 
 def chosen_form(call: Call, name: str) -> str:
     """The implementation that a GPU would run, by the operation's own rules, which take the arguments of its forward."""
-    own = name.rsplit("_", 1)[0]
+    own, suffix = name.rsplit("_", 1)
     op = ops()[own]
     forward = getattr(torch.ops.patchlight, f"{own}_fwd").default._schema.arguments
     try:
-        return op.choose(*(call.argument(argument.name) for argument in forward)).name
+        args = [call.argument(argument.name) for argument in forward]
+        return op.choose(*args, direction="backward" if suffix == "bwd" else "forward").name
     except (RuntimeError, ValueError):  # one is forced that a GPU does not have, or the backward has other arguments
         return op.impls[0].name
 
@@ -128,4 +129,9 @@ def chosen_form(call: Call, name: str) -> str:
 def gpu_has_everything() -> list[tuple]:
     """Stand-ins for the questions that forms ask about a GPU: a Hopper with the library of kernels and Triton."""
     hardware = importlib.import_module("patchlight_kernels.hardware")
-    return [(hardware, "no_cuda_library", lambda *_: None), (hardware, "no_triton", lambda *_: None)]
+    architecture = lambda tensor: "sm_90" if tensor.device.type == "cuda" else None
+    return [
+        (hardware, "no_cuda_library", lambda *_: None),
+        (hardware, "no_triton", lambda *_: None),
+        (hardware, "architecture", architecture),
+    ]

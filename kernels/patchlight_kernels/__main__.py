@@ -8,12 +8,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from . import __version__, extension, hardware, registry
+from .dispatch import Op
 
 PACKAGES = ("torch", "triton", "timm", "numpy", "nvidia-dali-cuda130", "torchvision", "safetensors")
 
@@ -55,6 +57,21 @@ def facts() -> list[tuple[str, str]]:
     return rows
 
 
+def states(op: Op, args: tuple) -> Iterator[tuple[str, str]]:
+    """What each implementation does with these arguments, and why."""
+    try:
+        chosen, problem = {direction: op.choose(*args, direction=direction).name for direction in op.directions}, None
+    except RuntimeError as error:
+        chosen, problem = {}, str(error)
+    for impl, reason in op.reasons(*args):
+        state = op.state(impl.name, chosen, reason)
+        whys = [op.why(direction, name, args) for direction, name in chosen.items() if name == impl.name]
+        told = "; ".join(dict.fromkeys(filter(None, whys)))  # one for both directions is told once
+        yield impl.name, (f"[green]{state}[/green]" if whys else state) + (f": {told}" if told else "")
+    if problem:
+        yield "[red]none[/red]", problem
+
+
 def doctor() -> None:
     console = Console(width=max(120, Console().width))
     table = Table(title="patchlight doctor", show_header=False)
@@ -68,16 +85,9 @@ def doctor() -> None:
     for spec in registry.specs():
         case = spec.benches[0]
         for device in devices:
-            args = spec.bind(spec.inputs(case, torch.float32, device))
-            try:
-                chosen, problem = spec.op.choose(*args).name, None
-            except RuntimeError as error:
-                chosen, problem = None, str(error)
-            for impl, reason in spec.op.reasons(*args):
-                state = "[green]runs[/green]" if impl.name == chosen else reason or "could run"
-                choices.add_row(spec.name, device, impl.name, state)
-            if problem:
-                choices.add_row(spec.name, device, "[red]none[/red]", problem)
+            dtype = torch.bfloat16 if device == "cuda" else torch.float32  # as `python -m bench ops` measures
+            for name, state in states(spec.op, spec.bind(spec.inputs(case, dtype, device))):
+                choices.add_row(spec.name, device, name, state)
             choices.add_section()
     console.print(choices)
 

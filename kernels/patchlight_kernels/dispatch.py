@@ -1,7 +1,8 @@
 """Chooses which implementation of an op runs. The choice depends on the arguments only; it can be explained and forced.
 
 One `Op` holds everything about an operation: its PyTorch custom ops (`patchlight::<name>_fwd`, `_bwd`), its
-implementations in order of preference, and the function that checks public arguments.
+implementations in order of preference, and the function that checks public arguments. On a GPU, an implementation that was the
+fastest when measured (`measured.py`) goes first; the order that is written in the op is a prediction.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from . import hardware, measured
 from .arguments import message
+from .measured import Place
 
 IMPLEMENTATIONS = ("cuda", "cpp", "triton", "reference")
 
@@ -31,7 +34,7 @@ def _no_backward(*args) -> None:
 class Impl:
     """One way to compute an op. `unsupported` takes the forward's checked arguments: None, or the reason in words.
 
-    `bwd` is chosen by the same arguments as `fwd`, so one implementation serves both directions.
+    `bwd` is chosen by the same arguments as `fwd`, perhaps of another implementation: what forwards save has one meaning.
     """
 
     name: str
@@ -40,18 +43,28 @@ class Impl:
     bwd: Callable = _no_backward
 
 
+def _one_size(*args) -> str:
+    return "any"
+
+
 class Op:
     """A named operation and its implementations, preferred first.
 
     `bind` checks the public arguments and returns those that every implementation and `unsupported` take.
+    `size(*args)` names the size class of those, as the table of measurements has it.
     """
 
-    def __init__(self, name: str, bind: Callable[..., tuple], impls: tuple[Impl, ...]) -> None:
+    def __init__(
+        self, name: str, bind: Callable[..., tuple], impls: tuple[Impl, ...], size: Callable[..., str] = _one_size
+    ) -> None:
         names = [impl.name for impl in impls]
         if names[-1] != "reference" or not set(names) <= set(IMPLEMENTATIONS):
             rule = f"implementations must come from {IMPLEMENTATIONS} and end in 'reference'"
             raise ValueError(message(name, rule, names, "add the reference last"))
-        self.name, self.bind, self.impls = name, bind, impls
+        self.name, self.bind, self.impls, self.size = name, bind, impls, size
+        backward = any(impl.bwd is not _no_backward for impl in impls)
+        self.directions = ("forward", "backward") if backward else ("forward",)
+        self._orders: dict[Place, tuple[Impl, ...]] = {}
         _ops[name] = self
 
     def define(self, direction: str, schema: str, run: Callable, fake: Callable) -> Callable:
@@ -71,11 +84,31 @@ class Op:
         """Every implementation with the reason why it cannot run here, or None."""
         return [(impl, impl.unsupported(*args)) for impl in self.impls]
 
-    def choose(self, *args) -> Impl:
+    def place(self, direction: str, args: tuple) -> Place | None:
+        """Where the table of measurements has these arguments; None on a CPU, for which there is none."""
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        architecture = hardware.architecture(first)
+        if architecture is None:
+            return None
+        dtype = next((arg for arg in args if isinstance(arg, torch.dtype)), first.dtype)
+        return Place(self.name, direction, self.size(*args), dtype, architecture)
+
+    def order(self, direction: str, args: tuple) -> tuple[Impl, ...]:
+        """The implementations, preferred first."""
+        place = self.place(direction, args)
+        if place is None:
+            return self.impls
+        if place not in self._orders:
+            found = measured.find(place)
+            winner = found[0].winner if found else None
+            self._orders[place] = tuple(sorted(self.impls, key=lambda impl: impl.name != winner))
+        return self._orders[place]
+
+    def choose(self, *args, direction: str = "forward") -> Impl:
         """The implementation that runs: the forced one or an error, else the first that can."""
         forced = _forced.get(self.name) or _forced.get("*")
         if forced is None:
-            return next(impl for impl in self.impls if impl.unsupported(*args) is None)
+            return next(impl for impl in self.order(direction, args) if impl.unsupported(*args) is None)
         for impl in self.impls:
             if impl.name == forced:
                 reason = impl.unsupported(*args)
@@ -93,20 +126,46 @@ class Op:
         """Runs the forward of the chosen implementation."""
         return self.choose(*args).fwd(*args)
 
+    def why(self, direction: str, chosen: str, args: tuple) -> str:
+        """Why the implementation of that name runs: forced, measured, or by prediction; empty on a CPU."""
+        if _forced.get(self.name) or _forced.get("*"):
+            return "forced"
+        place = self.place(direction, args)
+        if place is None:
+            return ""
+        found = measured.find(place)
+        if found is None:
+            size = "" if place.size == _one_size() else f", {place.size}"
+            dtype = str(place.dtype).removeprefix("torch.")
+            return f"order by prediction: not measured on {place.architecture} ({dtype}{size})"
+        win, of_row = found
+        return win.sentence(of_row) if win.winner == chosen else f"{win.winner}, measured as faster, cannot run"
+
     def explain(self, *args) -> str:
-        """Which implementation runs, and a line for each with the reason why it does not."""
+        """Which implementation runs and why, and a line for each with the reason why it does not."""
         try:
-            chosen = self.choose(*args).name
+            chosen = {direction: self.choose(*args, direction=direction).name for direction in self.directions}
         except RuntimeError as error:
-            chosen, head = None, f"{self.name}: nothing runs: {error}"
+            chosen, heads = {}, [f"{self.name}: nothing runs: {error}"]
         else:
-            forced = _forced.get(self.name) or _forced.get("*")
-            head = f"{self.name}: {chosen} runs" + (" (forced)" if forced else "")
-        lines = [head]
+            told = {}
+            for direction, name in chosen.items():
+                why = self.why(direction, name, args)
+                told[direction] = f"{name} runs" + (" (forced)" if why == "forced" else f": {why}" if why else "")
+            heads = [f"{self.name}: {told['forward']}"]
+            if told["forward"] != told.get("backward", told["forward"]):
+                heads.append(f"{self.name} backward: {told['backward']}")
+        lines = list(heads)
         for impl, reason in self.reasons(*args):
-            state = "runs" if impl.name == chosen else (reason or "could run")
-            lines.append(f"  {impl.name:<10} {state}")
+            lines.append(f"  {impl.name:<10} {self.state(impl.name, chosen, reason)}")
         return "\n".join(lines)
+
+    def state(self, name: str, chosen: dict[str, str], reason: str | None) -> str:
+        """What an implementation does: "runs", alone or in the directions in which it was chosen, or why not."""
+        directions = [direction for direction, of_direction in chosen.items() if of_direction == name]
+        if not directions:
+            return reason or "could run"
+        return "runs" if len(directions) == len(chosen) else f"runs {' and '.join(directions)}"
 
 
 def ops() -> dict[str, Op]:

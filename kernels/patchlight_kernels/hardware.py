@@ -45,6 +45,17 @@ def _gpu_too_old(index: int) -> str | None:
 
 
 @cache
+def _architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def architecture(tensor: torch.Tensor) -> str | None:
+    """The tensor's GPU as compilers name it, "sm_90"; None on a CPU."""
+    return _architecture(tensor.device.index) if tensor.is_cuda else None
+
+
+@cache
 def triton_missing() -> str | None:
     """None if Triton can be imported, else the reason."""
     return None if importlib.util.find_spec("triton") else "Triton is not installed; pip install triton"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from patchlight_kernels import (
     registry,
     self_relation,
 )
+from patchlight_kernels.dispatch import Op
 
 bench_ops = pytest.importorskip("bench.ops", reason="run from the repository root")
 from bench import methods, peers, report, step, update  # noqa: E402
@@ -221,6 +223,21 @@ def test_every_op_that_trains_is_counted():
     for spec in registry.specs():
         if spec.differentiable:
             assert {f"{spec.name}_fwd", f"{spec.name}_bwd"} <= OP_FORMULAS.keys()
+
+
+def test_a_forced_form_computes_the_backward_too():
+    spec = registry.spec("class_attention")
+    arguments = spec.inputs(spec.tests[0], torch.float32, "cpu")
+    called = []
+    choose = Op.choose
+
+    def remembered(op, *args, direction="forward"):
+        called.append((direction, choose(op, *args, direction=direction).name))
+        return choose(op, *args, direction=direction)
+
+    with mock.patch.object(Op, "choose", remembered):
+        bench_ops.run_backward(spec, bench_ops.Forced(spec, "reference"), arguments)
+    assert called == [("forward", "reference"), ("backward", "reference")]
 
 
 def test_the_readme_has_the_committed_numbers():

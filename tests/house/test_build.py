@@ -87,7 +87,7 @@ def test_an_install_has_every_file(tmp_path):
     copy_sources(tmp_path)
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "installed"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    files = lambda top: {p.relative_to(top) for p in top.rglob("*") if p.suffix in (".py", ".md", ".typed")}
+    files = lambda top: {p.relative_to(top) for p in top.rglob("*") if p.suffix in (".py", ".md", ".typed", ".csv")}
     assert files(tmp_path / "installed") == files(tmp_path / "ssl") | files(tmp_path / "kernels")
 
 

@@ -77,6 +77,10 @@ def _cpp_unsupported(q, k_self, v_self, k_patches, v_patches, index) -> str | No
     )
 
 
+def _size(q, k_self, v_self, k_patches, v_patches, index) -> str:
+    return "all patches" if index is None else "selected patches"
+
+
 # Every `bwd` gives q, k_self and v_self a gradient per state; `_run_bwd` sums those of states that share a row.
 OP = Op(
     OP_NAME,
@@ -93,12 +97,13 @@ OP = Op(
         ),
         Impl("reference", reference.class_attention_fwd, lambda *args: None, reference.class_attention_bwd),
     ),
+    size=_size,
 )
 
 
 def _run_bwd(grad: Tensor, *args_and_lse) -> tuple[Tensor, ...]:
     *args, lse = args_and_lse
-    *own, dk_patches, dv_patches = OP.choose(*args).bwd(with_dense_rows(grad), *args, lse)
+    *own, dk_patches, dv_patches = OP.choose(*args, direction="backward").bwd(with_dense_rows(grad), *args, lse)
     own = [_summed(gradient, x) for gradient, x in zip(own, args[:3], strict=True)]
     return (*own, dk_patches, dv_patches)
 

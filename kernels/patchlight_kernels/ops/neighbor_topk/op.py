@@ -66,6 +66,10 @@ def _triton_unsupported(x: Tensor, height: int, width: int, k: int, *_) -> str |
     return first_reason(hardware.unsupported_by_all(x.dtype, x), _too_many_neighbors(k), hardware.no_triton(x))
 
 
+def _size(x: Tensor, height: int, width: int, k: int, radius: int, *_) -> str:
+    return "all patches" if radius == ALL else f"{2 * radius + 1}x{2 * radius + 1}"
+
+
 OP = Op(
     OP_NAME,
     bind=_bind,
@@ -76,6 +80,7 @@ OP = Op(
         Impl("triton", triton_call(__package__, "neighbor_topk_fwd"), _triton_unsupported),
         Impl("reference", reference.neighbor_topk_fwd, lambda *args: None),
     ),
+    size=_size,
 )
 
 

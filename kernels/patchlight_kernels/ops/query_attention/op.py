@@ -78,6 +78,10 @@ def _cpp_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
     )
 
 
+def _size(qkv: Tensor, raw: int, crop: int) -> str:
+    return "64 tokens or more" if qkv.shape[1] >= 64 else "fewer than 64 tokens"
+
+
 OP = Op(
     OP_NAME,
     bind=_bind,
@@ -93,11 +97,13 @@ OP = Op(
         ),
         Impl("reference", reference.query_attention_fwd, lambda *args: None, reference.query_attention_bwd),
     ),
+    size=_size,
 )
 
 
 def _run_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw: int, crop: int) -> Tensor:
-    return OP.choose(qkv, raw, crop).bwd(with_dense_rows(grad), qkv, out, lse, raw, crop)
+    chosen = OP.choose(qkv, raw, crop, direction="backward")
+    return chosen.bwd(with_dense_rows(grad), qkv, out, lse, raw, crop)
 
 
 def _fake_fwd(qkv: Tensor, raw: int, crop: int) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,13 @@ def _triton_gradient(
 
 _triton_statistics = triton_call(__package__, "self_relation_fwd")
 
+
+def _size(student: Tensor, teacher: Tensor, *_) -> str:
+    if max(student.shape[-1], teacher.shape[-1]) > 64:
+        return "more than 64 channels"
+    return f"{'64 rows or more' if student.shape[3] >= 64 else 'fewer than 64 rows'} of up to 64 channels"
+
+
 OP = Op(
     OP_NAME,
     bind=_bind,
@@ -127,6 +134,7 @@ OP = Op(
         two_kernels("triton", _triton_statistics, _triton_gradient, _triton_unsupported, count=1),
         Impl("reference", reference.self_relation_fwd, lambda *args: None, reference.self_relation_bwd),
     ),
+    size=_size,
 )
 
 
@@ -157,7 +165,7 @@ def _run_bwd(grad_loss: Tensor, log2_student: Tensor, log2_teacher: Tensor, dstu
     if gradients:
         return (dstudent * grad_loss).to(student.dtype)
     with torch.autocast(student.device.type, enabled=False):
-        return OP.choose(*args).bwd(grad_loss, log2_student, log2_teacher, *args)
+        return OP.choose(*args, direction="backward").bwd(grad_loss, log2_student, log2_teacher, *args)
 
 
 def _fake_bwd(grad_loss, log2_student, log2_teacher, dstudent, student, *_) -> Tensor:
