@@ -1,4 +1,5 @@
-"""`python -m bench ops|step|update|loader|evaluation|study` measures, `cost` counts; `report` draws; `readme` publishes."""
+"""`python -m bench ops|step|update|loader|evaluation|study` measures, `gpu` all on a rented GPU; `cost` counts; `report` draws;
+`readme` publishes."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import tyro
 
 from . import evaluation, loader, ops, report, step, study, update
 from .cost import command as cost
+from .gpu import command as gpu
 
 
 def main() -> None:
@@ -21,6 +23,7 @@ def main() -> None:
             "study": study.measure_study,
             "study-report": study.draw,
             "cost": cost.measure_cost,
+            "gpu": gpu.measure_gpu,
             "report": report.draw,
             "readme": report.publish,
         },

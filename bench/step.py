@@ -43,6 +43,10 @@ class StepSuite:
     batch: int | None = None
     seconds: float = 6.0
     """For each of the steps that are compared, and at least 10 rounds."""
+    providers: tuple[str, ...] = ()
+    """On a GPU: only these, in this order."""
+    profiles: Path | None = None
+    """On a GPU: a folder for each provider's kernel times as JSON."""
 
 
 def measure_step(
@@ -66,7 +70,10 @@ def measure_step(
     rows: list[Row] = []
     for name in [suite.method] if suite.method else METHODS:
         if on_gpu:
-            found = measure_on_gpu(METHODS[name], size, suite.seconds)
+            found = []
+            for row in measure_on_gpu(METHODS[name], size, suite.seconds, suite.providers, suite.profiles):
+                found.append(row)
+                write_rows([*rows, *found], out, GPU_COLUMNS)  # a step may take minutes to compile
             print_gpu_rows(found)
         else:
             found = measure(METHODS[name], size, suite.seconds)
@@ -138,14 +145,15 @@ def print_step_rows(rows: list[Row]) -> None:
 
 def print_gpu_rows(rows: list[Row]) -> None:
     """Wall clock, device time, launches, waits and memory of each provider."""
-    first = rows[0]
+    first = next((row for row in rows if row["provider"] == OFFICIAL), rows[0])
     columns = ("ms", f"vs {OFFICIAL}", "images/s", "MFU", "device ms", "launches", "waits", "peak GiB", "ready after s")
     table = Table("provider", *columns, title=f"{first['case']} {first['dtype']} on {first['hardware']}")
     for row in rows:
         if row["status"] != "ok":
             table.add_row(row["provider"], row["status"])
             continue
-        ratio = f"{first['median_ms'] / row['median_ms']:.2f}x" if first["status"] == "ok" else ""
+        compared = first["provider"] == OFFICIAL and first["status"] == "ok"
+        ratio = f"{first['median_ms'] / row['median_ms']:.2f}x" if compared else ""
         table.add_row(
             row["provider"], f"{row['median_ms']:.1f}", ratio, f"{row['images_per_s']:.0f}", f"{row['mfu']:.0%}",
             f"{row['device_ms']:.1f}", str(row["launches"]), str(row["waits"]), f"{row['peak_gib']:.1f}",

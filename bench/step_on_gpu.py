@@ -7,10 +7,12 @@ built, timed and freed one after the other, as several do not fit a GPU at batch
 from __future__ import annotations
 
 import gc
+import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,27 +39,39 @@ WARM_UP, STEPS = 6, 5  # steps before the first that counts, and steps between t
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
-def measure_on_gpu(method: Method, size: StepSize, seconds: float) -> list[Row]:
-    """A row per provider. Losses are compared where no path is dropped, as providers draw other random numbers."""
+def measure_on_gpu(
+    method: Method, size: StepSize, seconds: float, chosen: Sequence[str] = (), profiles: Path | None = None
+) -> Iterator[Row]:
+    """A row per provider, all or those chosen, in that order; kernel times of each as JSON in the folder of profiles."""
     run = method.run(size)
     case = f"{method.title} {run.model.arch}/{run.model.patch_size} B{size.batch} drop path {run.model.drop_path:g}"
     shared = case_columns("step", case, run.parallel.precision, "cuda", "train")
     gflop = flops_of(build_trainer(run).step) / 1e9
-    rows = []
-    for name, build in providers(method, run).items():
+    found = providers(method, run)
+    for name in chosen or found:
         row = shared | {"provider": name, "status": "ok", "gflop": gflop}
         try:
-            row |= measure_provider(build, seconds)
-        except (RuntimeError, ValueError) as error:
-            row["status"] = f"failed: {str(error).splitlines()[0][:120]}"
+            measured, kernels = measure_provider(found[name], seconds)
+        except Exception as error:  # the next provider is measured all the same
+            row["status"] = f"failed: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
         else:
+            row |= measured
             row["images_per_s"] = size.batch / row["median_ms"] * 1e3
             row["mfu"] = gflop * 1e9 / (row["median_ms"] / 1e3) / ceiling("cuda", torch.bfloat16).flops
-        rows.append(row)
+            if profiles is not None:
+                write_kernels(kernels, profiles, f"{case} {name}")
+        yield row
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
+
+
+def write_kernels(kernels: dict[str, list[float]], folder: Path, title: str) -> None:
+    """As JSON: a kernel's name -> [launches, microseconds], the longest first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "_".join("".join(c if c.isalnum() else " " for c in title).split())
+    ordered = dict(sorted(kernels.items(), key=lambda item: -item[1][1]))
+    (folder / f"profile_{name}.json").write_text(json.dumps(ordered, indent=0))
 
 
 def providers(method: Method, run: Run) -> dict[str, Callable[[], Callable[[], object]]]:
@@ -89,8 +103,8 @@ def providers(method: Method, run: Run) -> dict[str, Callable[[], Callable[[], o
     return built | {name: lambda way=way: ours(way) for name, way in WAYS.items()}
 
 
-def measure_provider(build: Callable[[], Callable[[], object]], seconds: float) -> Row:
-    """Times, device time, launches, waits and memory of a step."""
+def measure_provider(build: Callable[[], Callable[[], object]], seconds: float) -> tuple[Row, dict[str, list[float]]]:
+    """Times, device time, launches, waits and memory of a step; and its kernels."""
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     step = build()
@@ -100,15 +114,16 @@ def measure_provider(build: Callable[[], Callable[[], object]], seconds: float) 
     ready = time.perf_counter() - began
     timing = time_steps(step, seconds)
     memory = torch.cuda.max_memory_allocated()
-    return {
+    row, kernels = profile_step(step)
+    row |= {
         "median_ms": timing.median,
         "p20_ms": timing.p20,
         "p80_ms": timing.p80,
         "rounds": timing.rounds,
         "ready_s": ready,
         "peak_gib": memory / 2**30,
-        **profile_step(step),
     }
+    return row, kernels
 
 
 def time_steps(step: Callable[[], object], seconds: float) -> Timing:
@@ -123,14 +138,18 @@ def time_steps(step: Callable[[], object], seconds: float) -> Timing:
     return summarize(times)
 
 
-def profile_step(step: Callable[[], object]) -> Row:
-    """What the device did in a step, kernel by kernel, and how often the host waited for it."""
+def profile_step(step: Callable[[], object]) -> tuple[Row, dict[str, list[float]]]:
+    """What the device did in a step, and how often the host waited for it; launches and microseconds by kernel."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
     events = list(profiler.events())
-    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    kernels: dict[str, list[float]] = {}
+    for event in on_device:
+        launches, microseconds = kernels.get(event.name, (0, 0.0))
+        kernels[event.name] = [launches + 1, microseconds + event.device_time]
     waits = sum(event.name in WAITS for event in events) - 1  # the last one is ours
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -141,4 +160,4 @@ def profile_step(step: Callable[[], object]) -> Row:
         "launches": len(on_device),
         "device_ms": sum(event.device_time for event in on_device) / 1e3,
         "waits": max(waits, sum("synchroniz" in str(warning.message) for warning in found)),
-    }
+    }, kernels
