@@ -13,6 +13,7 @@ from .plan import Part
 DONE, FAILED, STOPPED, LEFT_OUT, DROPPED = "done", "failed", "stopped", "left out", "dropped"
 TRIED = (DONE, FAILED, STOPPED)
 LENGTH = 160  # characters of a result
+TRACEBACK = "Traceback (most recent call last):"
 SHOWN = (
     "op", "case", "dtype", "mode", "provider", "status", "median_ms", "images_per_s", "mfu", "device_ms", "launches",
     "waits", "peak_gib", "ready_s", "floor_ms", "percent_of_floor", "peak_extra_mb", "error", "cpu_ms_per_image",
@@ -34,7 +35,7 @@ def result_of(part: Part, folder: Path, status: int | None, limit: float) -> tup
     """State and result of a part that was run; its status is None if it did not end within the limit."""
     path = folder / part.rows
     rows = read_rows(path) if part.rows and path.exists() else []
-    text = digest(rows) if rows else last_line(folder / f"{part.name}.txt")
+    text = digest(rows) if rows else last_line(folder / f"{part.name}.txt", interrupted=status is None)
     if status == 0:
         return DONE, text
     reason = f"over its limit of {limit:.0f} s" if status is None else f"status {status}"
@@ -43,8 +44,11 @@ def result_of(part: Part, folder: Path, status: int | None, limit: float) -> tup
     return FAILED, f"{reason}: {text}"[:LENGTH]
 
 
-def last_line(path: Path) -> str:
+def last_line(path: Path, interrupted: bool = False) -> str:
+    """Of an interrupted part the one before the traceback."""
     lines = [line.strip(" =!") for line in path.read_text(errors="replace").splitlines()]
+    if interrupted and TRACEBACK in lines:
+        lines = lines[: lines.index(TRACEBACK)]
     return next((line for line in reversed(lines) if line), "no output")[:LENGTH]
 
 

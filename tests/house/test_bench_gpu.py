@@ -1,0 +1,305 @@
+"""A rented GPU's plan: parts that hang, fail or are interrupted cost nothing but themselves, and the archive is always there."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from bench import loader, methods, step, step_on_gpu, study, update
+from bench.gpu import command, ops_slice, predicted, race
+from bench.gpu.plan import MUST, PLAN, Part, in_order, pick, sums
+from bench.gpu.results import digest, result_of
+from bench.gpu.runner import RESERVE, Runner
+from bench.rows import write_rows
+from parity import ROOT
+
+PRINTS = "import sys; open(sys.argv[1], 'a').write('x'); print('a number: 7')"
+WAITS = "import time; print('it began', flush=True); time.sleep(600)"
+HANGS = (
+    "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('it began', flush=True); time.sleep(600)"
+)
+
+
+def part(name: str, code: str, seconds: int = 60, **others) -> Part:
+    return Part(name, ("{python}", "-c", code, "{folder}/ran_" + name), seconds, **others)
+
+
+def run(folder: Path, parts: list[Part], seconds: float = 300.0, reserve: float = 0.0) -> Runner:
+    runner = Runner(folder / "hour", folder / "out/hour.tar.gz", seconds, grace=0.5, reserve=reserve)
+    runner.run(parts)
+    return runner
+
+
+def names_in(archive: Path) -> set[str]:
+    with tarfile.open(archive) as file:
+        return set(file.getnames())
+
+
+def test_a_part_that_hangs_or_fails_does_not_end_the_others(tmp_path):
+    parts = [
+        part("first", PRINTS),
+        part("hangs", HANGS, seconds=4),
+        part("waits", WAITS, seconds=4),
+        part("fails", "import sys; print('no such thing'); sys.exit(3)"),
+        part("absent", PRINTS, needs=("a-program-that-nobody-has",)),
+        part("no_module", PRINTS, needs=("no_such.module",)),
+        part("last", PRINTS),
+    ]
+    began = time.monotonic()
+    found = run(tmp_path, parts).outcomes
+    assert time.monotonic() - began < 120
+    assert [found[p.name].state for p in parts] == [
+        "done",
+        "failed",
+        "failed",
+        "failed",
+        "left out",
+        "left out",
+        "done",
+    ]
+    assert found["first"].result == "a number: 7"
+    assert found["hangs"].result == found["waits"].result == "over its limit of 4 s: it began"
+    assert found["fails"].result == "status 3: no such thing"
+    assert found["absent"].result == "a-program-that-nobody-has is not here"
+    archived = names_in(tmp_path / "out/hour.tar.gz")
+    assert archived >= {f"hour/{name}" for name in ("first.txt", "hangs.txt", "last.txt", "summary.md", "parts.json")}
+    summary = (tmp_path / "hour/summary.md").read_text()
+    assert "| hangs | failed | " in summary and "| last | done | " in summary
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_second_call_runs_what_is_not_done_and_new_parts_first(tmp_path):
+    fails_once = (
+        "import os, sys; known = os.path.exists(sys.argv[1]); open(sys.argv[1], 'a').write('x'); sys.exit(not known)"
+    )
+    parts = [part("done", PRINTS), part("fails", fails_once), part("new", PRINTS)]
+    run(tmp_path, parts[:2])
+    runner = Runner(tmp_path / "hour", tmp_path / "hour.tar.gz", 300, reserve=0)
+    said: list[str] = []
+    runner.say = said.append
+    runner.run(parts)
+    assert {name: found.state for name, found in runner.outcomes.items()} == dict.fromkeys(
+        ("done", "fails", "new"), "done"
+    )
+    ran = {name: (tmp_path / f"hour/ran_{name}").read_text() for name in ("done", "fails", "new")}
+    assert ran == {"done": "x", "fails": "xx", "new": "x"}
+    starts = [line.split(":")[0] for line in said if "at most" in line]
+    assert starts == ["new", "fails"]
+
+
+def test_what_does_not_fit_is_dropped_and_said(tmp_path):
+    runner = run(tmp_path, [part("long", PRINTS, seconds=10_000), part("short", PRINTS, seconds=60)], seconds=120)
+    assert [found.state for found in runner.outcomes.values()] == ["dropped", "done"]
+    assert runner.outcomes["long"].result.startswith("limit 10000 s, 1")
+    assert "dropped" in (tmp_path / "hour/summary.md").read_text()
+    again = run(tmp_path, [part("long", PRINTS, seconds=100)])
+    assert again.outcomes["long"].state == "done"
+
+
+def test_a_part_is_stopped_at_the_end_of_the_time(tmp_path):
+    began = time.monotonic()
+    found = run(tmp_path, [part("hangs", HANGS, seconds=3)], seconds=2.0).outcomes["hangs"]
+    assert found.state == "failed" and time.monotonic() - began < 60
+
+
+STOPPABLE = """
+import sys
+from pathlib import Path
+from bench.gpu.plan import Part
+from bench.gpu.runner import Runner
+hangs = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+parts = [Part("first", ("{python}", "-c", "print('a number: 7')"), 60), Part("hangs", ("{python}", "-c", hangs), 600)]
+Runner(Path(sys.argv[1]) / "hour", Path(sys.argv[1]) / "hour.tar.gz", 1000).run(parts)
+"""
+
+
+def wait_for(what) -> None:
+    end = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_an_archive(number, tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in (".", "ssl", "kernels"))}
+    process = subprocess.Popen([sys.executable, "-c", STOPPABLE, tmp_path], env=environment, stderr=subprocess.DEVNULL)
+    output = tmp_path / "hour/hangs.txt"
+    wait_for(lambda: output.exists() and output.read_text().strip())
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    assert not is_running(int(output.read_text().split()[0]))
+    with tarfile.open(tmp_path / "hour.tar.gz") as file:
+        known = json.load(file.extractfile("hour/parts.json"))
+        assert "| hangs | stopped | " in file.extractfile("hour/summary.md").read().decode()
+    assert {name: found["state"] for name, found in known.items()} == {"first": "done", "hangs": "stopped"}
+
+
+def test_without_a_gpu_it_shows_its_plan_and_refuses_to_run(tmp_path, capsys, monkeypatch):
+    command.measure_gpu(show=True)
+    shown = capsys.readouterr().out
+    assert all(found.name in shown for found in PLAN)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="this machine must have a CUDA device, got none; see the plan with --list"):
+        command.measure_gpu(folder=tmp_path / "hour")
+    with pytest.raises(SystemExit, match="--only must name parts of the plan, got nothing_like_it; choose among env"):
+        pick(PLAN, ["nothing_like_it"])
+    assert [found.name for found in pick(PLAN, ["update", "race"])] == ["race", "update"]
+
+
+def test_the_plan_fits_its_machine():
+    assert len({found.name for found in PLAN}) == len(PLAN)
+    assert [found.importance for found in PLAN] == [found.importance for found in in_order(PLAN)]
+    assert sums([found for found in PLAN if found.importance == MUST])[-1] <= 8 * 60 - RESERVE
+    assert all(found.seconds <= 120 for found in PLAN), "one part must not take the time of all others"
+    assert all(found.words(python="python", folder="f", cores="16") for found in PLAN)
+    programs = {words[2] for words in (found.command for found in PLAN) if words[1] == "-m"}
+    assert programs <= {"pytest", "bench", *(f"bench.gpu.{path.stem}" for path in (ROOT / "bench/gpu").glob("*.py"))}
+
+
+COMMANDS = {
+    "step": step.measure_step,
+    "update": update.measure_update,
+    "loader": loader.measure_loader,
+    "study": study.measure_study,
+    "bench.gpu.ops_slice": ops_slice.main,
+}
+
+
+@pytest.mark.parametrize("planned", PLAN, ids=lambda planned: planned.name)
+def test_every_command_is_understood(planned):
+    words = planned.words(python="python", folder="f", cores="16")
+    name, options = (words[3], words[4:]) if words[2] == "bench" else (words[2], words[3:])
+    if name not in COMMANDS:
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+        return
+    got: dict = {}
+    wrapped = functools.wraps(COMMANDS[name])(lambda *args, **named: got.update(named))
+    tyro.cli(wrapped, args=options)
+    assert str(got["out"]) == f"f/{planned.rows}"
+    if name == "step":
+        known = step_on_gpu.providers(methods.METHODS["dino"], methods.dino(methods.LAPTOP))
+        assert set(got["suite"].providers) <= set(known)
+    if name == "loader":
+        assert set(got["suite"].providers) <= set(loader.PROVIDERS)
+    if name == "bench.gpu.ops_slice":
+        assert len(ops_slice.find_cases(got["cases"])) == len(got["cases"])
+
+
+def test_results_in_a_line(tmp_path):
+    timed = {"op": "adamw", "case": "vit", "dtype": "float32", "mode": "fwd", "status": "ok"}
+    rows = [
+        timed | {"provider": "eager", "median_ms": "0.3"},
+        timed | {"provider": "patchlight cuda", "median_ms": "0.2"},
+        timed | {"provider": "patchlight triton", "median_ms": "0.1"},
+        timed | {"provider": "lightly", "median_ms": "", "status": "cannot run: no"},
+    ]
+    assert digest(rows) == "adamw vit fwd 100 us patchlight triton (3x eager); 1 rows cannot run: no"
+    steps = [{"op": "step", "provider": "patchlight", "images_per_s": "1744.4", "status": "ok"}]
+    assert digest(steps) == "patchlight 1744 images/s"
+    planned = Part("p", (), 10, rows="p.csv")
+    (tmp_path / "p.txt").write_text("Traceback\nValueError: no\n\n")
+    write_rows(rows, tmp_path / "p.csv")
+    assert result_of(planned, tmp_path, 1, 10) == ("failed", f"status 1: ValueError: no; {digest(rows)}"[:160])
+    assert result_of(planned, tmp_path, None, 10)[1].startswith("over its limit of 10 s: adamw vit")
+
+
+@pytest.fixture
+def steps_without_a_gpu(monkeypatch):
+    """Providers whose steps are not run; one of them fails."""
+
+    def measured(build, seconds):
+        if build == "fails":
+            raise KeyError
+        return {"median_ms": 10.0, "launches": 2, "device_ms": 9.0}, {"a<kernel>": [2, 9.0], "b": [1, 90.0]}
+
+    row = {"op": "step", "hardware": "a GPU", "dtype": "bf16"}
+    monkeypatch.setattr(step_on_gpu, "measure_provider", measured)
+    monkeypatch.setattr(step_on_gpu, "providers", lambda *_: {"official eager": "ok", "patchlight": "fails", "c": "ok"})
+    monkeypatch.setattr(step_on_gpu, "case_columns", lambda op, case, *_: row | {"case": case})
+    monkeypatch.setattr(step_on_gpu, "flops_of", lambda _: 10**9)
+    monkeypatch.setattr(step_on_gpu, "build_trainer", lambda run: type("Trainer", (), {"step": None}))
+    monkeypatch.setattr(step_on_gpu, "ceiling", lambda *_: type("Top", (), {"flops": 1e12}))
+
+
+def test_steps_that_are_chosen_are_measured_in_order_and_one_failure_is_a_row(steps_without_a_gpu, tmp_path):
+    measure = lambda *chosen: list(
+        step_on_gpu.measure_on_gpu(methods.METHODS["dino"], methods.LAPTOP, 0.0, chosen, tmp_path)
+    )
+    assert [row["provider"] for row in measure()] == ["official eager", "patchlight", "c"]
+    rows = measure("c", "patchlight")
+    assert [row["status"] for row in rows] == ["ok", "failed: KeyError"]
+    assert rows[0]["images_per_s"] == pytest.approx(1600)
+    kernels = json.loads((tmp_path / "profile_DINO_vit_tiny_16_B16_drop_path_0_c.json").read_text())
+    assert list(kernels.items()) == [("b", [1, 90.0]), ("a<kernel>", [2, 9.0])]
+    step.print_gpu_rows(rows[1:])
+    case = predicted.CASE.fullmatch(rows[0]["case"])
+    assert case.groupdict() == {"title": "DINO", "arch": "vit_tiny", "batch": "16", "drop_path": "0"}
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path):
+    providers = ("patchlight", "official eager", "patchlight launched", "official compiled + SDPA")
+    write_rows(
+        ({"provider": name, "status": "ok"} for name in providers), tmp_path / "step_a.csv", ("provider", "status")
+    )
+    chosen = [row["provider"] for row in predicted.chosen_rows(tmp_path, compiled=False)]
+    assert chosen == ["patchlight launched", "official eager"]
+    assert len(list(predicted.chosen_rows(tmp_path, compiled=True))) == 3
+    row = {"case": "DINO", "provider": "patchlight", "launches": "100", "launches predicted": 110}
+    page = "\n".join(predicted.page([row | {"device_ms": "50", "device_ms predicted": "40.0"}]))
+    assert "| DINO | patchlight | 110, 100 (+10.0%) | 40.0, 50 (-20.0%) |" in page
+
+
+def test_a_wrong_contestant_is_not_timed():
+    from patchlight_kernels import registry
+
+    spec = registry.spec("prototype_ce")
+    arguments = spec.inputs(spec.tests[1], torch.float32, "cpu")
+    truth = race.results_of(functools.partial(spec.public, products="fp32"), arguments)
+    names = dict(race.contestants(("cuda", "triton")))
+    assert {"patchlight", "patchlight cuda stream", "patchlight triton chunks 32 MB", race.PEER} <= set(names)
+    assert race.compare(names["patchlight fp16x3"], arguments, truth)["status"] == "ok"
+    wrong = race.compare(lambda **given: spec.public(**given) * 1.1, arguments, truth)
+    assert wrong["status"] == "wrong result, not timed" and wrong["error"] == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_failing_case_does_not_end_a_slice(tmp_path, monkeypatch, capsys):
+    def measured(spec, case, dtype, device, seconds):
+        if spec.name == "adamw":
+            raise ValueError("no adamw here")
+        shared = {"op": spec.name, "case": str(case), "mode": "fwd", "provider": "patchlight cpp"}
+        return [shared | {"status": "ok", "median_ms": 1.0}]
+
+    monkeypatch.setattr(ops_slice, "measure_case", measured)
+    monkeypatch.setattr(ops_slice, "PEERS", {})
+    with pytest.raises(SystemExit, match="adamw vit-small failed: no adamw here"):
+        ops_slice.main(("adamw:vit-small", "square_sums:vit-small"), tmp_path / "ops.csv")
+    assert [row["op"] for row in csv.DictReader((tmp_path / "ops.csv").open())] == ["square_sums"]
+    with pytest.raises(SystemExit, match="cases must be of the op suite, got adamw:none; choose among"):
+        ops_slice.find_cases(["adamw:none"])
+
+
+def test_peers_that_compile_or_are_slow_are_left_out(monkeypatch):
+    table = lambda: {"photometric": {"torchvision per sample": 1, "batched eager": 2, "compile(batched)": 3}}
+    for compiled, kept in ((False, ["batched eager"]), (True, ["compile(batched)"])):
+        monkeypatch.setattr(ops_slice, "PEERS", table())
+        ops_slice.leave_out(compiled)
+        assert list(ops_slice.PEERS["photometric"]) == kept
