@@ -303,3 +303,27 @@ def test_peers_that_compile_or_are_slow_are_left_out(monkeypatch):
         monkeypatch.setattr(ops_slice, "PEERS", table())
         ops_slice.leave_out(compiled)
         assert list(ops_slice.PEERS["photometric"]) == kept
+
+
+def test_what_was_carried_is_unpacked_once_it_is_complete(tmp_path):
+    """DALI's archive in two parts, which come in two calls."""
+    (tmp_path / "carry").mkdir()
+    (tmp_path / "module.py").write_text("x = 1\n" * 10_000)
+    with tarfile.open(tmp_path / "dali.tar.xz", "w:xz") as file:
+        file.add(tmp_path / "module.py", "module.py")
+    packed = (tmp_path / "dali.tar.xz").read_bytes()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" from "$PYTHONPATH"\n')
+    python.chmod(0o755)
+    environment = os.environ | {name: str(tmp_path / name.lower()) for name in ("CARRY", "SITE", "PYTHON")}
+    said = []
+    for name, content in (("aa", packed[:100]), ("ab", packed[100:]), ("ab", packed[100:])):
+        for old in (tmp_path / "carry").iterdir():
+            old.unlink()
+        (tmp_path / f"carry/dali.part.{name}").write_bytes(content)
+        command = ["bash", ROOT / "bench/rented.sh", "--minutes", "8"]
+        said.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert said[0].startswith("rented: DALI's parts are not complete yet\n")
+    assert all(text.splitlines()[-1].startswith(f"-m bench gpu --minutes 8 from {tmp_path}/site:") for text in said)
+    assert len(said[1].splitlines()) == len(said[2].splitlines()) == 1
+    assert (tmp_path / "site/module.py").read_text() == (tmp_path / "module.py").read_text()
