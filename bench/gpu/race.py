@@ -16,7 +16,7 @@ from patchlight_kernels import registry
 from patchlight_kernels.ops.prototype_ce import pieces
 
 from ..machine import ceiling
-from ..ops import TOLERANCE, call_forced, copy_inputs, run_backward
+from ..ops import TOLERANCE, Forced, copy_inputs, run_backward
 from ..peers import PEERS
 from ..rows import Row, case_columns, write_rows
 from ..timing import measure_calls
@@ -34,7 +34,7 @@ def contestants(implementations: tuple[str, ...]) -> Iterator[tuple[str, Callabl
     spec = registry.spec("prototype_ce")
     yield "patchlight", spec.public
     for name in implementations:
-        call = functools.partial(call_forced, spec, name)
+        call = Forced(spec, name)
         yield f"patchlight {name} stream", with_settings(call, "stream")
         for megabytes in MEGABYTES:
             yield f"patchlight {name} chunks {megabytes} MB", with_settings(call, "chunks", megabytes << 20)
