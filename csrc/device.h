@@ -26,6 +26,8 @@ struct EqualLanes {  // of the lanes of a warp that have this lane's value: how 
 
 #ifdef PATCHLIGHT_CPU_DEVICE
 
+constexpr int kMaxBlocksY = 3;  // so few that tests have more
+
 struct OnDevice {
   explicit OnDevice(const Tensor&) {}
   size_t shared_memory_limit() const { return 99 * 1024; }
@@ -60,6 +62,8 @@ template <int PENDING>
 inline void wait_copies() {}
 
 #else
+
+constexpr int kMaxBlocksY = 65535;
 
 #define PATCHLIGHT_CUDA_CHECK(call)                                                                              \
   do {                                                                                                           \
@@ -118,14 +122,16 @@ __device__ __forceinline__ EqualLanes equal_lanes(int value) {
   return {__popc(same & ((1u << (threadIdx.x % kWarpLanes)) - 1)), __popc(same)};
 }
 
-// Copies 16 bytes to shared memory: the first `bytes` from global memory, then zeros.
+// Copies 16 bytes to shared memory: the first `bytes` from global memory, then zeros. All of these statements name memory, so
+// that the compiler moves no access of shared memory across them.
 __device__ __forceinline__ void copy16_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 #endif

@@ -130,8 +130,5 @@ def gpu_has_everything() -> list[tuple]:
     """Stand-ins for the questions that forms ask about a GPU: a Hopper with the library of kernels and Triton."""
     hardware = importlib.import_module("patchlight_kernels.hardware")
     architecture = lambda tensor: "sm_90" if tensor.device.type == "cuda" else None
-    return [
-        (hardware, "no_cuda_library", lambda *_: None),
-        (hardware, "no_triton", lambda *_: None),
-        (hardware, "architecture", architecture),
-    ]
+    none = ("no_cuda_library", "no_triton", "too_little_shared_memory")
+    return [(hardware, "architecture", architecture), *((hardware, name, lambda *_: None) for name in none)]

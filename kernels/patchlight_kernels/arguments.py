@@ -39,3 +39,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def with_dense_rows(x: Tensor) -> Tensor:
     """The same tensor, copied if the values of its last dimension are not adjacent."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def with_near_rows(x: Tensor) -> Tensor:
+    """The same tensor, copied if offsets within its last two dimensions exceed 32 bits."""
+    (rows, width), strides = x.shape[-2:], x.stride()[-2:]
+    return x if rows * strides[0] + width * strides[1] < 2**31 else x.contiguous()

@@ -13,6 +13,8 @@ import torch
 from . import extension
 
 MIN_CAPABILITY = (8, 0)
+GRID_LIMITS = (2**31 - 1, 65535, 65535)  # blocks of a launch along x, y and z
+LEAST_SHARED = 99 * 1024  # bytes that a block has on the smallest GPU, and where tests run CUDA kernels on a CPU
 
 
 def processor() -> str:
@@ -93,6 +95,21 @@ def no_triton(tensor: torch.Tensor) -> str | None:
 
 def too_little_shared_memory(tensor: torch.Tensor, needed: int) -> str | None:
     """Why the tensor's GPU has no room for a block that needs this many bytes."""
-    properties = torch.cuda.get_device_properties(tensor.device)
-    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub leaves it out
+    limit = LEAST_SHARED
+    if tensor.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(tensor.device)
+        limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub leaves it out
     return f"its rows need {needed} bytes of shared memory and this GPU has {limit}" if needed > limit else None
+
+
+def offsets_too_large(values: int) -> str | None:
+    """Why a kernel that counts this many values in 32 bits cannot."""
+    return f"{values} values overflow its 32-bit offsets" if values >= 2**31 else None
+
+
+def grid_too_large(*grid: int) -> str | None:
+    """Why one launch cannot have this many blocks along x, y and z."""
+    for axis, blocks, limit in zip("xyz", grid, GRID_LIMITS, strict=False):
+        if blocks > limit:
+            return f"one launch would need {blocks} blocks along {axis} and may have {limit}; split the batch"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,3 +137,12 @@ def test_sanitizers_find_planted_defects(tmp_path, sanitizer, barrier, off, repo
         assert result.returncode == 0, result.stderr
     else:
         assert report in result.stderr
+
+
+def test_asynchronous_copies_name_memory():
+    """Else a compiler may move an access of shared memory across a copy, or across the wait for it; no CPU runs these lines."""
+    text = (ROOT / "csrc/device.h").read_text()
+    statements = re.findall(r"asm volatile\(\"cp\.async[^;]*;\"(.*?)\);\s", text, re.DOTALL)
+    assert len(statements) == 3
+    for statement in statements:
+        assert '"memory"' in statement

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import every_runner, needs_gpu, running
+from parity import cuda_kernels_on_cpu, every_runner, needs_gpu, running
 
-from patchlight_kernels import neighbor_topk
+from patchlight_kernels import explain, force, hardware, neighbor_topk
+from patchlight_kernels.ops.neighbor_topk.op import OP
 from patchlight_kernels.ops.neighbor_topk.reference import capacity, neighborhood
 
 
@@ -66,6 +69,54 @@ def test_a_zero_patch_has_cosine_0_with_all(device, name):
     index, score = select(device, name, x, (3, 3), 8, return_scores=True)
     assert (score[0, 4] == 0).all()
     assert index[0, 4].tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+
+
+@every_runner
+def test_a_patch_whose_squares_overflow_stops_nobody(device, name):
+    """Its inverse norm is 0. Threads of a block wait for one another, so what they skip must not depend on it."""
+    x = torch.randn(1, 256, 16)
+    x[0, 100] = 1e30
+    index, score = select(device, name, x, (16, 16), 4, radius=3, border="clip", return_scores=True)
+    with force("reference"):
+        expected = neighbor_topk(x, (16, 16), 4, radius=3, border="clip")
+    assert torch.equal(index.cpu()[0, 100], expected[0, 100])
+    assert (score[0, 100] == 0).all()
+
+
+@pytest.mark.parametrize("radius", [1, None])
+def test_more_images_than_a_launch_may_have_blocks_along_y(radius):
+    """On a CPU kernels pretend that there may be 3, and on a GPU it is 65535."""
+    x = torch.randn(7, 9, 6)
+    index = select("cpu", "cuda", x, (3, 3), 2, radius=radius)
+    for image in range(7):
+        assert torch.equal(index[image], select("cpu", "cuda", x[image : image + 1], (3, 3), 2, radius=radius)[0])
+
+
+@pytest.mark.parametrize("width", [64, 704, 768])
+@pytest.mark.parametrize("radius", [1, 2, None])
+@pytest.mark.parametrize("columns", [5, 72, 96])
+def test_what_shared_memory_cannot_hold_is_a_reason_and_not_an_error(width, radius, columns):
+    """With the shared memory of the smallest GPU, which kernels have on a CPU too."""
+    x = torch.randn(1, 3 * columns, width)
+    args = OP.bind(x, (3, columns), 2, radius, "clip")
+    with cuda_kernels_on_cpu():
+        reason = OP.impls[0].unsupported(*args)
+        if reason is None:
+            OP.impls[0].fwd(*args)
+        else:
+            assert "bytes of shared memory and this GPU has 101376" in reason
+            with pytest.raises(RuntimeError, match="bytes of shared memory and this GPU has 101376"):
+                OP.impls[0].fwd(*args)
+
+
+def test_wide_rows_run_triton_on_a_gpu_with_little_shared_memory():
+    """Stand-ins: a GPU of 99 KiB with both libraries."""
+    x = torch.randn(1, 196, 768)
+    with cuda_kernels_on_cpu(), mock.patch.object(hardware, "no_triton", lambda tensor: None):
+        text = explain("neighbor_topk", x, (14, 14), 4, radius=None)
+        reasons = {impl.name: reason for impl, reason in OP.reasons(*OP.bind(x, (14, 14), 4, None))}
+    assert "cuda       its rows need 131456 bytes of shared memory and this GPU has 101376" in text
+    assert reasons["triton"] is None
 
 
 @every_runner

@@ -50,12 +50,25 @@ def _too_many_neighbors(k: int) -> str | None:
     return f"k={k} exceeds the 32 that its registers hold" if k > 32 else None
 
 
-def _cuda_unsupported(x: Tensor, height: int, width: int, k: int, *_) -> str | None:
-    return first_reason(
+def _cuda_shared_bytes(x: Tensor, height: int, width: int, radius: int, wrap: bool) -> int:
+    """What the smallest block of the CUDA kernels needs: 32 patches against 64, or a row of the grid with its windows."""
+    gram = 32 * (-(-x.shape[2] * x.dtype.itemsize // 128) * 128 + 65 * 4) + 3 * 64 * 128 + 64 * 4
+    side = 2 * radius + 1
+    if radius not in (1, 2) or (wrap and min(height, width) < side):
+        return gram
+    rows = min(height, side)
+    window = rows * width * (3 * 128 + (side * side // 2 + 1) * 4)
+    fits = rows * -(-width // 16) <= (32 if radius == 1 else 16) and window <= 112 * 1024
+    return min(gram, window) if fits else gram
+
+
+def _cuda_unsupported(x: Tensor, height: int, width: int, k: int, radius: int, wrap: bool, scores: bool) -> str | None:
+    reason = first_reason(
         hardware.unsupported_by_all(x.dtype, x),
         _too_many_neighbors(k),
         hardware.no_cuda_library(x, "neighbor_topk_fwd"),
     )
+    return reason or hardware.too_little_shared_memory(x, _cuda_shared_bytes(x, height, width, radius, wrap))
 
 
 def _cpp_unsupported(x: Tensor, *_) -> str | None:
@@ -63,7 +76,11 @@ def _cpp_unsupported(x: Tensor, *_) -> str | None:
 
 
 def _triton_unsupported(x: Tensor, height: int, width: int, k: int, *_) -> str | None:
-    return first_reason(hardware.unsupported_by_all(x.dtype, x), _too_many_neighbors(k), hardware.no_triton(x))
+    return first_reason(
+        hardware.unsupported_by_all(x.dtype, x), _too_many_neighbors(k), hardware.no_triton(x)
+    ) or first_reason(
+        hardware.offsets_too_large(x.shape[1] * x.shape[2]), hardware.grid_too_large(len(x) * -(-x.shape[1] // 16))
+    )
 
 
 def _size(x: Tensor, height: int, width: int, k: int, radius: int, *_) -> str:

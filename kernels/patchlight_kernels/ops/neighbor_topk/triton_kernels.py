@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...arguments import with_near_rows
 from ...triton_functions import dot
 from ...tuning import autotune
 from .reference import EPS, NAN_RANK, capacity
@@ -258,6 +259,7 @@ def neighbor_topk_fwd(
     x: Tensor, height: int, width: int, k: int, radius: int, wrap: bool, scores: bool
 ) -> tuple[Tensor, Tensor]:
     """Raw arguments as `patchlight::neighbor_topk_fwd`."""
+    x = with_near_rows(x)
     images, patches, channels = x.shape
     index = x.new_empty((images, patches, k), dtype=torch.int32)
     score = x.new_empty((images, patches, k) if scores else 0, dtype=torch.float32)

@@ -12,6 +12,7 @@ from ...losses import differentiate_loss
 from . import factors, pieces, reference
 
 OP_NAME = "prototype_ce"
+MOST_ROWS = 128  # of a block of the Triton kernels
 MAX_TEACHERS = 14  # of the CUDA kernels: 16 positions of them fill seven of a block's eight warps
 
 
@@ -133,7 +134,7 @@ def _cuda_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *others)
     reason = first_reason(
         hardware.unsupported_by_all(z.dtype, z, teacher_z), hardware.no_cuda_library(z, "prototype_ce_tiles")
     )
-    if reason or z.device.type != "cuda":
+    if reason:
         return reason
     if len(teacher_z) > MAX_TEACHERS:
         return f"a block holds at most {MAX_TEACHERS} teacher views, got {len(teacher_z)}"
@@ -144,8 +145,13 @@ def _cuda_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *others)
     return hardware.too_little_shared_memory(z, needed)
 
 
-def _triton_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *_) -> str | None:
-    return first_reason(hardware.unsupported_by_all(z.dtype, z, teacher_z), hardware.no_triton(z))
+def _triton_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, teacher_prototypes: Tensor, *_) -> str | None:
+    apart = max(z.stride(1), teacher_z.stride(1), prototypes.stride(0), teacher_prototypes.stride(0))
+    return first_reason(
+        hardware.unsupported_by_all(z.dtype, z, teacher_z),
+        hardware.no_triton(z),
+        hardware.offsets_too_large(MOST_ROWS * apart),
+    )
 
 
 def _cpp_unsupported(z: Tensor, prototypes: Tensor, teacher_z: Tensor, *others) -> str | None:

@@ -63,6 +63,11 @@ def _checked_weight(weight: Tensor | None, student: Tensor) -> Tensor:
     return weight.detach().contiguous()
 
 
+def _samples(student: Tensor) -> int:
+    """Relations to compute: views, images and heads."""
+    return student.shape[:3].numel()
+
+
 def _cuda_shared_bytes(width: int, teacher_width: int, itemsize: int) -> int:
     """What the smallest block of the CUDA kernels needs: 16 rows of both sides, stages and, in fp32, a factor."""
     chunks = sum(-(-channels * itemsize // 128) for channels in (width, teacher_width))
@@ -74,14 +79,21 @@ def _cuda_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
         hardware.unsupported_by_all(student.dtype, student, teacher),
         hardware.no_cuda_library(student, "self_relation_bwd"),
     )
-    if reason or student.device.type != "cuda":
+    if reason:
         return reason
     needed = _cuda_shared_bytes(student.shape[-1], teacher.shape[-1], student.dtype.itemsize)
-    return hardware.too_little_shared_memory(student, needed)
+    return first_reason(
+        hardware.too_little_shared_memory(student, needed),
+        hardware.grid_too_large(_samples(student), -(-student.shape[3] // 16)),
+    )
 
 
 def _triton_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:
-    return first_reason(hardware.unsupported_by_all(student.dtype, student, teacher), hardware.no_triton(student))
+    reason = first_reason(hardware.unsupported_by_all(student.dtype, student, teacher), hardware.no_triton(student))
+    return reason or first_reason(
+        hardware.offsets_too_large(student.shape[3] * max(student.shape[4], teacher.shape[3])),
+        hardware.grid_too_large(_samples(student) * -(-student.shape[3] // 32)),
+    )
 
 
 def _cpp_unsupported(student: Tensor, teacher: Tensor, *_) -> str | None:

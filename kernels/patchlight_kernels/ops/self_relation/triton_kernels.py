@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import hardware
+from ...arguments import with_near_rows
 from ...triton_functions import LN2, LOWEST, dot
 from ...tuning import autotune
 from . import reference
@@ -36,13 +37,16 @@ def _relation(features, offs_n, mask_n, offs_m, mask_m, E: tl.constexpr, BLOCK_E
 
 
 @triton.jit
-def _sample(student_ptr, teacher_ptr, strides, teacher_strides, B, G):
-    """The program's sample; its view, image and head; where its features of student and teacher begin."""
-    sample = tl.program_id(1).to(tl.int64)
+def _block(student_ptr, teacher_ptr, strides, teacher_strides, B, G, N: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's block of rows and its sample; the sample's view, image and head; where its features of student and teacher
+    begin. All blocks of all samples are along x, as y has room for 65535 only.
+    """
+    BLOCKS: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    block, sample = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
     s, b, g = sample // (B * G), sample // G % B, sample % G
     student_ptr += s * strides[0] + b * strides[1] + g * strides[2]
     teacher_ptr += b * teacher_strides[0] + g * teacher_strides[1]
-    return sample, s, b, g, student_ptr, teacher_ptr
+    return block, sample, s, b, g, student_ptr, teacher_ptr
 
 
 CONFIGS = [
@@ -83,10 +87,12 @@ def _loss_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """BLOCK rows of one view, image and head against all rows: both softmax sums, and the cross-entropy."""
-    sample, s, b, g, student_ptr, teacher_ptr = _sample(student_ptr, teacher_ptr, strides, teacher_strides, B, G)
+    block, sample, s, b, g, student_ptr, teacher_ptr = _block(
+        student_ptr, teacher_ptr, strides, teacher_strides, B, G, N, BLOCK
+    )
     student = student_ptr, strides[3], strides[4], scale
     teacher = teacher_ptr, teacher_strides[2], teacher_strides[3], teacher_scale
-    offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs_n = block * BLOCK + tl.arange(0, BLOCK)
     mask_n = offs_n < N
     highest = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -118,7 +124,7 @@ def _loss_kernel(
     loss = tl.sum(tl.where(mask_n, log2_sum - expected / teacher_total, 0.0)[None, :])
     weight = tl.load(weight_ptr + s * B + b)
     loss = tl.where(weight == 0, 0.0, loss * weight * (LN2 / (N * G)))
-    tl.store(loss_ptr + sample * tl.num_programs(0) + tl.program_id(0), loss)
+    tl.store(loss_ptr + tl.program_id(0), loss)
 
 
 @triton.jit
@@ -144,16 +150,18 @@ def _gradient_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """CHANNELS channels of the gradient of BLOCK rows: relations again, from the sums of both their rows."""
-    sample, s, b, g, student_ptr, teacher_ptr = _sample(student_ptr, teacher_ptr, strides, teacher_strides, B, G)
+    block, sample, s, b, g, student_ptr, teacher_ptr = _block(
+        student_ptr, teacher_ptr, strides, teacher_strides, B, G, N, BLOCK
+    )
     student = student_ptr, strides[3], strides[4], scale
     teacher = teacher_ptr, teacher_strides[2], teacher_strides[3], teacher_scale
     log2_student_ptr += sample * N
     log2_teacher_ptr += (b * G + g) * N
-    offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs_n = block * BLOCK + tl.arange(0, BLOCK)
     mask_n = offs_n < N
     log2_n = tl.load(log2_student_ptr + offs_n, mask=mask_n, other=0.0)
     teacher_log2_n = tl.load(log2_teacher_ptr + offs_n, mask=mask_n, other=0.0)
-    offs_c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    offs_c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask_c = offs_c < E
     gradient = tl.zeros((BLOCK, CHANNELS), tl.float32)
     for start in range(0, N, BLOCK):
@@ -187,12 +195,6 @@ _gradient = autotune(GRADIENT_CONFIGS, key=KEY)(_gradient_kernel)
 _float32_gradient = autotune(FLOAT32_GRADIENT_CONFIGS, key=KEY)(_gradient_kernel)
 
 
-def _with_near_rows(x: Tensor) -> Tensor:
-    """The same features, copied if the offsets within one image and head exceed 32 bits."""
-    (rows, width), strides = x.shape[-2:], x.stride()[-2:]
-    return x if rows * strides[0] + width * strides[1] < 2**31 else x.contiguous()
-
-
 def _arguments(student: Tensor, teacher: Tensor, student_scale: float, teacher_scale: float) -> tuple[tuple, dict]:
     """What both kernels take after their tensors."""
     _, B, G, N, E = student.shape
@@ -203,14 +205,14 @@ def _arguments(student: Tensor, teacher: Tensor, student_scale: float, teacher_s
 def self_relation_fwd(*raw) -> tuple[Tensor, Tensor, Tensor]:
     """Raw arguments as `patchlight::self_relation_fwd`: the loss, and log2 of the student's and the teacher's sums."""
     student, teacher, *scales, weight, _ = raw
-    student, teacher = _with_near_rows(student), _with_near_rows(teacher)
+    student, teacher = with_near_rows(student), with_near_rows(teacher)
     S, B, G, N, _ = student.shape
     rest, sizes = _arguments(student, teacher, *scales)
     kernel, configs = (_float32_loss, FLOAT32_CONFIGS) if student.dtype == torch.float32 else (_loss, CONFIGS)
     smallest = min(config.kwargs["BLOCK"] for config in configs)
     log2_student, log2_teacher = weight.new_empty(S, B, G, N), weight.new_empty(B, G, N)
     loss = weight.new_zeros(S * B * G * triton.cdiv(N, smallest))  # larger blocks fill less of it
-    kernel[lambda sizes: (triton.cdiv(N, sizes["BLOCK"]), S * B * G)](
+    kernel[lambda sizes: (S * B * G * triton.cdiv(N, sizes["BLOCK"]),)](
         student, teacher, weight, log2_student, log2_teacher, loss, *rest, **sizes
     )
     return loss.sum(), log2_student, log2_teacher
@@ -221,7 +223,7 @@ def self_relation_bwd(
 ) -> Tensor:
     """The gradient of the student's features in `dtype`."""
     student, teacher, *scales, weight, _ = raw
-    student, teacher = _with_near_rows(student), _with_near_rows(teacher)
+    student, teacher = with_near_rows(student), with_near_rows(teacher)
     S, B, G, N, E = student.shape
     rest, sizes = _arguments(student, teacher, *scales)
     float32 = student.dtype == torch.float32
@@ -229,7 +231,7 @@ def self_relation_bwd(
     out = torch.float32 if hardware.triton_interpreted() else dtype  # the interpreter cuts bf16 off unrounded
     gradient = student.new_empty(student.shape, dtype=out)
     kernel = _float32_gradient if float32 else _gradient
-    kernel[lambda sizes: (triton.cdiv(N, sizes["BLOCK"]), S * B * G, triton.cdiv(E, channels))](
+    kernel[lambda sizes: (S * B * G * triton.cdiv(N, sizes["BLOCK"]), triton.cdiv(E, channels))](
         student, teacher, weight, log2_student, log2_teacher, grad_loss.to(weight.dtype), gradient, *rest, **sizes,
         CHANNELS=channels,
     )  # fmt: skip
