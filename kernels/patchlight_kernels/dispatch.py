@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -174,12 +174,29 @@ def ops() -> dict[str, Op]:
 
 
 def triton_call(package: str, function: str) -> Callable:
-    """Calls `function` of the package's triton_kernels.py, imported at the first call: Triton may not be installed."""
+    """Calls `function` of the package's triton_kernels.py, imported at the first call: Triton may not be installed.
+
+    Triton launches on the current GPU, so the one that has the arguments is made current.
+    """
 
     def call(*args):
-        return getattr(importlib.import_module(f"{package}.triton_kernels"), function)(*args)
+        run = getattr(importlib.import_module(f"{package}.triton_kernels"), function)
+        device = _device_of(args)
+        if device is None or device.type != "cuda":
+            return run(*args)
+        with torch.cuda.device(device):
+            return run(*args)
 
     return call
+
+
+def _device_of(args: Sequence) -> torch.device | None:
+    """The device of the first argument that has one; lists of tensors are searched too."""
+    for arg in args:
+        device = _device_of(arg) if isinstance(arg, (list, tuple)) else getattr(arg, "device", None)
+        if device is not None:
+            return device
+    return None
 
 
 def explain(name: str, *args, **kwargs) -> str:

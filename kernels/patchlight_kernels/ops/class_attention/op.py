@@ -57,6 +57,17 @@ def _too_wide(q: Tensor) -> str | None:
     return f"heads of width {q.shape[3]} exceed the {MAX_WIDTH} of its registers" if q.shape[3] > MAX_WIDTH else None
 
 
+def _too_far_apart(*tensors: Tensor) -> str | None:
+    most = max(x.stride(1) * x.dtype.itemsize for x in tensors)
+    return f"rows that are {most} bytes apart overflow its 32-bit offsets" if most >= 2**31 else None
+
+
+def _too_many_rows(q: Tensor, k_self: Tensor, v_self: Tensor, k_patches: Tensor, index: Tensor | None) -> str | None:
+    """A block computes at least one state or patch of a head."""
+    images, states, heads, _ = state_shape(q, k_self, v_self, k_patches, index)
+    return hardware.grid_too_large(images * heads * max(states, k_patches.shape[1]))
+
+
 def _cuda_unsupported(q, k_self, v_self, k_patches, v_patches, index) -> str | None:
     many = index is not None and k_patches.shape[1] > MAX_PATCHES
     return first_reason(
@@ -64,11 +75,16 @@ def _cuda_unsupported(q, k_self, v_self, k_patches, v_patches, index) -> str | N
         _too_wide(q),
         f"{k_patches.shape[1]} patches exceed the {MAX_PATCHES} of its inverse table" if many else None,
         hardware.no_cuda_library(q, "class_attention_fwd"),
+    ) or first_reason(
+        _too_far_apart(q, k_self, v_self, k_patches, v_patches),
+        _too_many_rows(q, k_self, v_self, k_patches, index),
     )
 
 
 def _triton_unsupported(q, k_self, v_self, k_patches, v_patches, index) -> str | None:
-    return first_reason(hardware.unsupported_by_all(q.dtype, q, k_patches, index), _too_wide(q), hardware.no_triton(q))
+    return first_reason(
+        hardware.unsupported_by_all(q.dtype, q, k_patches, index), _too_wide(q), hardware.no_triton(q)
+    ) or _too_many_rows(q, k_self, v_self, k_patches, index)
 
 
 def _cpp_unsupported(q, k_self, v_self, k_patches, v_patches, index) -> str | None:

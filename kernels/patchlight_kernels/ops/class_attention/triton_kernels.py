@@ -45,7 +45,7 @@ PATCH_CONFIGS = [
 def _block(count, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """The program's image and head, and the numbers of its BLOCK out of `count` states or patches."""
     blocks = tl.cdiv(count, BLOCK)
-    head = (tl.program_id(0) // blocks) % HEADS
+    head = ((tl.program_id(0) // blocks) % HEADS).to(tl.int64)
     image = (tl.program_id(0) // (blocks * HEADS)).to(tl.int64)
     return image, head, (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
 
@@ -53,7 +53,7 @@ def _block(count, HEADS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _state(states, HEADS: tl.constexpr):
     """The program's image, head and state."""
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
     state = ((tl.program_id(0) // HEADS) % states).to(tl.int64)
     return (tl.program_id(0) // (HEADS * states)).to(tl.int64), head, state
 

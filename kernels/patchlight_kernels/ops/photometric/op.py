@@ -54,6 +54,7 @@ def _cuda_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.dty
         _unsupported_by_all(pixels, table, dtype),
         _too_many_pixels(pixels),
         hardware.no_cuda_library(pixels, "photometric_fwd"),
+        hardware.grid_too_large(len(pixels) * -(-pixels.shape[1] // 48) * -(-pixels.shape[2] // 64)),  # tiles
     )
 
 
@@ -62,7 +63,12 @@ def _cpp_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.dtyp
 
 
 def _triton_unsupported(pixels: Tensor, table: Tensor, mean, std, dtype: torch.dtype) -> str | None:
-    return first_reason(_unsupported_by_all(pixels, table, dtype), _too_many_pixels(pixels), hardware.no_triton(pixels))
+    return first_reason(
+        _unsupported_by_all(pixels, table, dtype),
+        _too_many_pixels(pixels),
+        hardware.no_triton(pixels),
+        hardware.grid_too_large(3 * len(pixels) * -(-pixels.shape[1] * pixels.shape[2] // 1024)),
+    )
 
 
 OP = Op(

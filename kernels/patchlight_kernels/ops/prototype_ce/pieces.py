@@ -46,6 +46,10 @@ class Problem:
     row_weight: Tensor
 
     @property
+    def device(self) -> torch.device:
+        return self.z.device
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Student views, teacher views, rows, prototypes."""
         count = self.z.shape[2] if self.prototypes is None else len(self.prototypes)

@@ -308,8 +308,8 @@ def _conclude_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """One student view, BLOCK_R positions: what the tiles add up to."""
-    s = tl.program_id(0)
-    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    s = tl.program_id(1)
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
     log2_student = _merge(student_ptr + s * R, S * R, offs_r, mask_r, TILES, BLOCK_T, BLOCK_R)
     tl.store(log2_student_ptr + s * R + offs_r, log2_student, mask=mask_r)
@@ -456,7 +456,7 @@ def merge(
     count, T, S, R = expected.shape
     loss, log2_student, log2_teacher = (pair_weight.new_empty((views, R)) for views in (S, S, T))
     block_r, block_t = 32, min(64, triton.next_power_of_2(count))
-    _conclude_kernel[(S, triton.cdiv(R, block_r))](
+    _conclude_kernel[(triton.cdiv(R, block_r), S)](
         student, teacher, expected, pair_weight, row_weight, log2_student, log2_teacher, loss, R,
         S=S, T=T, TILES=count, BLOCK_T=block_t, BLOCK_R=block_r,
     )  # fmt: skip

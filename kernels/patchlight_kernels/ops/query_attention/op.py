@@ -58,18 +58,28 @@ def _too_wide(qkv: Tensor, limit: int) -> str | None:
     return f"heads of width {qkv.shape[4]} exceed the {limit} of its tiles" if qkv.shape[4] > limit else None
 
 
+def _blocks(qkv: Tensor, raw: int, crop: int, rows: int) -> int:
+    """Blocks of `rows` rows of one head: raw tokens and each crop of queries have their own."""
+    queries = qkv.shape[1] - raw
+    each = crop or queries
+    return -(-raw // rows) + (queries // each * -(-each // rows) if each else 0)
+
+
 def _cuda_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
-    return first_reason(
+    reason = first_reason(
         hardware.unsupported_by_all(qkv.dtype, qkv),
         _too_wide(qkv, CUDA_WIDTH),
         hardware.no_cuda_library(qkv, "query_attention_fwd"),
     )
+    images, tokens, _, heads, _ = qkv.shape
+    return reason or hardware.grid_too_large(images * max(heads, tokens), _blocks(qkv, raw, crop, 64))
 
 
 def _triton_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
-    return first_reason(
+    reason = first_reason(
         hardware.unsupported_by_all(qkv.dtype, qkv), _too_wide(qkv, TRITON_WIDTH), hardware.no_triton(qkv)
     )
+    return reason or hardware.grid_too_large(qkv.shape[0] * qkv.shape[3] * _blocks(qkv, raw, crop, 16))
 
 
 def _cpp_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:

@@ -38,16 +38,27 @@ def _store(ptr, tokens, stride, mask, offs_e, x, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _segment(block, RAW: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
-    """A block's segment and its own place: first token of the segment, first and last token of the block."""
+def _block(TOKENS: tl.constexpr, RAW: tl.constexpr, EACH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's image and head; first token of its segment, first and last token of its block.
+
+    All programs are along x, as y has room for 65535 only.
+    """
     raw_blocks: tl.constexpr = (RAW + BLOCK - 1) // BLOCK
     crop_blocks: tl.constexpr = (EACH + BLOCK - 1) // BLOCK
+    blocks: tl.constexpr = raw_blocks + (TOKENS - RAW) // max(EACH, 1) * crop_blocks
+    sequence, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     start, first, end = 0, block * BLOCK, RAW
     if block >= raw_blocks:
         start = RAW + (block - raw_blocks) // crop_blocks * EACH
         first = start + (block - raw_blocks) % crop_blocks * BLOCK
         end = start + EACH
-    return start, first, tl.minimum(first + BLOCK, end)
+    return (
+        (sequence // HEADS).to(tl.int64),
+        (sequence % HEADS).to(tl.int64),
+        start,
+        first,
+        tl.minimum(first + BLOCK, end),
+    )
 
 
 @triton.jit
@@ -125,8 +136,7 @@ def _fwd_kernel(
 ):
     """BLOCK_M rows of one head."""
     stride_m, stride_t, stride_part, stride_h = strides
-    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-    start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_M)
+    image, head, start, first, end = _block(TOKENS, RAW, EACH, HEADS, BLOCK_M)
     qkv_ptr += image * stride_m + head * stride_h
     k_ptr, v_ptr = qkv_ptr + stride_part, qkv_ptr + 2 * stride_part
     offs_m, offs_e = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
@@ -182,8 +192,7 @@ def _rows_bwd_kernel(
 ):
     """BLOCK_M rows of one head."""
     stride_m, stride_t, stride_part, stride_h = strides
-    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-    start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_M)
+    image, head, start, first, end = _block(TOKENS, RAW, EACH, HEADS, BLOCK_M)
     qkv_ptr += image * stride_m + head * stride_h
     k_ptr, v_ptr = qkv_ptr + stride_part, qkv_ptr + 2 * stride_part
     grad_ptr += image * grad_strides[0] + head * grad_strides[2]
@@ -250,8 +259,7 @@ def _keys_bwd_kernel(
 ):
     """BLOCK_N keys of one head: every token reads raw keys, a query's key is read by its segment or not at all."""
     stride_m, stride_t, stride_part, stride_h = strides
-    image, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-    start, first, end = _segment(tl.program_id(0), RAW, EACH, BLOCK_N)
+    image, head, start, first, end = _block(TOKENS, RAW, EACH, HEADS, BLOCK_N)
     qkv_ptr += image * stride_m + head * stride_h
     grad_ptr += image * grad_strides[0] + head * grad_strides[2]
     lse_ptr += (image * HEADS + head) * TOKENS
@@ -304,14 +312,14 @@ def _sizes(qkv: Tensor, raw: int, crop: int) -> dict[str, int]:
     }
 
 
-def _grid(qkv: Tensor, sizes: dict[str, int], block: str) -> Callable[[dict[str, int]], tuple[int, int]]:
+def _grid(qkv: Tensor, sizes: dict[str, int], block: str) -> Callable[[dict[str, int]], tuple[int]]:
     """Blocks of all segments, for every head of every image."""
 
     def grid(meta):
         each, queries = sizes["EACH"], sizes["TOKENS"] - sizes["RAW"]
         crops = queries // each if each else 0
         blocks = triton.cdiv(sizes["RAW"], meta[block]) + crops * triton.cdiv(each, meta[block])
-        return blocks, qkv.shape[0] * sizes["HEADS"]
+        return (blocks * qkv.shape[0] * sizes["HEADS"],)
 
     return grid
 
