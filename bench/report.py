@@ -52,7 +52,7 @@ def markdown(by_op: dict[str, dict[str, list[CsvRow]]]) -> str:
                 share = f"{float(row['percent_of_floor']):.0f} %" if row.get("percent_of_floor") else ""
                 lines.append(
                     f"| {case} | {row['provider']} | {row['median_ms']} | {row['p20_ms']} - {row['p80_ms']} | {ratio:.1f}x | "
-                    f"{share} | {row['peak_extra_mb']} |"
+                    f"{share} | {row.get('peak_extra_mb', '')} |"
                 )
         lines.append("")
     return "\n".join(lines)
@@ -78,10 +78,13 @@ def all_tables(results: Path) -> str:
 def tables(results: Path, choose: Callable[[list[CsvRow]], list[CsvRow]], link: Path = Path()) -> str:
     """A Markdown table per CSV, of the chosen rows; link: the folder of the CSVs, for a reader of the text."""
     lines = []
-    for kind, (conditions, head, make_lines) in KINDS.items():
+    for kind in KINDS:
         for path in sorted(results.glob(f"{kind}_*.csv")):
+            conditions, head, make_lines = KINDS[kind]
             rows = read_rows(path)
             first = rows[0]
+            if "mfu" in first:
+                conditions, head, make_lines = GPU_STEP
             lines += [
                 f"{first['hardware']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, "
                 f"{first['date']} ([`{path.name}`]({(link / path.name).as_posix()})); {conditions}:",
@@ -116,10 +119,10 @@ def _time_and_ratio(row: CsvRow, ours: CsvRow) -> str:
     return f"{_number(_median_ms(row))} ms ({_median_ms(row) / _median_ms(ours):.1f}x)"
 
 
-def _memory(ours: CsvRow, official: CsvRow | None) -> str:
-    if not (official and ours["peak_extra_mb"] and official["peak_extra_mb"]):
+def _memory(ours: CsvRow, official: CsvRow | None, column: str = "peak_extra_mb", unit: str = "MB") -> str:
+    if not (official and ours[column] and official[column]):
         return ""
-    return " : ".join(_number(float(row["peak_extra_mb"])) for row in (ours, official)) + " MB"
+    return " : ".join(_number(float(row[column])) for row in (ours, official)) + f" {unit}"
 
 
 def _cases(rows: list[CsvRow]) -> dict[tuple[str, str, str, str], list[CsvRow]]:
@@ -137,7 +140,9 @@ def _op_line(op: str, case: str, dtype: str, mode: str, rows: list[CsvRow]) -> l
     """The first provider is the official mathematics, which may not run; ours is the fastest of our implementations."""
     official = rows[0] if rows[0]["status"] == "ok" else None
     timed = [row for row in rows[1:] if row["status"] == "ok"]
-    ours = min((row for row in timed if row["provider"].startswith("patchlight")), key=_median_ms)
+    ours = min((row for row in timed if row["provider"].startswith("patchlight")), key=_median_ms, default=None)
+    if ours is None:
+        return [f"`{op}`", f"{case} {dtype} {mode}", "cannot run", "", "", ""]
     others = [row for row in timed if not row["provider"].startswith(("patchlight", "reference"))]
     best = min(others, key=_median_ms, default=None)
     return [
@@ -168,6 +173,28 @@ def _step_line(op: str, case: str, dtype: str, mode: str, rows: list[CsvRow]) ->
     ]
 
 
+def _gpu_step_lines(rows: list[CsvRow]) -> list[list[str]]:
+    return [_gpu_step_line(case, dtype, rows) for (_, case, dtype, _), rows in _cases(rows).items()]
+
+
+def _gpu_step_line(case: str, dtype: str, rows: list[CsvRow]) -> list[str]:
+    """Ours is a graph of compiled branches; a provider that was not measured or failed has an empty cell."""
+    timed = {row["provider"]: row for row in rows if row["status"] == "ok"}
+    ours, official = timed.get("patchlight"), timed.get("official eager")
+    if ours is None:
+        return [f"{case} {dtype}", "not measured", *[""] * (len(GPU_STEP_HEAD) - 2)]
+    others = [timed.get(name) for name in ("official eager", "official compiled + SDPA", "patchlight launched")]
+    return [
+        f"{case} {dtype}",
+        f"**{_number(_median_ms(ours))} ms**",
+        f"{float(ours['images_per_s']):.0f}",
+        f"{float(ours['mfu']):.0%}",
+        f"{_number(float(ours['device_ms']))} ms, {ours['launches']}",
+        *(_time_and_ratio(row, ours) if row else "" for row in others),
+        _memory(ours, official, "peak_gib", "GiB"),
+    ]
+
+
 def _loader_lines(rows: list[CsvRow]) -> list[list[str]]:
     """A line per mode and loader of ours; the first provider is what most projects use."""
     peers = {row["mode"]: row for row in rows[::-1] if not row["provider"].startswith("patchlight")}
@@ -192,6 +219,10 @@ STEP_HEAD = (
     "step", "ours", "images/s", "official eager", "over its host alone, time : FLOPs", "peak memory, ours : official"
 )  # fmt: skip
 LOADER_HEAD = ("pictures", "loader", "images/s", "DataLoader with PIL", "CPU per image", "PIL's")
+GPU_STEP_HEAD = (
+    "step", "ours, one graph", "images/s", "MFU", "on the device, launches", "official eager", "official compiled",
+    "ours, launched", "peak memory, ours : official",
+)  # fmt: skip
 RUN = "medians of one interleaved run"
 # By the start of a CSV's name: the conditions, the table's head, and what makes its lines.
 KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[list[CsvRow]], list[list[str]]]]] = {
@@ -201,6 +232,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...], Callable[[list[CsvRow]], list[list[
     "loader": (f"{RUN}, 2 x 224 + 8 x 96 of 500 x 375", LOADER_HEAD, _loader_lines),
     "evaluation": (RUN, OP_HEAD, _op_lines),
 }
+# Where the step's CSV was written on a GPU.
+GPU_STEP = ("wall clock, one provider after another, the same weights and crops", GPU_STEP_HEAD, _gpu_step_lines)
 
 
 def draw_chart(op: str, cases: dict[str, list[CsvRow]], path: Path) -> None:

@@ -25,13 +25,14 @@ from .ops_slice import find_cases
 CASES = ("S10-T2-R64-D256-K65536", "S1-T1-R43520-D256-K4096", "S10-T2-R128-D256-K65536", "S1-T1-R12672-D256-K8192")
 MEGABYTES = (8, 16, 32, 64, 128)  # of dot products and gradients in memory at a time
 MORE_THAN_FP16 = ("fp16x3", "fp32")
-PEER = "smart eager"
+OFFICIAL, SMART = "official eager", "smart eager"
 SECONDS = 0.2  # for each contestant
 
 
 def contestants(implementations: tuple[str, ...]) -> Iterator[tuple[str, Callable]]:
-    """Name and call. The first is what is chosen without being told."""
-    spec = registry.spec("prototype_ce")
+    """Name and call: the official mathematics, what our op chooses by itself, and each way that it has."""
+    spec, peers = registry.spec("prototype_ce"), PEERS["prototype_ce"]
+    yield OFFICIAL, peers[OFFICIAL]
     yield "patchlight", spec.public
     for name in implementations:
         call = Forced(spec, name)
@@ -40,7 +41,7 @@ def contestants(implementations: tuple[str, ...]) -> Iterator[tuple[str, Callabl
             yield f"patchlight {name} chunks {megabytes} MB", with_settings(call, "chunks", megabytes << 20)
     for products in MORE_THAN_FP16:
         yield f"patchlight {products}", functools.partial(spec.public, products=products)
-    yield PEER, PEERS["prototype_ce"][PEER]
+    yield SMART, peers[SMART]
 
 
 def with_settings(call: Callable, way: str, chunk: int = pieces.CHUNK) -> Callable:

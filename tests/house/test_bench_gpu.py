@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from bench import loader, methods, step, step_on_gpu, study, update
-from bench.gpu import command, ops_slice, predicted, race
+from bench import loader, methods, report, step, step_on_gpu, study, update
+from bench.gpu import command, ops_slice, predicted, publish, race
 from bench.gpu.plan import MUST, PLAN, Part, in_order, pick, sums
 from bench.gpu.results import digest, result_of
 from bench.gpu.runner import RESERVE, Runner
@@ -275,7 +275,8 @@ def test_a_wrong_contestant_is_not_timed():
     arguments = spec.inputs(spec.tests[1], torch.float32, "cpu")
     truth = race.results_of(functools.partial(spec.public, products="fp32"), arguments)
     names = dict(race.contestants(("cuda", "triton")))
-    assert {"patchlight", "patchlight cuda stream", "patchlight triton chunks 32 MB", race.PEER} <= set(names)
+    assert {"patchlight", "patchlight cuda stream", "patchlight triton chunks 32 MB", race.SMART} <= set(names)
+    assert next(iter(names)) == race.OFFICIAL, "where reports expect it"
     assert race.compare(names["patchlight fp16x3"], arguments, truth)["status"] == "ok"
     wrong = race.compare(lambda **given: spec.public(**given) * 1.1, arguments, truth)
     assert wrong["status"] == "wrong result, not timed" and wrong["error"] == pytest.approx(0.1, rel=0.1)
@@ -327,3 +328,29 @@ def test_what_was_carried_is_unpacked_once_it_is_complete(tmp_path):
     assert all(text.splitlines()[-1].startswith(f"-m bench gpu --minutes 8 from {tmp_path}/site:") for text in said)
     assert len(said[1].splitlines()) == len(said[2].splitlines()) == 1
     assert (tmp_path / "site/module.py").read_text() == (tmp_path / "module.py").read_text()
+
+
+def test_what_was_measured_can_be_published(tmp_path):
+    where = {"hardware": "a GPU", "threads": "16", "torch": "2", "triton": "3", "commit": "c", "date": "d"}
+    row = where | {"op": "step", "case": "DINO B64", "dtype": "bf16", "mode": "train", "status": "ok", "mfu": 0.5}
+    row |= {"device_ms": 9.0, "launches": 2, "peak_gib": 4.0, "p20_ms": 9.0, "p80_ms": 41.0}
+    providers = {"patchlight": 10.0, "official eager": 40.0, "patchlight launched": 20.0}
+    for name, case, failed in (("step_dino", "DINO B64", "none"), ("step_ibot", "iBOT B64", "patchlight")):
+        rows = [
+            row | {"case": case, "provider": p, "median_ms": ms, "images_per_s": 64e3 / ms}
+            | ({"status": "failed: no", "median_ms": ""} if p == failed else {})
+            for p, ms in providers.items()
+        ]  # fmt: skip
+        write_rows(rows, tmp_path / f"hour/{name}.csv", step.GPU_COLUMNS)
+    op = where | {"op": "adamw", "case": "vit", "dtype": "float32", "mode": "fwd", "status": "ok", "peak_extra_mb": 1.0}
+    write_rows([op | {"provider": "patchlight cuda", "median_ms": 1.0}], tmp_path / "hour/ops.csv")
+    compiled = ("official eager", 9.0), ("compile(official)", 3.0)
+    rows = [op | {"provider": name, "median_ms": ms} for name, ms in compiled]
+    write_rows(rows, tmp_path / "hour/ops_compiled_peers.csv")
+    publish.main(tmp_path / "hour", "gpu", tmp_path / "results")
+    text = report.all_tables(tmp_path / "results")
+    assert "| DINO B64 bf16 | **10 ms** | 6400 | 50% | 9 ms, 2 | 40 ms (4.0x) |  | 20 ms (2.0x) | 4 : 4 GiB |" in text
+    assert "| iBOT B64 bf16 | not measured |" in text
+    assert "| `adamw` | vit float32 fwd | **1 ms** | 9 ms (9.0x) | compile(official) 3 ms (3.0x) | 1 : 1 MB |" in text
+    report.draw(tmp_path / "results/step_gpu.csv", tmp_path / "plots")
+    assert (tmp_path / "plots/step.png").exists()
