@@ -26,11 +26,9 @@ template <class T>
 struct Rows {  // x[image, patch, :]
   const T* x;
   int64_t stride_image, stride_patch;
-  int images, channels;
+  int channels;
   bool aligned;
-  // Of the block. Each of y and z has room for 65535 blocks.
-  __device__ int image() const { return int(blockIdx.z * gridDim.y + blockIdx.y); }
-  __device__ const T* row(int patch) const { return x + image() * stride_image + patch * stride_patch; }
+  __device__ const T* row(int image, int patch) const { return x + image * stride_image + patch * stride_patch; }
   __device__ int chunks() const { return (channels + kChunkChannels<T> - 1) / kChunkChannels<T>; }
 };
 
@@ -180,14 +178,14 @@ __device__ void stage_band(char* stage, const Rows<T>& rows, const Grid& grid, c
     const int y = band.first - band.halo(radius) + row;
     if (!grid.wrap && (y < 0 || y >= grid.height)) continue;  // beyond a clipped border: never read
     const int source = modulo(y, grid.height) * grid.width + patch % grid.width;
-    stage_unit(stage + chunk_offset(patch, unit), rows.row(source),
+    stage_unit(stage + chunk_offset(patch, unit), rows.row(blockIdx.y, source),
                chunk * kChunkChannels<T> + unit * kUnitBytes / int(sizeof(T)), rows.channels, rows.aligned);
   }
 }
 
 // One thread per patch: its window from the table of dots; a rank is the number of candidates that are better.
 template <int R>
-__device__ void select_window(const float* dots, int image, const Grid& grid, const Band& band, int local, const Selection& out) {
+__device__ void select_window(const float* dots, const Grid& grid, const Band& band, int local, const Selection& out) {
   constexpr int kPlaces = Window<R>::kPlaces, kDots = Window<R>::kDots;
   const int row = local / grid.width + band.halo(R), x = local % grid.width, y = band.first + local / grid.width;
   const int own = row * grid.width + x;
@@ -209,7 +207,7 @@ __device__ void select_window(const float* dots, int image, const Grid& grid, co
       candidate[place] = modulo(y + dy, grid.height) * grid.width + modulo(x + dx, grid.width);
       ++place;
     }
-  const int64_t base = (int64_t(image) * grid.patches() + y * grid.width + x) * out.k;
+  const int64_t base = (int64_t(blockIdx.y) * grid.patches() + y * grid.width + x) * out.k;
 #pragma unroll
   for (int c = 0; c < kPlaces; ++c) {
     int before = 0;
@@ -223,7 +221,6 @@ __device__ void select_window(const float* dots, int image, const Grid& grid, co
 
 template <class T, int R>
 __global__ void __launch_bounds__(Window<R>::kMaxWarps * kWarpLanes, 1) window_kernel(Rows<T> rows, Grid grid, int band_rows, Selection out) {
-  if (rows.image() >= rows.images) return;
   const Band band = Band::of<R>(band_rows, grid.height);
   const int patches = band.loaded * grid.width, warps = blockDim.x / kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const int row_tiles = (grid.width + kTilePatches - 1) / kTilePatches, tiles = band.loaded * row_tiles;
@@ -261,7 +258,7 @@ __global__ void __launch_bounds__(Window<R>::kMaxWarps * kWarpLanes, 1) window_k
   __syncthreads();
   for (int p = threadIdx.x; p < patches; p += blockDim.x) dots[p * Window<R>::kDots] = inverse_norm(dots[p * Window<R>::kDots]);
   __syncthreads();
-  for (int p = threadIdx.x; p < band.rows * grid.width; p += blockDim.x) select_window<R>(dots, rows.image(), grid, band, p, out);
+  for (int p = threadIdx.x; p < band.rows * grid.width; p += blockDim.x) select_window<R>(dots, grid, band, p, out);
 }
 
 // The band with the most rows that the warps and the shared memory can take, or 0 if not even one row fits.
@@ -282,18 +279,14 @@ int window_band(const Grid& grid, size_t shared_limit) {
   return (grid.height + bands - 1) / bands;  // even bands
 }
 
-dim3 blocks_of(int each, int images) {
-  const int layers = (images + kMaxBlocksY - 1) / kMaxBlocksY;
-  return {unsigned(each), unsigned((images + layers - 1) / layers), unsigned(layers)};
-}
-
 template <class T, int R>
-void launch_window(const OnDevice& device, const Rows<T>& rows, const Grid& grid, int band, const Selection& out) {
+void launch_window(const OnDevice& device, const Rows<T>& rows, const Grid& grid, int images, int band, const Selection& out) {
   const int loaded = band >= grid.height ? grid.height : band + 2 * R;
   const int tiles = loaded * ((grid.width + kTilePatches - 1) / kTilePatches);
   const int threads = (tiles + kTilesPerWarp - 1) / kTilesPerWarp * kWarpLanes;
   const size_t shared = size_t(loaded) * grid.width * (kStages * kChunkBytes + Window<R>::kDots * sizeof(float));
-  launch(device, window_kernel<T, R>, blocks_of((grid.height + band - 1) / band, rows.images), threads, shared, rows, grid, band, out);
+  const dim3 blocks{unsigned((grid.height + band - 1) / band), unsigned(images), 1};
+  launch(device, window_kernel<T, R>, blocks, threads, shared, rows, grid, band, out);
 }
 
 // -------------------------------------------------------------------------------------------------- gram
@@ -420,14 +413,13 @@ __device__ void stage_rows(char* stage, const Rows<T>& rows, int patches, int fi
   for (int i = threadIdx.x; i < count * kUnits; i += blockDim.x) {
     const int row = i / kUnits, unit = i % kUnits;
     const int patch = first + row < patches ? first + row : patches - 1;
-    stage_unit(stage + chunk_offset(row, unit), rows.row(patch),
+    stage_unit(stage + chunk_offset(row, unit), rows.row(blockIdx.y, patch),
                chunk * kChunkChannels<T> + unit * kUnitBytes / int(sizeof(T)), rows.channels, rows.aligned);
   }
 }
 
 template <class T, int KEEP>
 __global__ void __launch_bounds__(128) gram_kernel(Rows<T> rows, Grid grid, int radius, Selection out) {
-  if (rows.image() >= rows.images) return;
   const int threads = blockDim.x, patches = grid.patches(), chunks = rows.chunks();
   const int first = blockIdx.x * threads, own_patch = first + threadIdx.x;  // a thread selects for one patch
   const int own_bytes = threads * kChunkBytes, stage_bytes = kGramCandidates * kChunkBytes;
@@ -487,7 +479,7 @@ __global__ void __launch_bounds__(128) gram_kernel(Rows<T> rows, Grid grid, int 
     __syncthreads();  // scores and stages may be overwritten
   }
   if (own_patch >= patches) return;
-  const int64_t base = (int64_t(rows.image()) * patches + own_patch) * out.k;
+  const int64_t base = (int64_t(blockIdx.y) * patches + own_patch) * out.k;
 #pragma unroll
   for (int s = 0; s < KEEP; ++s) {
     if (s >= out.k) continue;
@@ -497,7 +489,7 @@ __global__ void __launch_bounds__(128) gram_kernel(Rows<T> rows, Grid grid, int 
 }
 
 template <class T, int KEEP>
-void launch_gram(const OnDevice& device, const Rows<T>& rows, const Grid& grid, int radius, const Selection& out) {
+void launch_gram(const OnDevice& device, const Rows<T>& rows, const Grid& grid, int radius, int images, const Selection& out) {
   const int patches = grid.height * grid.width;
   const size_t chunks = (rows.channels * sizeof(T) + kChunkBytes - 1) / kChunkBytes;
   const auto shared = [&](int threads) {
@@ -509,7 +501,8 @@ void launch_gram(const OnDevice& device, const Rows<T>& rows, const Grid& grid, 
   STD_TORCH_CHECK(shared(threads) <= device.shared_memory_limit(), "neighbor_topk: rows of ", rows.channels,
                   " channels need ", shared(threads), " bytes of shared memory and this GPU has ", device.shared_memory_limit(),
                   "; use force(neighbor_topk='triton').");
-  launch(device, gram_kernel<T, KEEP>, blocks_of((patches + threads - 1) / threads, rows.images), threads, shared(threads), rows, grid, radius, out);
+  const dim3 blocks{unsigned((patches + threads - 1) / threads), unsigned(images), 1};
+  launch(device, gram_kernel<T, KEEP>, blocks, threads, shared(threads), rows, grid, radius, out);
 }
 
 // ------------------------------------------------------------------------------------------------ launch
@@ -524,22 +517,28 @@ std::tuple<Tensor, Tensor> neighbor_topk_fwd(
       x, scores ? std::vector<int64_t>{images, patches, k} : std::vector<int64_t>{0}, ScalarType::Float);
   const OnDevice device(x);
   const Grid grid{int(height), int(width), wrap};
-  const Selection out{static_cast<int32_t*>(index.data_ptr()), scores ? static_cast<float*>(score.data_ptr()) : nullptr, int(k)};
+  Selection out{static_cast<int32_t*>(index.data_ptr()), scores ? static_cast<float*>(score.data_ptr()) : nullptr, int(k)};
   const int band = radius == 1   ? window_band<1>(grid, device.shared_memory_limit())
                    : radius == 2 ? window_band<2>(grid, device.shared_memory_limit())
                                  : 0;
   with_float_type(x, "neighbor_topk", [&](auto type) {
     using T = typename decltype(type)::type;
     const T* x_ptr = static_cast<const T*>(x.data_ptr());
-    const Rows<T> rows{x_ptr, x.stride(0), x.stride(1), int(images), int(x.size(2)), rows_aligned(x_ptr, {x.stride(0), x.stride(1)})};
-    if (band && radius == 1)
-      launch_window<T, 1>(device, rows, grid, band, out);
-    else if (band)
-      launch_window<T, 2>(device, rows, grid, band, out);
-    else if (k <= 8)
-      launch_gram<T, 8>(device, rows, grid, int(radius), out);
-    else
-      launch_gram<T, 32>(device, rows, grid, int(radius), out);
+    Rows<T> rows{x_ptr, x.stride(0), x.stride(1), int(x.size(2)), rows_aligned(x_ptr, {x.stride(0), x.stride(1)})};
+    for (int64_t left = images; left > 0; left -= kMaxBlocksY) {  // images are along y
+      const int now = int(std::min<int64_t>(left, kMaxBlocksY));
+      if (band && radius == 1)
+        launch_window<T, 1>(device, rows, grid, now, band, out);
+      else if (band)
+        launch_window<T, 2>(device, rows, grid, now, band, out);
+      else if (k <= 8)
+        launch_gram<T, 8>(device, rows, grid, int(radius), now, out);
+      else
+        launch_gram<T, 32>(device, rows, grid, int(radius), now, out);
+      rows.x += now * rows.stride_image;
+      out.index += now * patches * k;
+      if (out.score) out.score += now * patches * k;
+    }
   });
   return {index, score};
 }
