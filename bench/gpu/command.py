@@ -40,7 +40,7 @@ def measure_gpu(
     folder = folder.resolve()
     runner = Runner(folder, archive or folder.with_name(folder.name + ".tar.gz"), minutes * 60)
     try:
-        runner.run(parts)
+        runner.run(parts, in_order(PLAN))
     finally:
         print("\n".join(parts_table([(part, runner.outcomes.get(part.name)) for part in parts])))
         print(f"summary: {folder / 'summary.md'}\narchive: {runner.archive}")

@@ -84,14 +84,24 @@ def op_results(rows: Iterable[CsvRow]) -> Iterator[str]:
 
 
 def markdown(parts: Sequence[tuple[Part, Outcome | None]], folder: Path) -> str:
-    """The summary: a line for each part, then what each CSV says, then predictions if they were made."""
+    """The summary: a line for each part, why parts failed, what each CSV says, and predictions if they were made."""
     lines = ["# What ran", "", *parts_table(parts), ""]
+    for part, outcome in parts:
+        if outcome and outcome.state == FAILED:
+            lines += [f"## {part.name} failed", "", "```", *why(folder / f"{part.name}.txt"), "```", ""]
     for part, _ in parts:
         path = folder / part.rows
         if part.rows and path.exists() and (rows := read_rows(path)):
             lines += [f"## {part.name}", "", where_from(rows[0]), "", *rows_table(rows), ""]
     predicted = folder / "predicted.md"
     return "\n".join(lines) + (predicted.read_text() if predicted.exists() else "")
+
+
+def why(output: Path) -> list[str]:
+    """The tests that failed, or the end of the output."""
+    lines = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    tests = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return [line[:240] for line in (tests or lines)[-12:]]
 
 
 def parts_table(parts: Sequence[tuple[Part, Outcome | None]]) -> Iterator[str]:

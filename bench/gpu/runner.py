@@ -51,16 +51,20 @@ class Runner:
     def left(self) -> float:
         return self.seconds - self.reserve - (time.monotonic() - self.began)
 
-    def run(self, parts: Sequence[Part]) -> None:
-        """All parts that are not done: those that were never tried first. A signal ends it after the archive is written."""
+    def run(self, parts: Sequence[Part], plan: Sequence[Part] = ()) -> None:
+        """All parts that are not done: those that were never tried first. A signal ends it after the archive is written.
+
+        The summary also lists parts of the plan that an earlier call ran.
+        """
+        listed = [part for part in plan or parts if part in parts or part.name in self.outcomes]
         tried = lambda part: part.name in self.outcomes and self.outcomes[part.name].state in TRIED
         with signals_raise():
             try:
                 for part in sorted(parts, key=tried):
                     self.run_part(part)
-                    self.write(parts)
+                    self.write(listed)
             finally:
-                self.write(parts)
+                self.write(listed)
 
     def run_part(self, part: Part) -> None:
         """Runs one part, or says why not."""
@@ -137,17 +141,20 @@ def end_group(process: subprocess.Popen, grace: float) -> None:
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Within the block, SIGTERM raises SystemExit, as SIGINT raises KeyboardInterrupt."""
+    """Within the block, SIGTERM and SIGINT raise SystemExit, once."""
+    numbers = signal.SIGTERM, signal.SIGINT
 
     def stop(number: int, _) -> None:
-        signal.signal(number, signal.SIG_IGN)  # the archive is being written
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # the archive is being written
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = [signal.signal(number, stop) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def is_there(name: str) -> bool:

@@ -76,6 +76,7 @@ def test_a_part_that_hangs_or_fails_does_not_end_the_others(tmp_path):
     assert archived >= {f"hour/{name}" for name in ("first.txt", "hangs.txt", "last.txt", "summary.md", "parts.json")}
     summary = (tmp_path / "hour/summary.md").read_text()
     assert "| hangs | failed | " in summary and "| last | done | " in summary
+    assert "## fails failed\n\n```\nno such thing\n```" in summary
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -105,6 +106,14 @@ def test_what_does_not_fit_is_dropped_and_said(tmp_path):
     assert "dropped" in (tmp_path / "hour/summary.md").read_text()
     again = run(tmp_path, [part("long", PRINTS, seconds=100)])
     assert again.outcomes["long"].state == "done"
+
+
+def test_the_summary_has_what_earlier_calls_ran(tmp_path):
+    plan = [part("one", PRINTS), part("two", PRINTS), part("three", PRINTS)]
+    run(tmp_path, plan[:1])
+    Runner(tmp_path / "hour", tmp_path / "hour.tar.gz", 300, reserve=0).run(plan[1:2], plan)
+    summary = (tmp_path / "hour/summary.md").read_text()
+    assert "| one | done |" in summary and "| two | done |" in summary and "three" not in summary
 
 
 def test_a_part_is_stopped_at_the_end_of_the_time(tmp_path):
