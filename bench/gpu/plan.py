@@ -136,6 +136,7 @@ PLAN = (
     ops("ops", "eager", FIRST_CASES, 55),
     step("ibot", 60),
     # What follows runs in the time that the parts above leave, and with more minutes.
+    program("losses", 45, SHOULD),
     step("dino", 75, SHOULD, providers=(OFFICIAL_COMPILED, COMPILED), name="step_dino_compiled"),
     Part("update", UPDATE, 40, SHOULD, rows="update.csv"),
     Part("loader", LOADER, 60, SHOULD, needs=("nvidia.dali",), rows="loader.csv"),

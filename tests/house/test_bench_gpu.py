@@ -17,7 +17,7 @@ import pytest
 import torch
 import tyro
 from bench import loader, methods, report, step, step_on_gpu, study, update
-from bench.gpu import command, ops_slice, predicted, publish, race
+from bench.gpu import command, losses, ops_slice, predicted, publish, race
 from bench.gpu.plan import MUST, PLAN, Part, in_order, pick, sums
 from bench.gpu.results import digest, result_of
 from bench.gpu.runner import RESERVE, Runner
@@ -363,3 +363,11 @@ def test_what_was_measured_can_be_published(tmp_path):
     assert "| `adamw` | vit float32 fwd | **1 ms** | 9 ms (9.0x) | compile(official) 3 ms (3.0x) | 1 : 1 MB |" in text
     report.draw(tmp_path / "results/step_gpu.csv", tmp_path / "plots")
     assert (tmp_path / "plots/step.png").exists()
+
+
+def test_first_losses_are_compared(monkeypatch, capsys):
+    tiny = methods.StepSize("vit_tiny", 2, 64, 48, 2, 64, 64, (2, 1), {"width": 48, "depth": 2, "heads": 3})
+    assert losses.compare(["dino", "selfpatch"], tiny) == []
+    assert "2 methods, largest relative difference" in capsys.readouterr().out
+    monkeypatch.setattr(losses, "last_loss", lambda trainer: float("nan"))
+    assert losses.compare(["dino"], tiny) == ["dino"]
