@@ -1,6 +1,7 @@
-"""Runs the CUDA kernels on CPU threads under a sanitizer: `python tests/ops/sanitize.py thread|address`.
+"""Runs the CUDA kernels on CPU threads under a sanitizer: `python tests/ops/sanitize.py thread|address [op ...]`.
 
-Builds the sources with the sanitizer, then runs every op's cases on them in a Python with the sanitizer's runtime preloaded.
+Builds the sources with the sanitizer, then runs the cases of those ops, or of all, in a Python with the sanitizer's runtime
+preloaded.
 The thread sanitizer finds a missing __syncthreads, the address sanitizer an access out of bounds; any report is a failure.
 """
 
@@ -20,8 +21,8 @@ OPTIONS = {
 }
 
 
-def run_cases(library: str) -> None:
-    """Every small case of every op in both kinds of precision, compared with the reference."""
+def run_cases(library: str, names: list[str]) -> None:
+    """Every small case of the ops in both kinds of precision, compared with the reference."""
     import torch
 
     sys.path.insert(0, str(ROOT / "tests"))
@@ -32,7 +33,7 @@ def run_cases(library: str) -> None:
     torch.set_num_threads(1)
     parity.cpu_device_library = lambda sanitizer=None: Path(library)
     count = 0
-    for spec in registry.specs():
+    for spec in map(registry.spec, names or registry.names()):
         for case in spec.tests:
             for dtype in (torch.float32, torch.bfloat16):
                 arguments = spec.inputs(case, dtype, "cpu")
@@ -46,7 +47,7 @@ def run_cases(library: str) -> None:
     os._exit(0)  # the exit code is that of the sanitizer, not of Python's last steps
 
 
-def main(sanitizer: str) -> int:
+def main(sanitizer: str, names: list[str]) -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     from parity import cpu_device_library
 
@@ -63,6 +64,7 @@ def main(sanitizer: str) -> int:
         __file__,
         "--cases",
         str(library),
+        *names,
     ]  # the thread sanitizer needs fixed addresses
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     reports = (result.stdout + result.stderr).count(f"{sanitizer.capitalize()}Sanitizer")
@@ -76,6 +78,6 @@ def main(sanitizer: str) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--cases":
-        run_cases(sys.argv[2])
+        run_cases(sys.argv[2], sys.argv[3:])
     else:
-        sys.exit(main(sys.argv[1]))
+        sys.exit(main(sys.argv[1], sys.argv[2:]))
