@@ -190,3 +190,16 @@ def test_objectives_are_checked_against_model_and_data():
         build_objectives(replace(run, model=replace(run.model, summary="cls")))
     with pytest.raises(ValueError, match="need local crops"):
         build_objectives(replace(run, data=replace(run.data, crops=dino_policy(0, 16, 12))))
+
+
+def test_crops_of_all_sizes_go_through_the_backbone_together():
+    student, _, _, views = built(tiny_run(""))
+    apart = student(views)
+    student.sizes_together = True
+    calls, forward_sizes = [], student.backbone.forward_sizes
+    student.backbone.forward_sizes = lambda crops, residual: calls.append(len(crops)) or forward_sizes(crops, residual)
+    together = student(views)
+    assert calls == [2]
+    for one, other in zip(apart[:2], together[:2], strict=True):
+        torch.testing.assert_close(one.summary, other.summary)
+        torch.testing.assert_close(one.patches, other.patches)

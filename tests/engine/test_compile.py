@@ -115,7 +115,6 @@ def test_crops_of_all_sizes_together_are_traced_whole_and_once(method, tmp_path,
     compiled = train_without_recompiling(tiny_run(tmp_path, **METHODS[method], parallel={**FP32, "compile": "on"}))
     for expected, terms in zip(plain["terms"], compiled["terms"], strict=True):
         assert terms == pytest.approx(expected, rel=1e-4)
-    assert compiled["terms"] != plain["terms"]
 
 
 @pytest.mark.parametrize(("precision", "residual"), [("fp32", "fp32"), ("bf16", "16bit")])

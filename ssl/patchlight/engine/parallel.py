@@ -136,7 +136,7 @@ def choose_compiled(parallel: Parallel, recorded: bool) -> tuple[bool, str]:
         return parallel.compile == "on", f'Parallel.compile="{parallel.compile}"'
     if recorded:
         return True, "fewer and larger kernels for the CUDA graph"
-    return False, "without a CUDA graph, compiled steps are slower"
+    return False, "only where steps are a CUDA graph"
 
 
 def compile_parts(branch: Branch, whole: bool, one_process: bool) -> None:
