@@ -167,7 +167,7 @@ class Update:
 def find_bad(terms: list[Tensor], norms: Tensor) -> Tensor:
     """[terms + norms] fp32: 1 where a loss term or the norm of a gradient is not finite, else 0."""
     values = torch.cat([*(term.to(norms.dtype).view(1) for term in terms), norms])
-    return (values * 0).ne_(0).float()  # 0 x infinity and 0 x NaN are NaN, which is not 0
+    return (~values.isfinite()).float()  # not values * 0: a compiler may take that for 0
 
 
 def judge(
