@@ -218,7 +218,9 @@ def last_loss(trainer: Trainer) -> float:
 def build_official(kind: type[OfficialStep], trainer: Trainer) -> OfficialStep:
     """On copies of the trainer's branches, before the trainer changes these."""
     student, teacher, views = copy.deepcopy(trainer.student), copy.deepcopy(trainer.teacher), next(trainer.loader)
-    return kind(student, teacher, trainer.run, trainer.schedule(trainer.clock)["lr"], views, next_mask(trainer))
+    return kind(
+        student, teacher, trainer.run, trainer.step_values.schedule(trainer.clock)["lr"], views, next_mask(trainer)
+    )
 
 
 def next_mask(trainer: Trainer) -> Tensor | None:
@@ -227,5 +229,5 @@ def next_mask(trainer: Trainer) -> Tensor | None:
     pixels = views.global_crops.pixels
     grid = vit_of(trainer.student).grid(*pixels.shape[-2:])
     clock = trainer.clock.at_batch(0, 0, 1, pixels.shape[1])
-    now = now_at(clock, trainer.schedule(clock), pixels.device)
+    now = now_at(clock, trainer.step_values.schedule(clock), pixels.device)
     return trainer.objectives.cue(views, grid, now).mask

@@ -181,14 +181,3 @@ def print_plan(rows: Sequence[Row]) -> None:
             f"{row['images_per_s']:.0f}", f"{row['efficiency']:.0%}",
         )  # fmt: skip
     wide_console().print(table)
-
-
-def print_traffic(traffic: StepTraffic, layout: Layout) -> None:
-    """What a step of one layout sends, by purpose."""
-    messages = list(traffic.messages(layout.replicate, layout.shard))
-    table = Table("purpose", "messages", "MB in or out", "MB sent", title=f"{layout.title} on {layout.world} GPUs")
-    for purpose in dict.fromkeys(message.purpose for message in messages):
-        chosen = [message for message in messages if message.purpose == purpose]
-        sent = sum(wire_bytes(message, layout) for message in chosen) / 1e6
-        table.add_row(purpose, str(len(chosen)), f"{sum(m.bytes for m in chosen) / 1e6:.2f}", f"{sent:.2f}")
-    wide_console().print(table)

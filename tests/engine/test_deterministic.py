@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from dispatched import dispatched
-from engine.tiny_run import DINO, IBOT, MOBY, MOCO, PQCL, SELFPATCH, SERE, tiny_run, tiny_trainer
+from engine.tiny_run import COMBINATIONS, tiny_run, tiny_trainer
 
 # As its documentation lists them, for a GPU; a `cumsum` of integers and an `nll_loss` of rows are not among them.
 REFUSED = re.compile(
@@ -14,10 +14,9 @@ REFUSED = re.compile(
     r"(reflection|replication)_pad\w+_backward|put_?\b|histc|bincount|kthvalue|median|scatter_reduce|nll_loss2d\w*|"
     r"_ctc_loss\w*|_embedding_bag\w*|resize_)"
 )
-METHODS = [(DINO,), (IBOT, SERE), (IBOT, PQCL), (SELFPATCH,), (MOCO,), (MOBY,)]
 
 
-@pytest.mark.parametrize("options", METHODS, ids=lambda options: "+".join(type(part).__name__ for part in options))
+@pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_no_operation_of_a_step_is_refused_on_a_gpu(options, tmp_path):
     trainer = tiny_trainer(tiny_run(tmp_path, options=options))
     trainer.step()

@@ -4,13 +4,9 @@ import pytest
 import torch
 from engine.tape import OperationStream, TapeRecorder
 from engine.tiny_run import (
+    COMBINATIONS,
     DINO,
     IBOT,
-    MOBY,
-    MOCO,
-    PQCL,
-    SELFPATCH,
-    SERE,
     MetricsInMemory,
     NoiseLoader,
     Prepared,
@@ -25,14 +21,6 @@ from patchlight.engine.graph import WARM_UP, choose_recorder
 from patchlight.engine.parallel import Mesh
 from patchlight_kernels import force
 
-METHODS = {
-    "dino": (DINO,),
-    "dino+selfpatch": (DINO, SELFPATCH),
-    "ibot": (IBOT,),
-    "ibot+pqcl": (IBOT, PQCL),
-    "ibot+sere": (IBOT, SERE),
-    "moco+moby": (MOCO, MOBY),
-}
 # Schedules that move in every step, and a first epoch with frozen prototypes.
 MOVING = {"warmup_epochs": 2, "weight_decay": 0.1, "weight_decay_end": 0.3, "freeze_prototypes_epochs": 1}
 
@@ -50,7 +38,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("optimizer", "precision", "accumulate"), SETTINGS)
-@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_two_steps_are_the_same_operations(options, optimizer, precision, accumulate, tmp_path):
     """Their numbers included: what differs between them is read on the device."""
     trainer = build(tmp_path, options, optimizer, parallel={"precision": precision, "accumulate": accumulate})
@@ -69,7 +57,7 @@ def test_two_steps_are_the_same_operations(options, optimizer, precision, accumu
             assert old == new, f"step {number + 2}: {new}, where step 1 had {old}"
 
 
-@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
 def test_repeated_steps_are_those_of_python(options, optimizer, tmp_path):
     """Bit by bit, over the end of the first epoch, with accumulation and drop path."""
@@ -164,7 +152,7 @@ class OnGpu(NoiseLoader):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("compile", ["off", "on"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_a_cuda_graph_computes_what_launched_steps_do(options, precision, compile, tmp_path):
     """20 steps each, from the same weights and random numbers; some kernels add in an order of their own."""
     results = []
@@ -188,7 +176,7 @@ def test_a_cuda_graph_computes_what_launched_steps_do(options, precision, compil
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="waits are seen on a GPU only")
 @pytest.mark.parametrize("graph", ["off", "on"])
-@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_no_step_waits_for_the_gpu(options, graph, tmp_path):
     run = tiny_run(tmp_path, options=options, parallel={"precision": "bf16", "graph": graph, "compile": "off"})
     trainer = build_trainer(run, loader=OnGpu(run), metrics=MetricsInMemory())

@@ -9,7 +9,12 @@ from importlib import import_module
 
 import pytest
 import torch
-from engine.tiny_run import DINO, IBOT, MOBY, MOCO, PQCL, SELFPATCH, SERE, MetricsInMemory, NoiseLoader, tiny_run
+from engine.tiny_run import (
+    COMBINATIONS,
+    MetricsInMemory,
+    NoiseLoader,
+    tiny_run,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -62,11 +67,7 @@ def test_a_tensor_on_another_device_is_found():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
-@pytest.mark.parametrize(
-    "options",
-    [(DINO, SELFPATCH), (IBOT, PQCL), (MOCO, MOBY), (DINO, SERE)],
-    ids=["dino+selfpatch", "ibot+pqcl", "moco+moby", "dino+sere"],
-)
+@pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_a_step_stays_on_its_device(options, optimizer, tmp_path, allow_meta):
     run = tiny_run(
         tmp_path, options=options, optim={"name": optimizer}, parallel={"accumulate": 2}, model={"drop_path": 0.2}

@@ -5,13 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from engine.tiny_run import (
+    COMBINATIONS,
     DINO,
-    IBOT,
     MOBY,
-    MOCO,
-    PQCL,
-    SELFPATCH,
-    SERE,
     MetricsInMemory,
     NoiseLoader,
     Prepared,
@@ -46,11 +42,7 @@ def test_a_wait_is_found():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
-@pytest.mark.parametrize(
-    "options",
-    [(DINO,), (IBOT,), (DINO, SELFPATCH), (IBOT, PQCL), (MOCO, MOBY), (DINO, SERE)],
-    ids=["dino", "ibot", "dino+selfpatch", "ibot+pqcl", "moco+moby", "dino+sere"],
-)
+@pytest.mark.parametrize("options", COMBINATIONS.values(), ids=COMBINATIONS)
 def test_a_step_does_not_wait_for_the_device(options, optimizer, tmp_path):
     parallel = {"precision": "fp16", "accumulate": 2}
     trainer = tiny_trainer(tiny_run(tmp_path, options=options, optim={"name": optimizer}, parallel=parallel))
@@ -74,7 +66,7 @@ def test_the_schedules_are_those_of_the_step(tmp_path):
     peak = 0.5 * 16 / 256
     for step in range(20):
         trainer.clock = replace(trainer.clock, step=step)
-        rates = trainer.schedule(trainer.clock)
+        rates = trainer.step_values.schedule(trainer.clock)
         assert rates["lr"] == cosine(step, 20, peak, 0.001, 5)
         assert rates["weight_decay"] == cosine(step, 20, 0.1, 0.3)
         assert rates["momentum"] == cosine(step, 20, 0.9, 1.0)

@@ -35,6 +35,16 @@ MOBY = MobyOptions(queue=32, hidden=16, out=8)
 SELFPATCH = SelfPatchOptions(**HEAD, teacher_temperature=0.4)
 PQCL = PqclOptions(student_temperature=0.5, teacher_temperature=0.4, warmup_epochs=0)
 SERE = SereOptions(global_points=5, local_points=3)
+# What tests of whole steps run: every method, alone or with its host.
+COMBINATIONS = {
+    "dino": (DINO,),
+    "dino+selfpatch": (DINO, SELFPATCH),
+    "dino+sere": (DINO, SERE),
+    "ibot": (IBOT,),
+    "ibot+pqcl": (IBOT, PQCL),
+    "ibot+sere": (IBOT, SERE),
+    "moco+moby": (MOCO, MOBY),
+}
 
 
 def tiny_run(folder: Path | str, **parts) -> Run:

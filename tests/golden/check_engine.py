@@ -144,8 +144,8 @@ class RecordedTrainer:
     def __init__(self, run: Run, case: Case) -> None:
         self.case, self.number = case, 0
         self.trainer = assembly.build_trainer(run, CPU, RecordedViews(case), LastMetrics())
-        self.scheduled = self.trainer.schedule
-        self.trainer.step_values.schedules = self.recorded_schedule
+        self.scheduled = self.trainer.step_values.schedule
+        self.trainer.step_values.schedule = self.recorded_schedule
         self.student, self.teacher = self.trainer.student, self.trainer.teacher
         self.objectives, self.metrics, self.update = self.trainer.objectives, self.trainer.metrics, self.trainer.update
         self.unclipped: list[Tensor | None] = []

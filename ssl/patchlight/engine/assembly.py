@@ -32,6 +32,7 @@ from ..threads import limit_spinning
 from .branches import Student, Teacher, check_teacher_student
 from .checkpoint import Checkpoints
 from .cost import cost_of
+from .device_step import DeviceStep
 from .graph import choose_recorder
 from .init_from import init_from
 from .metrics import Metrics
@@ -40,6 +41,8 @@ from .pairing import check_pairing
 from .parallel import Mesh, choose_compiled, compile_objectives, parallelize, processes
 from .precision import DTYPES, build_scaler
 from .probe import TeacherProbe
+from .schedules import rates_at
+from .step_values import StepValues
 from .trainer import Trainer
 
 
@@ -91,18 +94,16 @@ def build_trainer(
         compile_objectives(objectives, student, run.parallel, mesh)
         update.compile()
     loader = loader or build_loader(run, mesh)
+    clock = build_clock(run, mesh.world, loader.dataset_size)
+    values = build_step_values(run, mesh, objectives, clock)
     return Trainer(
         run,
         mesh,
-        student,
-        teacher,
-        objectives,
-        update,
-        scaler,
+        DeviceStep(run, mesh, student, teacher, objectives, update, scaler, values),
         loader,
         metrics or build_metrics(run, mesh, objectives),
         Checkpoints(Path(run.output.folder) / "checkpoints", mesh, run.output.keep, run.output.save_async),
-        build_clock(run, mesh.world, loader.dataset_size),
+        clock,
         recorder,
         {
             "loader": (run.data.loader, loader_reason),
@@ -208,6 +209,16 @@ def build_metrics(run: Run, mesh: Mesh, objectives: WeightedObjectives) -> Metri
     """The metrics of a run; on rank 0 with the journal that writes them."""
     journal = Journal(run.output.folder, Display()) if mesh.rank == 0 else None
     return Metrics(mesh, journal, objectives.prototype_counts(), cost_of(run, mesh.device))
+
+
+def build_step_values(run: Run, mesh: Mesh, objectives: WeightedObjectives, clock: Clock) -> StepValues:
+    """The numbers of the optimizer and of the objectives that change from step to step."""
+    batch = run.global_batch(mesh.world)
+
+    def schedule(clock: Clock) -> dict[str, float]:
+        return rates_at(clock, run.optim, batch) | objectives.schedule(clock)
+
+    return StepValues(schedule, clock, mesh.device, run.data.batch_per_rank)
 
 
 def build_clock(run: Run, world: int, dataset_size: int) -> Clock:

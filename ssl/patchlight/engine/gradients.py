@@ -41,7 +41,9 @@ class GradientMean:
 
     def begin(self, last: bool) -> None:
         """Before the backward of a batch; gradients are sent in that of a step's last one."""
-        self.last = last
+        self.last, self.sent = last, 0
+        for bucket in self.buckets:
+            bucket.begin()
         if isinstance(self.student, FSDPModule):
             self.student.set_requires_gradient_sync(last)
 
@@ -56,7 +58,6 @@ class GradientMean:
         self.send(complete=False)  # a parameter that no loss depends on has no gradient, on any rank
         for bucket in self.buckets:
             bucket.receive(self.world)
-        self.sent = 0
 
 
 def in_buckets(student: nn.Module) -> list[list[nn.Parameter]]:
@@ -89,6 +90,10 @@ class Bucket:
         ]
         self.work: dist.Work | None = None
 
+    def begin(self) -> None:
+        """Forgets a backward that did not end, as a recording that failed."""
+        self.missing, self.work = len(self.parameters), None
+
     @torch.no_grad()
     def send(self) -> None:
         here = [(slot, p.grad) for slot, p in zip(self.gradients, self.parameters, strict=True) if p.grad is not None]
@@ -98,11 +103,9 @@ class Bucket:
 
     @torch.no_grad()
     def receive(self, world: int) -> None:
-        self.missing = len(self.parameters)
         if self.work is None:
             return
         self.work.wait()
-        self.work = None
         self.flat /= world
         for slot, parameter in zip(self.gradients, self.parameters, strict=True):
             if parameter.grad is not None:

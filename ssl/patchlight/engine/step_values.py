@@ -16,17 +16,17 @@ class StepValues:
     """One small tensor, which every step reads at the same place. fp64 holds image counts exactly, up to 2^53."""
 
     def __init__(
-        self, schedules: Callable[[Clock], Mapping[str, float]], clock: Clock, device: torch.device, batch: int
+        self, schedule: Callable[[Clock], Mapping[str, float]], clock: Clock, device: torch.device, batch: int
     ) -> None:
-        """schedules: the numbers of the next step, always under the same names. batch: images of a batch on a rank."""
-        self.schedules, self.clock, self.batch = schedules, clock, batch
-        self.names = (FIRST_IMAGE, *schedules(clock))
+        """schedule: the numbers of the next step, always under the same names. batch: images of a batch on a rank."""
+        self.schedule, self.clock, self.batch = schedule, clock, batch
+        self.names = (FIRST_IMAGE, *schedule(clock))
         self.record = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.values = dict(zip(self.names, self.record.unbind(), strict=True))
 
     def write(self, clock: Clock) -> dict[str, float]:
         """Writes the numbers of the next step to the device; returns them."""
-        numbers, self.clock = self.schedules(clock), clock
+        numbers, self.clock = self.schedule(clock), clock
         got = (FIRST_IMAGE, *numbers)
         check(got == self.names, f"Every step must have the same numbers, {self.names}", got, "give all in schedule()")
         row = [float(clock.images_seen), *numbers.values()]

@@ -14,13 +14,11 @@ from rich.console import Console
 from torch import Tensor
 
 from ..data.interface import Loader
-from ..objectives.weighted import WeightedObjectives
 from ..records import Clock, Views
 from ..report.console import print_sentence
 from ..report.run_folder import RUN_FILE, write_whole
 from ..run import Run
 from .batches import Batches
-from .branches import Student, Teacher
 from .checkpoint import (
     Checkpoints,
     StopRequest,
@@ -37,14 +35,10 @@ from .checkpoint import (
 from .device_step import DeviceStep
 from .graph import Recorder, RepeatedStep
 from .metrics import Metrics
-from .optim import Update
 from .parallel import Mesh
-from .precision import LossScaler
 from .probe import TeacherProbe
-from .schedules import rates_at
 from .sentinels import Sentinels, TrainingError
 from .settings_table import settings_table
-from .step_values import StepValues
 
 
 class Trainer:
@@ -54,11 +48,7 @@ class Trainer:
         self,
         run: Run,
         mesh: Mesh,
-        student: Student,
-        teacher: Teacher,
-        objectives: WeightedObjectives,
-        update: Update,
-        scaler: LossScaler | None,
+        device_step: DeviceStep,
         loader: Loader,
         metrics: Metrics,
         checkpoints: Checkpoints,
@@ -68,16 +58,15 @@ class Trainer:
     ) -> None:
         """recorder: of the step, on a GPU. choices: what was chosen for this run, and why."""
         self.run, self.mesh, self.folder = run, mesh, Path(run.output.folder)
-        self.student, self.teacher, self.objectives = student, teacher, objectives
-        self.update, self.scaler = update, scaler
+        self.device_step, self.step_values = device_step, device_step.values
+        self.student, self.teacher = device_step.student, device_step.teacher
+        self.objectives, self.update, self.scaler = device_step.objectives, device_step.update, device_step.scaler
         self.metrics, self.checkpoints, self.clock = metrics, checkpoints, clock
         self.choices = dict(choices or {})
-        self.sentinels = Sentinels(student, teacher, update, mesh, objectives.prototype_counts())
+        self.sentinels = Sentinels(self.student, self.teacher, self.update, mesh, self.objectives.prototype_counts())
         self.global_batch = run.global_batch(mesh.world)
-        self.step_values = StepValues(self.schedule, clock, mesh.device, run.data.batch_per_rank)
-        self.device_step = DeviceStep(run, mesh, student, teacher, objectives, update, scaler, self.step_values)
         self.batches = Batches(loader, run.parallel.accumulate, mesh.device)
-        self.repeated_step = RepeatedStep(self.device_step, recorder, self.not_recorded, run.parallel.graph == "on")
+        self.repeated_step = RepeatedStep(device_step, recorder, self.not_recorded, run.parallel.graph == "on")
         self.probe: TeacherProbe | None = None
         self.first_probe: dict[str, float] = {}
         self.last_rates: dict[str, float] = {}
@@ -123,10 +112,6 @@ class Trainer:
         self.clock = self.clock.next(self.global_batch)
         if self.repeated_step.recorded and self.clock.step < self.clock.total:
             self.batches.read_ahead()
-
-    def schedule(self, clock: Clock) -> dict[str, float]:
-        """All numbers of the next step that follow from the clock."""
-        return rates_at(clock, self.run.optim, self.global_batch) | self.objectives.schedule(clock)
 
     def next_batches(self) -> Iterator[Views]:
         """The batches of the next step."""
