@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shutil
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +25,7 @@ from engine.tiny_run import (
 )
 from safetensors.torch import load_file
 
+from patchlight.checkpoint.folder import read_facts
 from patchlight.engine import checkpoint
 from patchlight.engine.assembly import build_trainer
 from patchlight.engine.checkpoint import EXPORT, StopRequest
@@ -188,14 +188,14 @@ def test_sigterm_on_one_rank_stops_all_at_the_next_log_line(tmp_path):
 
 def die_in_the_second_save(run) -> None:
     """kill -9 while the second checkpoint is almost written."""
-    complete = checkpoint.save_file
+    whole = checkpoint.write_rest
 
-    def killed(tensors, path):
-        if "step-00000010" in str(path):
+    def killed(partial, step, *rest):
+        if step == 10:
             os.kill(os.getpid(), signal.SIGKILL)
-        complete(tensors, path)
+        whole(partial, step, *rest)
 
-    checkpoint.save_file = killed
+    checkpoint.write_rest = killed
     train_tiny(run)
 
 
@@ -350,11 +350,10 @@ def test_another_learning_rate_is_accepted_with_a_warning(tmp_path):
 def test_a_checkpoint_without_any_of_the_models_tensors_is_refused(tmp_path):
     run = tiny_run(tmp_path)
     finished(run)
-    (folder,) = (tmp_path / "checkpoints").iterdir()
-    facts = (folder / "facts.json").read_text()
-    shutil.rmtree(folder)
-    torch.distributed.checkpoint.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=folder, no_dist=True)
-    (folder / "facts.json").write_text(facts)
+    trainer = tiny_trainer(run)
+    (folder,) = trainer.checkpoints.all()
+    facts = read_facts(folder)
+    trainer.checkpoints.save(facts["clock"]["step"], {"model": {"weight": torch.ones(3)}}, facts, {})
     with pytest.raises(ValueError, match=r"got none of its \d+ tensors"):
         tiny_trainer(resumed(run)).begin()
 

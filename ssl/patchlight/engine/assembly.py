@@ -57,7 +57,7 @@ def train(run: Run) -> None:
                 trainer.fit()
         finally:
             trainer.loader.close()
-        teacher = f"{trainer.checkpoints.latest()}/teacher.safetensors"
+        teacher = f"{trainer.checkpoints.all()[-1]}/teacher.safetensors"
         trainer.say(f"Report: {trainer.folder / REPORT_FILE}; teacher: {teacher}")
 
 

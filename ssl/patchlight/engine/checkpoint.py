@@ -7,9 +7,8 @@ import random
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,16 +16,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from ..checkpoint.folder import complete, delete_old, name_of, publish, set_aside, verify, write_rest
+from ..checkpoint.manifest import StoredTensor
+from ..checkpoint.tensors import Files, TensorWriter
+from ..checks import check
+from ..durable import make_folder
 from .branches import Branch
 from .parallel import Mesh
 
-FACTS = "facts.json"  # clock, run, loader position: also for people to read
 EXPORT = "teacher.safetensors"
 REFUSED_DIFFERENCES = ("model.", "objectives.", "optim.name")  # a checkpoint that differs in these is refused
 
@@ -36,59 +38,88 @@ class Checkpoints:
 
     def __init__(self, folder: Path, mesh: Mesh, keep: int, asynchronous: bool = False) -> None:
         self.folder, self.mesh, self.keep, self.asynchronous = Path(folder), mesh, keep, asynchronous
-        self.under_way: tuple[Future, Path, dict, dict] | None = None
+        self.under_way: tuple[Future, Path] | None = None
         # A save beside the training has a process group of its own: its messages must not mix with those of training.
         self.group: Any = dist.new_group(backend="gloo") if asynchronous and mesh.world > 1 else None
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
+        return complete(self.folder)
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint. Ranks wait for each other first, so that all find the same."""
+    def newest_whole(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is as it was written. Newer ones that are not are said and set aside.
+
+        None if no checkpoint was ever completed; an error if all are damaged. Ranks share the reading.
+        """
         self.mesh.barrier()
         found = self.all()
-        return found[-1] if found else None
+        for path in reversed(found):
+            here = verify(path, part=self.mesh.rank, parts=self.mesh.world)
+            wrong = [line for lines in self.mesh.gather(here) for line in lines]
+            if not wrong:
+                return path
+            for line in dict.fromkeys(wrong):
+                say(line)
+            if self.mesh.rank == 0:
+                say(f"It is now {set_aside(path).name}; an older checkpoint takes its place.")
+            self.mesh.barrier()
+        set_aside_before = sorted(path.name for path in self.folder.glob("step-*.damaged*"))
+        check(
+            not set_aside_before,
+            f"A run resumes from a checkpoint that is as it was written; {self.folder} must have one",
+            f"only {', '.join(set_aside_before)}",
+            "copy an intact one there, or start anew in another folder",
+        )
+        return None
 
     def save(self, step: int, state: dict[str, Any], facts: dict, export: dict[str, Tensor]) -> Path:
         """Saves from all ranks: `state` of tensors, `facts` that fit JSON, and `export` as one safetensors file."""
         self.finish()
-        path = self.folder / f"step-{step:08d}"
+        path = self.folder / name_of(step)
         partial = path.with_suffix(".partial")
-        if self.mesh.rank == 0:
-            for left_over in self.folder.glob("*.partial"):
-                shutil.rmtree(left_over)
-            partial.mkdir(parents=True)
-        self.mesh.barrier()
-        alone = self.mesh.world == 1
+        self._attempt(path, lambda: self._make_room(partial))
+
+        def finish(files: Files, tensors: dict[str, StoredTensor]) -> None:
+            """On rank 0, when the tensors of all ranks are on the disk."""
+            write_rest(partial, step, facts, {EXPORT: to_bytes(export)}, files, tensors)
+            publish(partial, path)
+            delete_old(self.folder, self.keep)
+
+        writer, alone = TensorWriter(partial, finish), self.mesh.world == 1
         if self.asynchronous:
-            save = dcp.async_save(state, checkpoint_id=partial, process_group=self.group, no_dist=alone)
-            future = cast("Future", save)  # the only result with these arguments
-            self.under_way = (future, path, facts, export)
-            return path
-        with _quiet():
-            self._attempt(path, lambda: dcp.save(state, checkpoint_id=partial, no_dist=alone))
-        self._attempt(path, lambda: self._complete(path, facts, export))
+            save = dcp.async_save(state, storage_writer=writer, process_group=self.group, no_dist=alone)
+            self.under_way = (cast("Future", save), path)  # the only result with these arguments
+        else:
+            self._attempt(path, lambda: dcp.save(state, storage_writer=writer, no_dist=alone))
         return path
 
     def finish(self, wait: bool = True) -> None:
-        """Completes a save that is under way; wait=False does so only if it is written on all ranks."""
+        """Ends a save that is under way; wait=False does so only if it is written on all ranks."""
         if self.under_way is None:
             return
         if wait or not self.mesh.any(not self.under_way[0].done()):
-            (future, path, facts, export), self.under_way = self.under_way, None
+            (future, path), self.under_way = self.under_way, None
             self._attempt(path, future.result)
-            self._attempt(path, lambda: self._complete(path, facts, export))
+
+    def _make_room(self, partial: Path) -> None:
+        """On rank 0: the folder to write into, without what earlier saves have left."""
+        if self.mesh.rank != 0:
+            return
+        for left_over in self.folder.glob("step-*.partial"):
+            shutil.rmtree(left_over)
+        make_folder(partial)
 
     def _attempt(self, path: Path, work: Callable[[], Any]) -> None:
         """Does a part of a save on every rank; if it fails on any, all raise, and the partial checkpoint is deleted."""
-        error = None
+        error: BaseException | None = None
         try:
             work()
         except CheckpointException as problem:  # not an Exception, and its text is a traceback per rank
             error = next(iter(problem.failures.values()))[0]
         except Exception as problem:
             error = problem
+        if isinstance(error, KeyboardInterrupt):
+            raise error
         if not self.mesh.any(error is not None):
             return
         if self.mesh.rank == 0:
@@ -98,22 +129,6 @@ class Checkpoints:
             f"Checkpoint {path} could not be written, got {error or 'an error on another rank'}; make room or choose "
             f"another folder, then resume from {intact[-1] if intact else 'the start: there is no earlier one'}."
         ) from error
-
-    def _complete(self, path: Path, facts: dict, export: dict[str, Tensor]) -> None:
-        """On rank 0: adds the files that are not sharded, renames the folder, and deletes the oldest checkpoints."""
-        if self.mesh.rank != 0:
-            return
-        partial = path.with_suffix(".partial")
-        save_file(export, partial / EXPORT)
-        (partial / FACTS).write_text(json.dumps(facts, indent=1))
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
-
-
-def read_facts(path: Path) -> dict:
-    return json.loads((path / FACTS).read_text())
 
 
 def check_same_run(saved: dict, now: dict, path: Path) -> None:
@@ -140,13 +155,7 @@ def _differences(saved: Any, now: Any, where: str = "") -> list[str]:
     return lines
 
 
-def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """The tensors of a checkpoint, by flattened name."""
-    found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
-
-
-def check_fits(modules: dict[str, nn.Module], stored: dict[str, TensorStorageMetadata], path: Path) -> None:
+def check_fits(modules: dict[str, nn.Module], stored: Mapping[str, StoredTensor], path: Path) -> None:
     """Raises unless the checkpoint has every tensor of the modules, in its shape."""
     expected = {f"{prefix}.{n}": t for prefix, module in modules.items() for n, t in module.state_dict().items()}
     missing = [name for name in expected if name not in stored]
@@ -154,7 +163,7 @@ def check_fits(modules: dict[str, nn.Module], stored: dict[str, TensorStorageMet
         raise ValueError(
             f"A checkpoint must hold this model, got none of its {len(expected)} tensors in {path}; use this run's."
         )
-    wrong = [n for n, t in expected.items() if n in stored and tuple(stored[n].size) != tuple(t.shape)]
+    wrong = [n for n, t in expected.items() if n in stored and stored[n].shape != tuple(t.shape)]
     if missing or wrong:
         raise ValueError(
             f"A checkpoint must hold this model exactly, got {len(missing)} tensors missing and {len(wrong)} of another "
@@ -162,25 +171,11 @@ def check_fits(modules: dict[str, nn.Module], stored: dict[str, TensorStorageMet
         )
 
 
-def blank_random_state(stored: dict[str, TensorStorageMetadata], rank: int) -> dict[str, Tensor]:
+def blank_random_state(stored: Mapping[str, StoredTensor], rank: int) -> dict[str, Tensor]:
     """Empty tensors to load this rank's random state into."""
     prefix = f"random.rank{rank}."
     found = {name.removeprefix(prefix): entry for name, entry in stored.items() if name.startswith(prefix)}
-    return {name: torch.empty(entry.size, dtype=torch.uint8) for name, entry in found.items()}
-
-
-def load_tensors(path: Path, state: dict[str, Any], world: int) -> None:
-    """Reads into the tensors of `state`, which any number of ranks may have written."""
-    with _quiet():
-        dcp.load(state, checkpoint_id=path, no_dist=world == 1)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that a single process saves alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+    return {name: torch.empty(entry.shape, dtype=torch.uint8) for name, entry in found.items()}
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -215,17 +210,23 @@ def timm_weights(branch: Branch) -> dict[str, Tensor]:
 
 
 class StopRequest:
-    """Turns SIGTERM, the signal of schedulers and torchrun, into a flag that the training loop reads between steps."""
+    """Turns SIGTERM, the signal of schedulers and torchrun, and Ctrl-C into a flag that is read between steps.
+
+    A second Ctrl-C ends the process at once.
+    """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = ""  # the signal's name
 
     def __enter__(self) -> StopRequest:
-        self.before = signal.signal(signal.SIGTERM, self._receive)
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before or signal.SIG_DFL)
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
-    def _receive(self, *_: object) -> None:
-        self.received = True
+    def _receive(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.received == "Ctrl-C":
+            raise KeyboardInterrupt
+        self.received = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"

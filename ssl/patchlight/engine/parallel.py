@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The rank of this process, and the collectives that the engine needs; only `any` waits for the device."""
+    """The rank of this process, and the collectives that the engine needs; only `any` and `gather` wait for the device."""
 
     device: torch.device
     rank: int = 0
@@ -62,6 +62,13 @@ class Mesh:
         if self.world == 1:
             return here
         return bool(self.max_over_all(torch.tensor(float(here), device=self.device)).item())
+
+    def gather(self, here: list[str]) -> list[list[str]]:
+        """What each process has, by rank."""
+        found: list[list[str]] = [here] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, here)
+        return found
 
     def barrier(self) -> None:
         if self.world > 1:

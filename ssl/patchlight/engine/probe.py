@@ -17,7 +17,7 @@ from ..evaluation.pictures.attention import class_attention_maps, draw_attention
 from ..evaluation.probes.knn import knn_accuracy
 from ..evaluation.probes.labeled import LabeledImages
 from ..records import Clock, Crops, Views
-from ..report.run_folder import KNN_FILE, PICTURES_FOLDER, append_line, rewind
+from ..report.run_folder import KNN_FILE, PICTURES_FOLDER, append_line, read_lines, rewind
 from ..run import Run
 from .branches import Teacher
 from .parallel import Mesh
@@ -43,13 +43,18 @@ class TeacherProbe:
         self.labeled = source.labels is not None
 
     def rewind(self, clock: Clock) -> dict[str, float]:
-        """Removes results of later steps, which a resumed run computes again; returns those of the untrained teacher, if any."""
+        """Removes results of later steps, which a resumed run computes again, and all at the start of a run; returns those of
+        the untrained teacher, if any."""
         if not self.writes:
             return {}
-        kept = rewind(self.folder / KNN_FILE, lambda line: line["step"] <= clock.step)
+        kept = rewind(self.folder / KNN_FILE, lambda line: 0 < clock.step >= line["step"])
         return (
             {name: value for name, value in kept[0].items() if name != "step"} if kept and not kept[0]["step"] else {}
         )
+
+    def lacks(self, clock: Clock) -> bool:
+        """Whether there is no result of this step yet, as the run was stopped between the checkpoint and the look."""
+        return self.writes and all(line["step"] != clock.step for line in read_lines(self.folder / KNN_FILE))
 
     def draw_crops(self, views: Views) -> None:
         """A picture of the first batch's crops, and where they lie in their images."""

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..checkpoint.folder import load_tensors, read_facts, stored_tensors
 from ..data.interface import Loader
 from ..records import Clock, Views
 from ..report.console import print_sentence
@@ -25,11 +26,8 @@ from .checkpoint import (
     blank_random_state,
     check_fits,
     check_same_run,
-    load_tensors,
     random_state,
-    read_facts,
     set_random_state,
-    stored_tensors,
     timm_weights,
 )
 from .device_step import DeviceStep
@@ -76,15 +74,16 @@ class Trainer:
         return self.batches.loader
 
     def fit(self) -> None:
-        """Trains to the end, or until SIGTERM; writes a checkpoint in both cases."""
+        """Trains to the end, or until SIGTERM or Ctrl-C; writes a checkpoint in all cases."""
         self.begin()
         if self.clock.step >= self.clock.total:
             self.say(f"Nothing left to do: {self.clock.step} of {self.clock.total} steps are done.")
-        elif self.clock.step == 0:
-            self.first_probe = self.evaluate_teacher()
-        output, stopped = self.run.output, False
-        first, began = self.clock.step + 1, time.perf_counter()
+        output, stopped = self.run.output, ""
         with StopRequest() as request:
+            if self.probe is not None and self.look_is_due() and self.mesh.any(self.probe.lacks(self.clock)):
+                found = self.evaluate_teacher()
+                self.first_probe = found if self.clock.step == 0 else self.first_probe
+            first, began = self.clock.step + 1, time.perf_counter()
             while self.clock.step < self.clock.total and not stopped:
                 self.step()
                 if self.clock.step == first:
@@ -94,15 +93,21 @@ class Trainer:
                 if line:
                     self.log()
                 # Ranks must stop at the same step. Agreeing costs time: several ranks do it at log lines only.
-                stopped = self.mesh.any(request.received) if line or self.mesh.world == 1 else False
+                if (line or self.mesh.world == 1) and self.mesh.any(bool(request.received)):
+                    stopped = request.received or "a signal to another process"
                 if last or stopped or self.clock.step % output.save_every == 0:
                     self.save()
-                if last or self.clock.step % (output.evaluate_every or self.clock.steps_per_epoch) == 0:
+                if self.look_is_due() and not stopped:  # if it is stopped, the resumed run takes this look
                     self.evaluate_teacher()
             self.checkpoints.finish()
         self.metrics.close()
         if stopped:
-            self.say(f"Stopped by SIGTERM after step {self.clock.step}; continue with Output.resume=True.")
+            self.say(f"Stopped by {stopped} after step {self.clock.step}; continue with Output.resume=True.")
+
+    def look_is_due(self) -> bool:
+        """Whether the teacher is evaluated at this step."""
+        every = self.run.output.evaluate_every or self.clock.steps_per_epoch
+        return self.clock.step == self.clock.total or self.clock.step % every == 0
 
     def step(self) -> None:
         """One optimizer step, over one or more batches."""
@@ -148,21 +153,21 @@ class Trainer:
 
     def begin(self) -> None:
         """Starts anew or resumes, and prints the settings that follow from the batch."""
-        latest = self.checkpoints.latest()
-        occupied = latest is not None or (self.folder / RUN_FILE).exists()
-        if occupied and not self.run.output.resume:
+        resume = self.run.output.resume
+        if not resume and (self.checkpoints.all() or (self.folder / RUN_FILE).exists()):
             raise ValueError(
                 f"A new run needs a folder of its own, got {self.folder}, which holds a run; "
                 "set Output.resume=True to continue it, or choose another folder."
             )
         self.mesh.barrier()  # no rank writes into the folder before all have checked it
-        if self.run.output.resume:
-            if latest is None:
+        if resume:
+            newest = self.checkpoints.newest_whole(self.say)
+            if newest is None:
                 self.say(f"Nothing to resume in {self.folder}: starting anew.")
             else:
-                self.load(latest)
-                if self.probe is not None:
-                    self.first_probe = self.probe.rewind(self.clock)
+                self.load(newest)
+            if self.probe is not None:
+                self.first_probe = self.probe.rewind(self.clock)
         if self.mesh.rank == 0:
             write_whole(self.folder / RUN_FILE, json.dumps(self.run.to_dict(), indent=1))
             Console().print(
@@ -193,7 +198,7 @@ class Trainer:
             state.pop("scaler", None)
         if facts["processes"] == world:
             state["random"] = {f"rank{rank}": blank_random_state(stored, rank)}
-        load_tensors(path, state, world)
+        load_tensors(path, state, alone=world == 1)
         self.update.load_state_dict(state["optimizer"])
         self.loader.load_state_dict(facts["loader"])
         self.clock = replace(self.clock, step=facts["clock"]["step"], images_seen=facts["clock"]["images_seen"])

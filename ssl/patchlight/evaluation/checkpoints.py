@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from ..backbones.architectures import build_backbone, capabilities_of
 from ..backbones.interface import Backbone
 from ..backbones.published import read_published
 from ..backbones.vit import VisionTransformer
+from ..checkpoint.folder import FACTS, complete, load_tensors, read_facts
+from ..checkpoint.manifest import MANIFEST
 from ..checks import sentence
 from ..heads.summary import ClassTokenSummary, MeanSummary, build_summary
 from .encoder import Encoder, InputFormat
 from .timm_backbone import TimmBackbone
 
-_FACTS = "facts.json"  # beside a teacher.safetensors of this library: the run that made it
 _NOT_BACKBONE = ("head.", "fc.", "mask_token", "query_block.", "norm2.", "fc_norm.")  # of a ViT's file
 _MEAN_NOTE = "an image is summed up by the mean of its patches"
 
@@ -57,12 +56,11 @@ def run_folder_of(checkpoint: str) -> Path | None:
 
 
 def _open_folder(path: Path) -> Encoder:
-    steps = sorted(p for p in (path / "checkpoints").glob("step-*") if p.suffix != ".partial")
-    step = path if (path / _FACTS).exists() else steps[-1] if steps else None
-    if step is None:
+    steps = [path] if (path / MANIFEST).exists() else complete(path / "checkpoints")
+    if not steps:
         rule, got = "A run's folder must hold a complete checkpoint", f"none in {path / 'checkpoints'}"
         raise FileNotFoundError(sentence(rule, got, "train until the first save, or pass a file"))
-    run = json.loads((step / _FACTS).read_text())["run"]
+    run = read_facts(steps[-1])["run"]
     backbone = _build_backbone_of_run(run["model"])
     assert isinstance(backbone, nn.Module)
     summary = build_summary(run["model"]["summary"], backbone)
@@ -70,14 +68,12 @@ def _open_folder(path: Path) -> Encoder:
         "teacher": {f"backbone.{n}": t for n, t in backbone.state_dict().items()}
         | {f"summary.{n}": t for n, t in summary.state_dict().items()}
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads on its own
-        dcp.load(state, checkpoint_id=step, no_dist=True)  # into the tensors themselves
-    return Encoder(backbone, summary, str(step), _input_format(run))
+    load_tensors(steps[-1], state)  # into the tensors themselves
+    return Encoder(backbone, summary, str(steps[-1]), _input_format(run))
 
 
 def _open_file(path: Path, heads: int | None) -> Encoder:
-    published, facts = read_published(path), path.with_name(_FACTS)
+    published, facts = read_published(path), path.with_name(FACTS)
     run = json.loads(facts.read_text())["run"] if facts.exists() else None
     summary_weights = _under("summary.", published.weights)
     weights = {name: t for name, t in published.weights.items() if not name.startswith("summary.")}

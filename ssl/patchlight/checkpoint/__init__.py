@@ -1,0 +1,1 @@
+"""Checkpoints on the disk: safetensors files, and a manifest with the checksums of all their bytes."""

@@ -1,0 +1,120 @@
+"""A folder of checkpoints: step-<n>/ each. Nothing else counts, and none counts before it is whole."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..durable import move, sync_folder
+from .manifest import DamagedError, Manifest, StoredTensor, damaged, find_damage, pieces_of
+from .tensors import Files, TensorReader
+
+FACTS = "facts.json"  # clock, run, loader position: also for people to read
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints that were completed, oldest first, whether or not they have been damaged since."""
+    found = {int(match[1]): path for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def verify(path: Path, contents: bool = True, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, a sentence each; empty if it is whole.
+
+    contents=False compares sizes alone. part, parts: looks at every parts-th file, as several processes share the work.
+    """
+    try:
+        manifest = Manifest.read(path)
+    except DamagedError as error:
+        return [str(error)]
+    found = find_damage(path, manifest, sorted(manifest.files)[part::parts], contents)
+    if path.name != name_of(manifest.step) and _NAME.fullmatch(path.name):
+        found.append(f"the files of step {manifest.step}")
+    return [str(damaged(path, wrong)) for wrong in found]
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that it no longer counts; nothing is deleted. Returns its new place."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in range(10**6))
+    new = next(name for name in names if not name.exists())
+    move(path, new)
+    return new
+
+
+def write_rest(
+    partial: Path,
+    step: int,
+    facts: Mapping,
+    files: Mapping[str, bytes],
+    written: Files,
+    tensors: dict[str, StoredTensor],
+) -> None:
+    """Adds facts, further files and, last, the manifest to a checkpoint whose tensors are written."""
+    for name, data in {FACTS: json.dumps(facts, indent=1).encode(), **files}.items():
+        with pieces_of(partial / name) as file:
+            file.write(data)
+        written = {**written, name: tuple(file.pieces)}
+    Manifest(step, written, tensors).write(partial)
+    sync_folder(partial)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives a complete checkpoint its final name."""
+    if path.exists():
+        delete(path)  # only if the same step is saved twice
+    move(partial, path)
+
+
+def delete(path: Path) -> None:
+    """Deletes a checkpoint; a kill in between leaves none that looks complete."""
+    doomed = path.with_name(f"{path.name}.deleted.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    move(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def delete_old(folder: Path, keep: int) -> None:
+    """Deletes the oldest checkpoints, so that `keep` remain that have all their files."""
+    whole = [path for path in complete(folder) if not verify(path, contents=False)]
+    for path in whole[:-keep]:
+        delete(path)
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """A file of a checkpoint; raises DamagedError if its bytes are not those that were written."""
+    manifest = Manifest.read(path)
+    wrong = find_damage(path, manifest, [name]) if name in manifest.files else [f"{name} is missing"]
+    if wrong:
+        raise damaged(path, wrong[0])
+    return (path / name).read_bytes()
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of a checkpoint."""
+    return json.loads(read_file(path, FACTS))
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint, by flattened name."""
+    return Manifest.read(path).tensors
+
+
+def load_tensors(path: Path, state: dict[str, Any], alone: bool = True) -> None:
+    """Reads into the tensors of `state`, which any number of processes may have written. alone: for this process."""
+    reader = TensorReader(path, Manifest.read(path))
+    try:
+        dcp.load(state, storage_reader=reader, no_dist=alone)
+    except CheckpointException as problem:  # not an Exception, and its text is a traceback per process
+        raise next(iter(problem.failures.values()))[0] from problem
