@@ -25,10 +25,10 @@ from engine.tiny_run import (
 )
 from safetensors.torch import load_file
 
-from patchlight.checkpoint.folder import read_facts
+from patchlight.checkpoint.folder import TEACHER, read_facts
 from patchlight.engine import checkpoint
 from patchlight.engine.assembly import build_trainer
-from patchlight.engine.checkpoint import EXPORT, StopRequest
+from patchlight.engine.checkpoint import StopRequest
 from patchlight.engine.parallel import processes
 from patchlight.report.run_folder import RUN_FILE
 from patchlight_kernels import force
@@ -253,7 +253,7 @@ def test_the_exported_teacher_loads_into_timm(options, tmp_path):
         for _ in range(3):
             trainer.step()
     trainer.save()
-    (path,) = (tmp_path / "checkpoints").glob(f"*/{EXPORT}")
+    (path,) = (tmp_path / "checkpoints").glob(f"*/{TEACHER}")
     has_token = len(options) == 1
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 20, "depth": 2, "num_heads": 2}
     model = timm.create_model(
@@ -279,7 +279,7 @@ def test_the_export_of_shards_is_the_export_of_the_whole(tmp_path):
     save_after(whole, 2)
     sharded = tiny_run(tmp_path / "sharded", parallel={"precision": "fp32", "shard": 2}, data={"batch_per_rank": 4})
     on_processes(2, save_after, sharded, 2)
-    a, b = (load_file(tmp_path / name / "checkpoints/step-00000002" / EXPORT) for name in ("whole", "sharded"))
+    a, b = (load_file(tmp_path / name / "checkpoints/step-00000002" / TEACHER) for name in ("whole", "sharded"))
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..durable import move, sync_folder
 from .manifest import DamagedError, Manifest, StoredTensor, damaged, find_damage, pieces_of
-from .tensors import Files, TensorReader
+from .tensors import TensorReader, Tensors, write_tensors
 
 FACTS = "facts.json"  # clock, run, loader position: also for people to read
+TEACHER = "teacher.safetensors"  # the backbone under timm's names
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -53,20 +55,12 @@ def set_aside(path: Path) -> Path:
     return new
 
 
-def write_rest(
-    partial: Path,
-    step: int,
-    facts: Mapping,
-    files: Mapping[str, bytes],
-    written: Files,
-    tensors: dict[str, StoredTensor],
-) -> None:
-    """Adds facts, further files and, last, the manifest to a checkpoint whose tensors are written."""
-    for name, data in {FACTS: json.dumps(facts, indent=1).encode(), **files}.items():
-        with pieces_of(partial / name) as file:
-            file.write(data)
-        written = {**written, name: tuple(file.pieces)}
-    Manifest(step, written, tensors).write(partial)
+def write_rest(partial: Path, step: int, facts: Mapping, teacher: Mapping[str, Tensor], tensors: Tensors) -> None:
+    """Adds the facts, the teacher and, last, the manifest to a checkpoint whose tensors are written."""
+    with pieces_of(partial / FACTS) as file:
+        file.write(json.dumps(facts, indent=1).encode())
+    rest = {FACTS: tuple(file.pieces), TEACHER: write_tensors(partial / TEACHER, teacher)}
+    Manifest(step, tensors.files | rest, tensors.stored).write(partial)
     sync_folder(partial)
 
 

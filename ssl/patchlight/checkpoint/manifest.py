@@ -140,13 +140,12 @@ class PieceWriter:
         self.file = file
         self.pieces: list[Piece] = []
 
-    def write(self, data: Any) -> int:
-        """Writes a buffer as one piece; returns the piece's number."""
+    def write(self, data: Any) -> None:
+        """Writes a buffer as one piece."""
         begin = self.pieces[-1].begin + self.pieces[-1].length if self.pieces else 0
         data = memoryview(data).cast("B") if memoryview(data).nbytes else b""
         self.file.write(data)
         self.pieces.append(Piece(begin, len(data), checksum(data)))
-        return len(self.pieces) - 1
 
 
 @contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,15 +42,20 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # torch says so each time that one process saves or loads alone, in a thread of its own too.
 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
 
-Files = dict[str, tuple[Piece, ...]]
-Complete = Callable[[Files, dict[str, StoredTensor]], None]
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """What all processes have written."""
+
+    files: dict[str, tuple[Piece, ...]]
+    stored: dict[str, StoredTensor]
 
 
 class TensorWriter(StorageWriter):
     """Writes the tensors of this process into one file of a folder."""
 
-    def __init__(self, folder: Path, complete: Complete) -> None:
-        """complete: called on one process with the files and tensors of all, when they are written."""
+    def __init__(self, folder: Path, complete: Callable[[Tensors], None]) -> None:
+        """complete: called on one process, when all have written."""
         super().__init__()
         self.folder, self.complete = folder, complete
 
@@ -68,24 +73,24 @@ class TensorWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes one file; its chunks are aligned, as those of larger types come first."""
-        tensors = [(item, planner.resolve_data(item)) for item in plan.items]
-        for item, tensor in tensors:
+        chunks: list[tuple[WriteItem, Tensor]] = []
+        for item in plan.items:
+            tensor = planner.resolve_data(item)
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"A checkpoint holds tensors only, got another object as {item.index.fqn}.")
-        tensors.sort(key=lambda entry: -cast(Tensor, entry[1]).element_size())
-        with pieces_of(self.folder / plan.storage_data) as file:
-            file.write(_header(tensors))
-            numbers = [file.write(_bytes(cast(Tensor, tensor))) for _, tensor in tensors]
-        pieces = tuple(file.pieces)
+            chunks.append((item, tensor))
+        chunks.sort(key=lambda chunk: -chunk[1].element_size())
+        named = {_name_of_chunk(item): tensor for item, tensor in chunks}
+        pieces = write_tensors(self.folder / plan.storage_data, named)
         results = [
             WriteResult(item.index, pieces[number].length, (plan.storage_data, number, pieces))
-            for number, (item, _) in zip(numbers, tensors, strict=True)
+            for number, (item, _) in enumerate(chunks, start=1)
         ]
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On one process, after all have written."""
-        files: Files = {}
+        files: dict[str, tuple[Piece, ...]] = {}
         places: dict[MetadataIndex, tuple[str, int]] = {}
         for result in (result for of_process in results for result in of_process):
             file, number, files[result.storage_data[0]] = result.storage_data
@@ -95,7 +100,7 @@ class TensorWriter(StorageWriter):
             assert isinstance(entry, TensorStorageMetadata)  # write_data has refused everything else
             chunks = (Chunk(tuple(c.offsets), tuple(c.sizes), *places[_index(name, c.offsets)]) for c in entry.chunks)
             tensors[name] = StoredTensor(NAMES[entry.properties.dtype], tuple(entry.size), tuple(chunks))
-        self.complete(files, tensors)
+        self.complete(Tensors(files, tensors))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -176,22 +181,26 @@ def _fill(item: ReadItem, planner: LoadPlanner, data: bytearray, tensor: StoredT
     planner.commit_tensor(item, target)
 
 
-def _header(tensors: list[tuple[WriteItem, Any]]) -> bytes:
-    """The start of a safetensors file with these tensors. A part of a tensor has its ranges in its name."""
+def _name_of_chunk(item: WriteItem) -> str:
+    """The tensor's name; with ranges if the chunk is a part of it."""
+    assert item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    if chunk.sizes == item.tensor_data.size:
+        return item.index.fqn
+    ranges = (f"{offset}:{offset + size}" for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+    return f"{item.index.fqn}[{','.join(ranges)}]"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Piece, ...]:
+    """Writes a safetensors file without a second copy in memory; its pieces are the header and each tensor."""
     entries, end = {}, 0
-    for item, tensor in tensors:
+    for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        assert item.tensor_data is not None
-        chunk, name = item.tensor_data.chunk, item.index.fqn
-        if chunk.sizes != item.tensor_data.size:
-            ranges = (f"{offset}:{offset + size}" for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
-            name = f"{name}[{','.join(ranges)}]"
-        shape = list(tensor.shape)
-        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with pieces_of(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tuple(file.pieces)

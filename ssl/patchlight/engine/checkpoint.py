@@ -16,20 +16,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint.folder import complete, delete_old, name_of, publish, set_aside, verify, write_rest
 from ..checkpoint.manifest import StoredTensor
-from ..checkpoint.tensors import Files, TensorWriter
+from ..checkpoint.tensors import Tensors, TensorWriter
 from ..checks import check
 from ..durable import make_folder
 from .branches import Branch
 from .parallel import Mesh
 
-EXPORT = "teacher.safetensors"
 REFUSED_DIFFERENCES = ("model.", "objectives.", "optim.name")  # a checkpoint that differs in these is refused
 
 
@@ -72,16 +70,16 @@ class Checkpoints:
         )
         return None
 
-    def save(self, step: int, state: dict[str, Any], facts: dict, export: dict[str, Tensor]) -> Path:
-        """Saves from all ranks: `state` of tensors, `facts` that fit JSON, and `export` as one safetensors file."""
+    def save(self, step: int, state: dict[str, Any], facts: dict, teacher: dict[str, Tensor]) -> Path:
+        """Saves from all ranks: `state` of tensors, `facts` that fit JSON, and the teacher for use elsewhere."""
         self.finish()
         path = self.folder / name_of(step)
         partial = path.with_suffix(".partial")
         self._attempt(path, lambda: self._make_room(partial))
 
-        def finish(files: Files, tensors: dict[str, StoredTensor]) -> None:
+        def finish(tensors: Tensors) -> None:
             """On rank 0, when the tensors of all ranks are on the disk."""
-            write_rest(partial, step, facts, {EXPORT: to_bytes(export)}, files, tensors)
+            write_rest(partial, step, facts, teacher, tensors)
             publish(partial, path)
             delete_old(self.folder, self.keep)
 
