@@ -1,8 +1,10 @@
 """Resuming: damaged checkpoints, looks at the teacher that a kill has cut off, Ctrl-C."""
 
 import json
+import multiprocessing
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from patchlight.engine.assembly import build_trainer
 from patchlight.engine.checkpoint import StopRequest
 from patchlight.engine.parallel import processes
 from patchlight.engine.probe import TeacherProbe
+from patchlight.process import FolderLock, end_with_launcher
 from patchlight.report.run_folder import KNN_FILE, read_lines
 
 
@@ -177,3 +180,77 @@ def test_asynchronous_saves_complete_without_the_training(tmp_path):
     trainer.save()
     trainer.checkpoints.under_way[0].result()
     assert [path.name for path in complete(tmp_path / "checkpoints")] == ["step-00000001"]
+
+
+def hold_a_folder(folder: Path, say) -> None:
+    lock = FolderLock(folder, print)
+    say.send(lock.other)
+    say.recv()  # until it is killed
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the lock of the run's folder."""
+    context = multiprocessing.get_context("forkserver")
+    here, there = context.Pipe()
+    process = context.Process(target=hold_a_folder, args=(tmp_path, there))
+    process.start()
+    assert here.recv() == ""
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp_path, holder, capsys):
+    run = saving_run(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"One run at a time .* got another one \(process {holder.pid} on .*, started"
+    ):
+        tiny_trainer(run).fit()
+    assert complete(tmp_path / "checkpoints") == []
+    holder.kill()
+    holder.join()
+    tiny_trainer(run).fit()
+    assert f"Therunofprocess{holder.pid}on" in "".join(capsys.readouterr().out.split())
+    train_tiny(resumed(run))
+    assert "ended without a word" not in capsys.readouterr().out
+
+
+def refused_ranks(run) -> str:
+    with processes(run.parallel) as mesh:
+        try:
+            tiny_trainer(run, mesh).fit()
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_every_rank_is_refused(tmp_path, holder):
+    run = saving_run(tmp_path, data={"batch_per_rank": 4})
+    assert all("another one" in error for error in on_processes(2, refused_ranks, run))
+
+
+def launch(say) -> None:
+    """Stands for torchrun: starts a rank, and is killed."""
+    rank = os.fork()
+    if rank == 0:
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"
+        end_with_launcher()
+        say.send(os.getpid())
+        signal.pause()
+    signal.pause()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a request to Linux")
+def test_a_rank_ends_when_its_launcher_is_killed():
+    context = multiprocessing.get_context("forkserver")
+    here, there = context.Pipe()
+    launcher = context.Process(target=launch, args=(there,))
+    launcher.start()
+    there.close()
+    rank = here.recv()
+    assert Path(f"/proc/{rank}").exists()
+    launcher.kill()
+    launcher.join()
+    with pytest.raises(EOFError):  # the other end is closed when the rank has ended
+        here.recv()

@@ -23,6 +23,7 @@ from ..backbones.vit import VisionTransformer
 from ..checks import sentence
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
+from ..process import end_with_launcher
 from ..run import Parallel
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Mesh:
 @contextmanager
 def processes(parallel: Parallel) -> Iterator[Mesh]:
     """Joins the processes that torchrun started (or stays alone) and leaves them cleanly."""
+    end_with_launcher()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))

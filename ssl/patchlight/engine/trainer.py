@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ..checkpoint.folder import load_tensors, read_facts, stored_tensors
+from ..checks import check
 from ..data.interface import Loader
+from ..process import FolderLock
 from ..records import Clock, Views
 from ..report.console import print_sentence
 from ..report.run_folder import RUN_FILE, write_whole
@@ -75,34 +78,52 @@ class Trainer:
 
     def fit(self) -> None:
         """Trains to the end, or until SIGTERM or Ctrl-C; writes a checkpoint in all cases."""
-        self.begin()
-        if self.clock.step >= self.clock.total:
-            self.say(f"Nothing left to do: {self.clock.step} of {self.clock.total} steps are done.")
-        output, stopped = self.run.output, ""
-        with StopRequest() as request:
+        with self.locked(), StopRequest() as request:
+            self.begin()
+            if self.clock.step >= self.clock.total:
+                self.say(f"Nothing left to do: {self.clock.step} of {self.clock.total} steps are done.")
             if self.probe is not None and self.look_is_due() and self.mesh.any(self.probe.lacks(self.clock)):
                 found = self.evaluate_teacher()
                 self.first_probe = found if self.clock.step == 0 else self.first_probe
-            first, began = self.clock.step + 1, time.perf_counter()
-            while self.clock.step < self.clock.total and not stopped:
-                self.step()
-                if self.clock.step == first:
-                    self.say(f"The first step took {time.perf_counter() - began:.1f} s.")
-                last = self.clock.step == self.clock.total
-                line = last or 0 in (self.clock.step % output.log_every, self.clock.step % self.clock.steps_per_epoch)
-                if line:
-                    self.log()
-                # Ranks must stop at the same step. Agreeing costs time: several ranks do it at log lines only.
-                if (line or self.mesh.world == 1) and self.mesh.any(bool(request.received)):
-                    stopped = request.received or "a signal to another process"
-                if last or stopped or self.clock.step % output.save_every == 0:
-                    self.save()
-                if self.look_is_due() and not stopped:  # if it is stopped, the resumed run takes this look
-                    self.evaluate_teacher()
+            stopped = self.train(request)
             self.checkpoints.finish()
-        self.metrics.close()
+            self.metrics.close()
         if stopped:
             self.say(f"Stopped by {stopped} after step {self.clock.step}; continue with Output.resume=True.")
+
+    def train(self, request: StopRequest) -> str:
+        """The loop: steps, log lines, checkpoints, looks at the teacher. Returns what has stopped it before the end."""
+        output, stopped = self.run.output, ""
+        first, began = self.clock.step + 1, time.perf_counter()
+        while self.clock.step < self.clock.total and not stopped:
+            self.step()
+            if self.clock.step == first:
+                self.say(f"The first step took {time.perf_counter() - began:.1f} s.")
+            last = self.clock.step == self.clock.total
+            line = last or 0 in (self.clock.step % output.log_every, self.clock.step % self.clock.steps_per_epoch)
+            if line:
+                self.log()
+            # Ranks must stop at the same step. Agreeing costs time: several ranks do it at log lines only.
+            if (line or self.mesh.world == 1) and self.mesh.any(bool(request.received)):
+                stopped = request.received or "a signal to another process"
+            if last or stopped or self.clock.step % output.save_every == 0:
+                self.save()
+            if self.look_is_due() and not stopped:  # if it is stopped, the resumed run takes this look
+                self.evaluate_teacher()
+        return stopped
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run's folder; an error on every rank if another run does."""
+        lock = FolderLock(self.folder, self.say) if self.mesh.rank == 0 else None
+        try:
+            other = self.mesh.gather([lock.other if lock else ""])[0][0]
+            rule = f"One run at a time may write into {self.folder}"
+            check(not other, rule, f"another one ({other})", "wait for its end or stop it, or choose another folder")
+            yield
+        finally:
+            if lock:
+                lock.release()
 
     def look_is_due(self) -> bool:
         """Whether the teacher is evaluated at this step."""

@@ -54,7 +54,7 @@ def _is_from_launcher(argument: str) -> bool:
 def main() -> None:
     try:
         train(parse())
-    except (ValueError, FileNotFoundError, TrainingError) as error:
+    except (ValueError, OSError, TrainingError) as error:
         if os.environ.get("PATCHLIGHT_TRACEBACK") == "1":
             raise
         raise SystemExit(f"patchlight: {error}") from None

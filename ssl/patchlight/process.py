@@ -1,0 +1,63 @@
+"""This process beside others: one at a time writes into a folder, and none outlives its launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+LOCK_FILE = "run.lock"  # empty while nobody has the lock
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class FolderLock:
+    """A lock on a folder that says who has it. The system ends it with the process, however that ends."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        self.other = ""  # who has it instead
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.other = self._written() or "an unknown process"
+            return
+        except OSError as error:
+            say(
+                f"{folder} is on a file system without locks ({error.strerror}): see that one run at a time writes into it."
+            )
+        before = self._written()
+        if before:
+            say(f"The run of {before} ended without a word; this one takes over {folder}.")
+        self._write(
+            f"process {os.getpid()} on {platform.node()}, started {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+        )
+
+    def release(self) -> None:
+        """Lets others have it."""
+        if not self.other:
+            self._write("")
+        os.close(self.descriptor)
+
+    def _written(self) -> str:
+        return os.pread(self.descriptor, 1000, 0).decode(errors="replace").strip("\0\n")
+
+    def _write(self, holder: str) -> None:
+        os.truncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, holder.encode(), 0)
+
+
+def end_with_launcher() -> None:
+    """Asks Linux for SIGTERM when the launcher of this process ends, so that no rank goes on unseen."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it ended before the request
+        os.kill(os.getpid(), signal.SIGTERM)
