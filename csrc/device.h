@@ -20,6 +20,9 @@ constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
 __device__ __forceinline__ int min_int(int a, int b) { return a < b ? a : b; }
 
+// x, or 0 if it is above; NaN stays. A score minus its row's log-sum-exp is above 0 by rounding alone, which in large scores is large.
+__device__ __forceinline__ float at_most_zero(float x) { return x > 0 ? 0.0f : x; }
+
 struct EqualLanes {  // of the lanes of a warp that have this lane's value: how many come before it, and how many there are
   int before, total;
 };

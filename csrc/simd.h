@@ -31,16 +31,41 @@ inline float bits_to_float(uint32_t bits) {
   return value;
 }
 
-// Half to float in integer arithmetic, which vectorizes without F16C: a scaling by 2^112 moves the exponent.
-inline float half_to_float(uint16_t half) {
-  const uint32_t magnitude = (half & 0x7fffu) << 13;
-  const uint32_t finite_max = 0x7bffu << 13;
-  const float scaled = bits_to_float(magnitude) * bits_to_float(0x77800000u);
-  const uint32_t special = magnitude | 0x7f800000u;  // inf and NaN keep their payload
+inline uint32_t float_to_bits(float value) {
   uint32_t bits;
-  std::memcpy(&bits, &scaled, sizeof bits);
-  bits = magnitude > finite_max ? special : bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// The conversions below are integer arithmetic and exact steps in fp32, so the compiler may regroup them. torch's own
+// multiply by 2^112 and then 2^-110 to find what overflows, which regrouped is no overflow. They vectorize without F16C.
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu;
+  const uint32_t normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7f800000u;
+  const uint32_t subnormal = float_to_bits(float(int32_t(magnitude)) * 0x1p-24f);
+  const uint32_t bits = magnitude >= 0x7c00u ? special : magnitude >= 0x400u ? normal : subnormal;
   return bits_to_float(bits | (uint32_t(half & 0x8000u) << 16));
+}
+
+// To nearest, ties to even.
+inline uint16_t float_to_half(float value) {
+  const uint32_t magnitude = float_to_bits(value) & 0x7fffffffu, sign = float_to_bits(value) >> 16 & 0x8000u;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;  // 65520 becomes inf
+  const float units = bits_to_float(magnitude < 0x38800000u ? magnitude : 0u) * 0x1p24f;  // of the least subnormal half
+  const int32_t whole = int32_t(units);
+  const float rest = units - float(whole);
+  const uint32_t subnormal = uint32_t(whole + (rest > 0.5f || (rest == 0.5f && (whole & 1))));
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return uint16_t(half | sign);
+}
+
+inline uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
 // e^x without a branch or a call, so that loops over it vectorize. Results below the normal numbers are 0, x above
@@ -57,9 +82,7 @@ inline float exp_inline(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &p, sizeof bits);
-  const float scaled = bits_to_float(bits + (uint32_t(n) << 23));  // times 2^n
+  const float scaled = bits_to_float(float_to_bits(p) + (uint32_t(n) << 23));  // times 2^n
   const float limit = x > 0 ? bits_to_float(0x7f800000u) : x == x ? 0.0f : x;
   return x > -87.33f && x < 88.722839f ? scaled : limit;
 }
@@ -77,9 +100,7 @@ inline float exp2_inline(float x) {
   p = p * r + 2.4022648e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &p, sizeof bits);
-  const float scaled = bits_to_float(bits + (uint32_t(n) << 23));
+  const float scaled = bits_to_float(float_to_bits(p) + (uint32_t(n) << 23));
   return x > -126.0f ? scaled : x == x ? 0.0f : x;
 }
 
@@ -89,6 +110,16 @@ CLONES static void widen(const Half* from, float* to, int64_t count) {
 
 CLONES static void widen(const BFloat16* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = bits_to_float(uint32_t(from[i].x) << 16);
+}
+
+inline void narrow(const float* from, float* to, int64_t count) { std::memcpy(to, from, size_t(count) * sizeof(float)); }
+
+CLONES static void narrow(const float* from, Half* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i].x = float_to_half(from[i]);
+}
+
+CLONES static void narrow(const float* from, BFloat16* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i].x = float_to_bfloat16(from[i]);
 }
 
 }  // namespace patchlight

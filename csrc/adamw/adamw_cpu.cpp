@@ -25,11 +25,6 @@ CLONES void follow_strip(const float* __restrict p, float* __restrict t, int cou
     for (int i = 0; i < count; ++i) t[i] = p[i] - (p[i] - t[i]) * (1 - share);
 }
 
-template <class T>
-void copy_strip(const float* x, T* copy, int count) {
-  for (int i = 0; i < count; ++i) copy[i] = T(x[i]);
-}
-
 const float* as_float(const float* x, float*, int) { return x; }
 
 template <class T>
@@ -52,8 +47,8 @@ void sweep(const Table& table, int tensor, int64_t first, int count, const Numbe
     const int size = std::min(kStrip, count - at);
     if (n.moves) move_strip(as_float(g + at, wide, size), p + at, m + at, v + at, size, n, betas);
     if (t) follow_strip(p + at, t + at, size, n.share);
-    if (copy) copy_strip(p + at, copy + at, size);
-    if (t && t_copy) copy_strip(t + at, t_copy + at, size);
+    if (copy) narrow(p + at, copy + at, size);
+    if (t && t_copy) narrow(t + at, t_copy + at, size);
   }
 }
 

@@ -132,20 +132,21 @@ CLONES void exponentials(float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = exp_inline(values[i]);
 }
 
-// The log-sum-exps of adjacent heads.
+// The log-sum-exps of adjacent heads; null if they are not wanted.
 struct LogSumExps {
   float* data;
   int64_t all_heads;
   float& at(const Reads& reads, int64_t row) const { return data[row / reads.heads * all_heads + row % reads.heads]; }
 };
 
-// Scores to weights, in place.
+// Scores to weights, in place. The backward computes them so again: where scores are large, the rounding of the
+// log-sum-exp alone would multiply all weights of a row.
 void softmax(const Reads& reads, float* table, LogSumExps lse) {
   const int64_t columns = reads.columns();
   for (int64_t r = 0; r < reads.rows(); ++r) {
     float* row = table + r * columns;
     const float largest = *std::max_element(row, row + columns);
-    lse.at(reads, r) = largest;
+    if (lse.data) lse.at(reads, r) = largest;
     for (int64_t c = 0; c < columns; ++c) row[c] -= largest;
   }
   exponentials(table, reads.size());
@@ -153,16 +154,9 @@ void softmax(const Reads& reads, float* table, LogSumExps lse) {
     float* row = table + r * columns;
     float sum = 0;
     for (int64_t c = 0; c < columns; ++c) sum += row[c];
-    lse.at(reads, r) += std::log(sum);
+    if (lse.data) lse.at(reads, r) += std::log(sum);
     for (int64_t c = 0; c < columns; ++c) row[c] /= sum;
   }
-}
-
-// Scores to the weights of the forward, in place.
-void weights_again(const Reads& reads, float* table, LogSumExps lse) {
-  for (int64_t r = 0; r < reads.rows(); ++r)
-    for (int64_t c = 0; c < reads.columns(); ++c) table[r * reads.columns() + c] -= lse.at(reads, r);
-  exponentials(table, reads.size());
 }
 
 // Gradients of the weights to gradients of the scores, in place: weight (d - sum(weight d)) scale.
@@ -211,8 +205,7 @@ class HeadRows {
     if constexpr (!std::is_same_v<T, float>) {
       const float* from = buffer_.data();
       for (int64_t i = 0; i < rows_; ++i)
-        for (int64_t h = 0; h < heads.count; ++h, from += width_)
-          for (int64_t d = 0; d < width_; ++d) at(heads, i, h)[d] = T(from[d]);
+        for (int64_t h = 0; h < heads.count; ++h, from += width_) narrow(from, at(heads, i, h), width_);
     }
   }
 
@@ -311,7 +304,7 @@ struct GradientRows {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> class_attention_bwd(
     const Tensor& grad, const Tensor& q, const Tensor& k_self, const Tensor& v_self, const Tensor& k_patches,
-    const Tensor& v_patches, const std::optional<Tensor>& index, const Tensor& lse) {
+    const Tensor& v_patches, const std::optional<Tensor>& index, const Tensor&) {
   const Sizes sizes(q, k_self, v_self, k_patches, index);
   Tensor dq = gradient_per_state(q, sizes), dk_self = gradient_per_state(k_self, sizes);
   Tensor dv_self = gradient_per_state(v_self, sizes);
@@ -330,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> class_attention_bwd(
         weights.resize(reads.size()), d_scores.resize(reads.size());
         const Rows g = upstream.read(at), own_query = queries.read(at), own_key = own_keys.read(at), key = keys.read(at);
         multiply(reads, own_query, own_key, key, width, sizes.scale(), -std::numeric_limits<float>::infinity(), weights.data());
-        weights_again(reads, weights.data(), sizes.log_sum_exps(lse, at));
+        softmax(reads, weights.data(), {nullptr, 0});
         multiply(reads, g, own_values.read(at), values.read(at), width, 1.0f, 0.0f, d_scores.data());
         softmax_backward(reads, weights.data(), sizes.scale(), d_scores.data());
         weighted_sums(reads, d_scores.data(), own_key, key, width, d_queries.write(at));

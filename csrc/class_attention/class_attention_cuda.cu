@@ -307,7 +307,7 @@ struct SoftmaxBackward {  // dq = sum w (dw - mean) k in two sums, as the mean i
   LaneValues<S> q, grad;
   float lse;
 
-  __device__ float weight_of(const Problem& p, const Packet<S>& key) const { return exponential(q.dot(key) * p.scale - lse); }
+  __device__ float weight_of(const Problem& p, const Packet<S>& key) const { return exponential(at_most_zero(q.dot(key) * p.scale - lse)); }
   __device__ void add(const Packet<S>& key, const Coefficient& found) {
     mean += found.weight * found.d_weight;
     weighted_k.add(found.weight, key);

@@ -212,7 +212,8 @@ void measure(const float* x, int64_t stride, int64_t width, const Neighborhood& 
       for (int i = 0; i < count; ++i) similarity[t + i] = out[1 + i];
       t += count;
     } while (t < end);
-    scale[p] = 1.0f / std::max(std::sqrt(out[0]), kEps);
+    const bool fits = out[0] < std::numeric_limits<float>::infinity();
+    scale[p] = fits ? 1.0f / std::max(std::sqrt(out[0]), kEps) : std::numeric_limits<float>::quiet_NaN();
   }
 }
 

@@ -44,7 +44,9 @@ __device__ __forceinline__ bool is_better(float rank, int index, float other, in
   return rank > other || (rank == other && index < other_index);
 }
 __device__ __forceinline__ float rank_of(float cosine) { return cosine != cosine ? kNanRank : cosine; }
-__device__ __forceinline__ float inverse_norm(float squares) { return 1.0f / fmaxf(sqrtf(squares), kEps); }
+__device__ __forceinline__ float inverse_norm(float squares) {  // NaN if the squares overflowed
+  return squares < INFINITY ? 1.0f / fmaxf(sqrtf(squares), kEps) : NAN;
+}
 
 // ------------------------------------------------------------------------------------------------ window
 

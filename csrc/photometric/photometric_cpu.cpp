@@ -181,7 +181,7 @@ struct Sample {
       solarize_and_normalize(x, out, count, settings.solarize, scale, shift);
     } else {
       solarize_and_normalize(x, work.normalized.data(), count, settings.solarize, scale, shift);
-      for (int64_t i = 0; i < count; ++i) out[i] = T(work.normalized[i]);
+      narrow(work.normalized.data(), out, count);
     }
   }
 };

@@ -93,11 +93,9 @@ struct HeadRows {  // rows of one head in memory
   // Writes a row to memory.
   void store(int64_t token, Panels& from, int64_t slot, float factor) const {
     for (int64_t panel = 0; panel < from.panels; ++panel) {
-      T* out = row(token) + panel * kPanel;
-      const float* values = from.at(panel, slot);
-      if constexpr (std::is_same_v<T, float>) scale(values, out, channels(panel), factor);
-      else
-        for (int64_t d = 0; d < channels(panel); ++d) out[d] = T(values[d] * factor);
+      float scaled[kPanel];
+      scale(from.at(panel, slot), scaled, channels(panel), factor);
+      narrow(scaled, row(token) + panel * kPanel, channels(panel));
     }
   }
   int64_t channels(int64_t panel) const { return std::min<int64_t>(width - panel * kPanel, kPanel); }
@@ -196,15 +194,13 @@ CLONES void exponentiate(float* scores, int64_t rows, int64_t read, int64_t colu
   }
 }
 
-// Scores to the probabilities P of the forward, and dP to the gradients P (dP - sum(P dP)) of the scores before scaling.
-CLONES void differentiate(float* scores, float* gradients, const float* lse, int64_t rows, int64_t read, int64_t columns) {
+// Powers of two and their sums to the probabilities P, and dP to the gradients P (dP - sum(P dP)) of the scores before scaling.
+CLONES void differentiate(float* powers, float* gradients, const float* sums, int64_t rows, int64_t read, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
-    float *__restrict p = scores + i * columns, *__restrict d = gradients + i * columns;
-    const float log2_sum = lse[i] * kLog2e;
-    float total = 0, sum = 0;  // total is 1 up to the rounding of lse, which dP - sum(P dP) would magnify
-    for (int64_t c = 0; c < read; ++c) p[c] = exp2_inline(p[c] - log2_sum);
-    for (int64_t c = 0; c < read; ++c) total += p[c];
-    for (int64_t c = 0; c < read; ++c) p[c] *= 1 / total;
+    float *__restrict p = powers + i * columns, *__restrict d = gradients + i * columns;
+    const float inverse = 1 / sums[i];
+    float sum = 0;
+    for (int64_t c = 0; c < read; ++c) p[c] *= inverse;
     for (int64_t c = 0; c < read; ++c) sum += p[c] * d[c];
     for (int64_t c = 0; c < read; ++c) d[c] = p[c] * (d[c] - sum);
   }
@@ -255,7 +251,8 @@ std::tuple<Tensor, Tensor> query_attention_fwd(const Tensor& qkv, int64_t raw, i
   return {out, lse};
 }
 
-Tensor query_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor&, const Tensor& lse, int64_t raw, int64_t crop) {
+// The forward's log-sum-exps are not read: where scores are large, their rounding alone would multiply all weights of a row.
+Tensor query_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor&, const Tensor&, int64_t raw, int64_t crop) {
   const Problem p(qkv, raw, crop);
   Tensor dqkv = torch::stable::new_empty(qkv, {p.images, p.tokens, 3, p.heads, p.width});
   with_float_type(qkv, "query_attention", [&](auto type) {
@@ -266,16 +263,16 @@ Tensor query_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor&,
       Panels queries(kBackwardRows, panels), upstream(kBackwardRows, panels), d_queries(kBackwardRows, panels);
       Columns keys(p), values(p);
       Scores scores(p, kBackwardRows), d_scores(p, kBackwardRows);
+      float sums[kBackwardRows], highest[kBackwardRows];
       for (int64_t task = begin; task < end; ++task) {
         const int64_t image = task / p.heads, head = task % p.heads;
         const auto q = part<T>(qkv, 0, image, head), dq = part<T>(dqkv, 0, image, head);
         const auto g = rows_of<T>(grad, image, head);
-        const float* lse_ptr = static_cast<const float*>(lse.data_ptr()) + task * p.tokens;
         for (const Segment& s : p.segments) part<T>(qkv, 2, image, head).load(s.token, s.count, rows, s.slot);
         values.transpose(rows);
         for (const Segment& s : p.segments) part<T>(qkv, 1, image, head).load(s.token, s.count, rows, s.slot);
         keys.transpose(rows);
-        for (Panels* sums : {&d_keys, &d_values}) std::fill(sums->values.begin(), sums->values.end(), 0.0f);
+        for (Panels* gradient : {&d_keys, &d_values}) std::fill(gradient->values.begin(), gradient->values.end(), 0.0f);
         for (const Segment& s : p.segments) {
           const auto read = p.read_by(s);
           for (int64_t first = s.token; first < s.token + s.count; first += kBackwardRows) {
@@ -284,7 +281,8 @@ Tensor query_attention_bwd(const Tensor& grad, const Tensor& qkv, const Tensor&,
             g.load(first, count, upstream, 0);
             scores.multiply(queries, padded, read, keys, -std::numeric_limits<float>::infinity());
             d_scores.multiply(upstream, padded, read, values, 0.0f);
-            differentiate(scores.row(0), d_scores.row(0), lse_ptr + first, count, slots_of(read), scores.columns);
+            exponentiate(scores.row(0), count, slots_of(read), scores.columns, sums, highest);
+            differentiate(scores.row(0), d_scores.row(0), sums, count, slots_of(read), scores.columns);
             d_scores.weighted_sums(padded, read, rows, d_queries);
             for (int64_t i = 0; i < count; ++i) dq.store(first + i, d_queries, i, p.scale());
             d_scores.add_transposed(count, read, queries, d_keys);

@@ -514,7 +514,7 @@ struct Keys {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const bool exists = lane() / 4 + i / 2 * 8 < present;
-        const float value = exists ? exp2f(weight[n][i] * scale - stage.log2_sum[column + i % 2]) : 0.0f;
+        const float value = exists ? exp2f(at_most_zero(weight[n][i] * scale - stage.log2_sum[column + i % 2])) : 0.0f;
         weight[n][i] = value;
         change[n][i] = exists ? value * (change[n][i] - stage.delta[column + i % 2]) : 0.0f;
       }
