@@ -21,6 +21,13 @@ def append(items, item):
 
 
 @triton.jit
+def at_most_zero(x):
+    """x, or 0 where it is above; NaN stays. A score minus its row's log-sum-exp is above 0 by rounding alone, which in large
+    scores is large."""
+    return tl.where(x > 0, 0.0, x)
+
+
+@triton.jit
 def store(ptr, x, mask):
     """Stores fp32 values in the tensor's dtype. The interpreter would cut bf16 off, so there it is rounded by hand."""
     if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:

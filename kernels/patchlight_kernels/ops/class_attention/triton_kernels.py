@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_functions import append, store
+from ...triton_functions import append, at_most_zero, store
 from ...tuning import autotune
 from .reference import accumulator, scale_of, state_shape
 
@@ -222,7 +222,7 @@ def _index_states_bwd_kernel(
     k = _load_rows(k_self_ptr, offs_q * k_self_strides[1], offs_e, mask)
     v = _load_rows(v_self_ptr, offs_q * v_self_strides[1], offs_e, mask)
     lse = tl.load(lse_ptr + row, mask=mask_q, other=0.0)
-    own_weight = tl.exp(tl.sum(q * k, axis=1) * scale - lse)
+    own_weight = tl.exp(at_most_zero(tl.sum(q * k, axis=1) * scale - lse))
     own_d_weight = tl.sum(grad * v, axis=1)
     mean = own_weight * own_d_weight
     weighted_k, d_weighted_k = own_weight[:, None] * k, mean[:, None] * k
@@ -230,7 +230,7 @@ def _index_states_bwd_kernel(
         patch = tl.load(index_ptr + s, mask=mask_q, other=-1).to(tl.int64)
         exists = (patch >= 0) & (patch < patches)
         k, v = _load_patches(k_ptr, v_ptr, k_strides, v_strides, patch, exists, offs_e, mask_e)
-        weight = tl.where(exists, tl.exp(tl.sum(q * k, axis=1) * scale - lse), 0.0)
+        weight = tl.where(exists, tl.exp(at_most_zero(tl.sum(q * k, axis=1) * scale - lse)), 0.0)
         d_weight = tl.sum(grad * v, axis=1)
         product = weight * d_weight
         mean += product
@@ -282,7 +282,7 @@ def _all_states_bwd_kernel(
     k_self = _load_row(k_self_ptr, offs_e, mask_e)
     v_self = _load_row(v_self_ptr, offs_e, mask_e)
     lse = tl.load(lse_ptr + row)
-    own_weight = tl.exp(tl.sum(q * k_self, axis=0) * scale - lse)
+    own_weight = tl.exp(at_most_zero(tl.sum(q * k_self, axis=0) * scale - lse))
     own_d_weight = tl.sum(grad * v_self, axis=0)
     mean = own_weight * own_d_weight
     weighted_k = own_weight * k_self
@@ -291,7 +291,7 @@ def _all_states_bwd_kernel(
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < PATCHES
         k, v = _load_patches(k_ptr, v_ptr, k_strides, v_strides, offs_n, mask_n, offs_e, mask_e)
-        weight = tl.where(mask_n, tl.exp(tl.sum(q[None, :] * k, axis=1) * scale - lse), 0.0)
+        weight = tl.where(mask_n, tl.exp(at_most_zero(tl.sum(q[None, :] * k, axis=1) * scale - lse)), 0.0)
         d_weight = tl.sum(grad[None, :] * v, axis=1)
         product = weight * d_weight
         mean += tl.sum(product, axis=0)

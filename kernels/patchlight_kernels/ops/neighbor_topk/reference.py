@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...arguments import accumulator
@@ -48,7 +47,12 @@ def neighborhood(height: int, width: int, radius: int, wrap: bool) -> Tensor:
 def similarities(x: Tensor, height: int, width: int, radius: int, wrap: bool) -> tuple[Tensor, Tensor]:
     """Cosine similarity of each patch with its neighbors [B, N, C], and the table [N, C] they belong to."""
     table = neighborhood(height, width, radius, wrap).to(x.device)
-    unit = F.normalize(x.to(accumulator(x.dtype)), dim=-1, eps=EPS)
+    wide = x.to(accumulator(x.dtype))
+    square = wide.square().sum(dim=-1, keepdim=True)
+    norm = (
+        square.sqrt().clamp(min=EPS).masked_fill(square.isinf(), torch.nan)
+    )  # not 0, which an overflow would pass for
+    unit = wide / norm
     gram = unit @ unit.transpose(1, 2)
     return gram.gather(2, table.clamp(min=0).expand(x.shape[0], -1, -1)), table
 

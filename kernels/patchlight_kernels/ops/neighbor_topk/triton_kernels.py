@@ -33,8 +33,9 @@ def _load(x_ptr, stride, patch, mask, offs_d, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _cosine(product, square, other_square):
-    """The cosine from a dot product and two squared norms."""
-    return product / (tl.maximum(tl.sqrt(square), _EPS) * tl.maximum(tl.sqrt(other_square), _EPS))
+    """The cosine from a dot product and two squared norms; NaN if one of them overflowed."""
+    cosine = product / (tl.maximum(tl.sqrt(square), _EPS) * tl.maximum(tl.sqrt(other_square), _EPS))
+    return tl.where((square < float("inf")) & (other_square < float("inf")), cosine, float("nan"))
 
 
 @triton.jit

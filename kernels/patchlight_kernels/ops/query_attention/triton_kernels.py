@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_functions import LN2, LOWEST, dot, store
+from ...triton_functions import LN2, LOWEST, at_most_zero, dot, store
 from ...tuning import autotune
 from .reference import scale_of
 
@@ -163,7 +163,7 @@ def _sum_over_keys(block, RAW: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.const
         tokens = _key_tokens(offs_n, start, RAW, KEYS > RAW)
         k = _load(k_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
         v = _load(v_ptr, tokens, stride_t, mask_n, offs_e, WIDTH)
-        p = tl.exp2(_scores(q, k, mask_n, scale) - log2_sum[:, None])
+        p = tl.exp2(at_most_zero(_scores(q, k, mask_n, scale) - log2_sum[:, None]))
         d_scores = p * (dot(g, tl.trans(v), None) - delta[:, None])
         dq += dot(d_scores, k, None)
     return dq
@@ -230,7 +230,7 @@ def _sums_over_rows(block, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.
         g = _load(grad_ptr, offs_m, grad_stride_t, mask_m, offs_e, WIDTH)
         log2_sum = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
-        p = tl.exp2(dot(k, tl.trans(q), None) * scale - log2_sum[None, :])  # [keys, rows]
+        p = tl.exp2(at_most_zero(dot(k, tl.trans(q), None) * scale - log2_sum[None, :]))  # [keys, rows]
         dv += dot(p, g, None)
         d_scores = p * (dot(v, tl.trans(g), None) - delta[None, :])
         dk += dot(d_scores, q, None)
