@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
-from parity import SEED, assert_as_exact_as_pytorch, every_runner, outcome, reason_against, running, tensors, widened
+from parity import (
+    SEED,
+    assert_as_exact_as_pytorch,
+    every_runner,
+    outcome,
+    reason_against,
+    running,
+    tensors,
+    widened,
+)
 
-from patchlight_kernels import force, registry
+from patchlight_kernels import extension, force, registry
 
 SPECS = registry.specs()
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case}") for spec in SPECS for case in spec.tests]
@@ -16,6 +26,7 @@ DTYPES = [
     pytest.param(dtype, id=str(dtype).removeprefix("torch."))
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 ]
+WITH_16_BIT_RESULTS = ("adamw", "class_attention", "photometric", "prototype_ce", "query_attention", "self_relation")
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
@@ -76,6 +87,86 @@ def test_takes_any_layout(spec, layout, device, name):
         assert torch.equal(changed[key], value)
     result = compute(spec, device, name, changed)
     assert_as_exact_as_pytorch(spec, arguments, result, f"{layout}, {name} on {device}")
+
+
+def overflowing(spec) -> tuple[dict, float]:
+    """Arguments in fp16 and a factor of the upstream gradients, so that some fp16 results exceed 65504."""
+    arguments = spec.inputs(spec.tests[0 if spec.name == "adamw" else 1], torch.float16, "cpu", SEED)
+    for key, factor in {"parameter": 1e5, "teacher": 1e5, "v_self": 50.0, "v_patches": 50.0, "qkv": 3.0}.items():
+        if key in arguments:
+            arguments[key] = arguments[key] * factor
+    if spec.name == "photometric":
+        arguments["std"] = (1e-6, 1e-6, 1e-6)
+    return arguments, 1e9 if spec.name in ("prototype_ce", "self_relation") else 1e4
+
+
+@every_runner
+@pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS if spec.name in WITH_16_BIT_RESULTS], ids=lambda spec: spec.name
+)
+def test_what_overflows_fp16_is_infinite(spec, device, name):
+    """As the scale of the loss needs it. Results within 2 % of the limit may be on either side."""
+    arguments, upstream = overflowing(spec)
+    arguments = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+    with running(device, name):
+        result = outcome(spec, arguments, upstream)
+    with force("reference"):
+        exact = outcome(spec, widened(arguments), upstream)
+    found = 0
+    for key, value in result.items():
+        if key in ("parameter", "teacher", "exp_avg", "exp_avg_sq", "steps", "loss"):
+            continue  # fp32
+        large = exact[key].abs() > 65504 * 1.02
+        assert torch.equal(value[large], exact[key][large].sign() * torch.inf), key
+        assert value[exact[key].abs() < 65504 * 0.98].isfinite().all(), key
+        found += large.sum().item()
+    assert found, "nothing overflowed"
+
+
+@every_runner
+@every_spec
+@pytest.mark.parametrize("factor", [1e10, 1e18, 3e38, 1e-30, 1e-42])
+def test_is_finite_where_pytorch_is(spec, factor, device, name):
+    """On large and tiny features, where float64 has results that fit into fp32."""
+    if spec.name in ("adamw", "block_masks", "photometric"):
+        pytest.skip("takes no features")
+    arguments = spec.inputs(spec.tests[1], torch.float32, device, SEED)
+    for key, value in arguments.items():
+        is_weight = key in ("pair_weight", "row_weight", "weight", "bias")
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not is_weight:
+            arguments[key] = value * factor
+    result = compute(spec, device, name, arguments)
+    with force("reference"):
+        eager, exact = outcome(spec, arguments), outcome(spec, widened(arguments))
+    for key, value in result.items():
+        fits = eager[key].isfinite() & (exact[key].abs() < torch.finfo(torch.float32).max)
+        assert value[fits].isfinite().all(), key
+
+
+@every_runner
+@every_spec
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_nan_is_not_lost(spec, bad, device, name):
+    """One bad value in any features reaches a result, if it does in the reference; rows that nobody reads need not."""
+    if spec.name in ("adamw", "block_masks", "photometric", "neighbor_topk"):
+        pytest.skip("takes no features, or ranks NaN last")
+    arguments = spec.inputs(spec.tests[1], torch.float32, device, SEED)
+    for key in [key for key, x in arguments.items() if torch.is_tensor(x) and x.is_floating_point() and x.dim()]:
+        changed = arguments | {key: arguments[key].clone()}
+        changed[key].flatten()[0] = bad
+        with force("reference"):
+            expected = outcome(spec, changed)
+        result = compute(spec, device, name, changed)
+        if not all(x.isfinite().all() for x in expected.values()):
+            assert not all(x.isfinite().all() for x in result.values()), key
+
+
+@every_spec
+def test_cuda_on_a_cpu_runs_the_cuda_kernels(spec):
+    arguments = spec.inputs(spec.tests[1], torch.float32, "cpu", SEED)
+    with running("cpu", "cuda"), mock.patch.object(extension, "native", side_effect=extension.native) as native:
+        outcome(spec, arguments)
+    assert native.called
 
 
 @every_spec
