@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import hardware
+from ... import extension, hardware
 from ...addresses import addresses_of, aligned, blocks_of, table_of
-from ...arguments import check_dtype, message
+from ...arguments import check_dtype, check_number, check_required, check_tensor_list, kind_of, message
 from ...dispatch import Impl, Op, first_reason, triton_call
-from ...extension import native
 from . import reference
 
 OP_NAME = "adamw"
@@ -41,6 +40,11 @@ def _bind(
     eps: float = 1e-8,
 ) -> tuple:
     """Checks the public arguments and returns those that implementations take."""
+    lists = {"parameters": parameters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    optional = {"teachers": teachers, "copies": copies, "teacher_copies": teacher_copies}
+    for name, tensors in (lists | optional).items():
+        check_tensor_list(OP_NAME, name, tensors)
+    check_tensor_list(OP_NAME, "gradients", gradients, optional=True)
     if not parameters:
         raise ValueError(message(OP_NAME, "there must be parameters", "none", "do not call it then"))
     if len(gradients) != len(parameters):
@@ -48,16 +52,17 @@ def _bind(
         raise ValueError(message(OP_NAME, rule, len(gradients), "pass as many"))
     present = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None]
     _check_list("gradients", [g for g, _ in present], [p for _, p in present])
-    for name, tensors in (("parameters", parameters), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+    for name, tensors in lists.items():
         _check_list(name, tensors, parameters)
-    for name, tensors in (("teachers", teachers), ("copies", copies), ("teacher_copies", teacher_copies)):
+    for name, tensors in optional.items():
         if tensors:
             _check_list(name, tensors, parameters, optional=True)
     count, device = len(parameters), parameters[0].device
+    check_required(OP_NAME, steps=steps, scale=scale)
     for name, value in (("steps", steps), ("scale", scale)):
-        if value.shape != (count,):
-            rule, got = f"{name} must have a value for each of the {count} parameters", f"shape {tuple(value.shape)}"
-            raise ValueError(message(OP_NAME, rule, got, "stack them"))
+        if value.shape != (count,) or value.device != device:
+            rule = f"{name} must have a value on {device} for each of the {count} parameters"
+            raise ValueError(message(OP_NAME, rule, f"shape {tuple(value.shape)} on {value.device}", "stack them"))
     numbers = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "freeze": freeze, "refused": refused}
     for name, value in numbers.items():
         if not isinstance(value, Tensor) or value.dim() or value.device != device:
@@ -65,12 +70,31 @@ def _bind(
             raise ValueError(message(OP_NAME, f"{name} must be a 0-d tensor on {device}", got, "make it one"))
     numbers = {name: value if name == "refused" else value.double() for name, value in numbers.items()}
     dense = [None if gradient is None else gradient.detach().contiguous() for gradient in gradients]
-    groups = [bool(member) for member in decayed], [bool(member) for member in frozen] or [False] * count
-    if {len(group) for group in groups} != {count}:
-        rule = f"decayed and frozen must say yes or no for each of the {count} parameters"
-        raise ValueError(message(OP_NAME, rule, [len(group) for group in groups], "give as many"))
-    rest = (list(exp_avgs), list(exp_avg_sqs), list(teachers), list(copies), list(teacher_copies), steps, scale)
-    return (list(parameters), dense, *rest, *numbers.values(), *groups, *map(float, (*betas, eps)))
+    groups = _flags("decayed", decayed, count), _flags("frozen", frozen, count, optional=True)
+    rest = (list(exp_avgs), list(exp_avg_sqs), list(teachers), list(copies), list(teacher_copies), steps)
+    return (list(parameters), dense, *rest, scale.contiguous(), *numbers.values(), *groups, *_constants(betas, eps))
+
+
+def _flags(name: str, members: Sequence[bool], count: int, optional: bool = False) -> list[bool]:
+    rule = f"{name} must be a list that says yes or no for each of the {count} parameters"
+    if not isinstance(members, (list, tuple)):
+        raise TypeError(message(OP_NAME, rule, kind_of(members), "make it a list"))
+    if optional and not members:
+        return [False] * count
+    if len(members) != count:
+        raise ValueError(message(OP_NAME, rule, len(members), "give as many"))
+    return [bool(member) for member in members]
+
+
+def _constants(betas: tuple[float, float], eps: float) -> tuple[float, float, float]:
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise TypeError(message(OP_NAME, "betas must be two numbers", repr(betas), "0.9 and 0.999 are usual"))
+    beta1, beta2 = betas
+    for name, value in (("betas[0]", beta1), ("betas[1]", beta2), ("eps", eps)):
+        check_number(OP_NAME, name, value, "0.9, 0.999 and 1e-8 are usual")
+        if not 0 <= value < 1:
+            raise ValueError(message(OP_NAME, f"{name} must be in [0, 1)", value, "0.9, 0.999 and 1e-8 are usual"))
+    return float(beta1), float(beta2), float(eps)
 
 
 def _check_list(name: str, tensors: Sequence[Tensor], parameters: Sequence[Tensor], optional: bool = False) -> None:
@@ -128,7 +152,9 @@ def dtype_of(tensors: Sequence[Tensor | None], otherwise: torch.dtype) -> torch.
 def _native_fwd(*args) -> None:
     lists, (steps, scale, *numbers), (decayed, frozen), constants = args[:7], args[7:14], args[14:16], args[16:]
     ready = prepared(lists, decayed, frozen)
-    native("adamw_fwd")(ready.table, ready.blocks, steps, scale, *numbers, *constants, ready.gradient, ready.copy)
+    extension.native("adamw_fwd")(
+        ready.table, ready.blocks, steps, scale, *numbers, *constants, ready.gradient, ready.copy
+    )
 
 
 def _unsupported_by_all(*args) -> str | None:

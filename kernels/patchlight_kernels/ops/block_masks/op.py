@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import hardware
-from ...arguments import message
+from ...arguments import check_grid, check_integer, check_required, message
 from ...dispatch import Impl, Op, first_reason, triton_call
 from ...extension import native_call
 from . import reference
@@ -21,6 +21,7 @@ def _bind(
     first: Tensor, counts: Tensor, grid: tuple[int, int], views: int = 1, seed: int = 0, shape: str = "block"
 ) -> tuple:
     """Checks the public arguments and returns those that implementations take."""
+    check_required(OP_NAME, first=first, counts=counts)
     if first.dim() != 0 or first.dtype != torch.int64:
         rule, got = "first must be a single int64", f"{first.dtype} {tuple(first.shape)}"
         raise ValueError(message(OP_NAME, rule, got, "it is the running number of the first image"))
@@ -29,13 +30,12 @@ def _bind(
         raise ValueError(message(OP_NAME, rule, got, "give the number of masked patches of each crop"))
     if first.device != counts.device:
         raise ValueError(message(OP_NAME, f"first must be on {counts.device} like counts", first.device, "move it"))
+    check_integer(OP_NAME, "views", views, "count the crops of an image")
+    check_integer(OP_NAME, "seed", seed, "any integer of 64 bits serves", bits=64)
     if views < 1 or len(counts) % views:
         rule = f"views must divide the {len(counts)} crops of counts"
         raise ValueError(message(OP_NAME, rule, views, "give a count for each crop"))
-    height, width = grid
-    if height < 1 or width < 1:
-        rule = "grid must be (rows, columns), each at least 1"
-        raise ValueError(message(OP_NAME, rule, f"{height}x{width}", "pass the grid of patches"))
+    height, width = check_grid(OP_NAME, grid)
     if shape not in SHAPES:
         raise ValueError(message(OP_NAME, f"shape must be one of {', '.join(SHAPES)}", repr(shape), "choose one"))
     return first, counts.contiguous(), seed, views, height, width, shape == "block"

@@ -25,6 +25,8 @@ def block_masks_fwd(
 ) -> Tensor:
     """Takes the arguments of `patchlight::block_masks_fwd`. Stable sorts: ties go to the lower index."""
     batch, number, device = len(counts) // max(1, views), height * width, counts.device
+    if not batch:
+        return counts.new_empty(views, 0, number, dtype=torch.bool)
     sample = first + torch.arange(batch, device=device)
     view = torch.arange(views, device=device).unsqueeze(1)
     crop = random_bits(device, seed, PURPOSE, sample, view).flatten()

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from ... import hardware
-from ...arguments import accumulator, check_dtype, check_same_dtype, message, with_dense_rows
+from ...arguments import (
+    accumulator,
+    check_dtype,
+    check_required,
+    check_same_dtype,
+    check_tensors,
+    message,
+    with_dense_rows,
+)
 from ...dispatch import Impl, Op, first_reason, triton_call
 from ...extension import native_call
 from . import reference
@@ -22,6 +30,8 @@ def _bind(
 ) -> tuple:
     """Checks the public arguments and returns those that implementations take."""
     tensors = {"q": q, "k_self": k_self, "v_self": v_self, "k_patches": k_patches, "v_patches": v_patches}
+    check_required(OP_NAME, **tensors)
+    check_tensors(OP_NAME, index=index)
     for name, x in tensors.items():
         if x.dim() != 4:
             rule = f"{name} must be [images, rows, heads, width]"

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from ... import hardware
-from ...arguments import accumulator, check_dtype, message, with_dense_rows
+from ...arguments import (
+    accumulator,
+    check_dtype,
+    check_flag,
+    check_grid,
+    check_integer,
+    check_required,
+    message,
+    with_dense_rows,
+)
 from ...dispatch import Impl, Op, first_reason, triton_call
 from ...extension import native_call
 from . import reference
@@ -24,20 +33,26 @@ def _bind(
     return_scores: bool = False,
 ) -> tuple:
     """Checks the public arguments and returns those that implementations take."""
+    check_required(OP_NAME, x=x)
     if x.dim() != 3:
         raise ValueError(
             message(OP_NAME, "x must be [images, patches, width]", f"shape {tuple(x.shape)}", "reshape it")
         )
     check_dtype(OP_NAME, "x", x.dtype)
-    height, width = grid
-    if height < 1 or width < 1 or height * width != x.shape[1]:
+    height, width = check_grid(OP_NAME, grid)
+    if height * width != x.shape[1]:
         rule = f"grid must be (rows, columns) of the {x.shape[1]} patches of x"
         raise ValueError(message(OP_NAME, rule, f"{height}x{width}", "pass the grid that x was made of"))
     if border not in ("wrap", "clip"):
         raise ValueError(message(OP_NAME, "border must be 'wrap' or 'clip'", repr(border), "choose one"))
-    if radius is not None and radius < 1:
-        rule = "radius must be at least 1, or None for all patches"
-        raise ValueError(message(OP_NAME, rule, radius, "1 is the 3x3 window"))
+    if radius is not None:
+        check_integer(OP_NAME, "radius", radius, "1 is the 3x3 window, None takes all patches")
+        if radius < 1:
+            rule = "radius must be at least 1, or None for all patches"
+            raise ValueError(message(OP_NAME, rule, radius, "1 is the 3x3 window"))
+        radius = min(radius, max(height, width))  # a larger window has the same patches
+    check_integer(OP_NAME, "k", k, "count the neighbors to select")
+    check_flag(OP_NAME, "return_scores", return_scores)
     most = reference.capacity(height, width, ALL if radius is None else radius)
     if not 1 <= k <= most:
         rule = f"k must be at least 1 and at most the {most} neighbors of radius={radius} on a {height}x{width} grid"

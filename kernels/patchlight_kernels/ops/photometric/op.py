@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ... import hardware
-from ...arguments import check_dtype, message
+from ...arguments import check_dtype, check_required, kind_of, message
 from ...dispatch import Impl, Op, first_reason, triton_call
 from ...extension import native_call
 from . import reference
@@ -21,6 +22,7 @@ def _bind(
     pixels: Tensor, table: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
 ) -> tuple:
     """Checks the public arguments and returns those that implementations take."""
+    check_required(OP_NAME, pixels=pixels, table=table)
     if pixels.dim() != 4 or pixels.shape[3] != 3 or pixels.dtype != torch.uint8:
         rule, got = "pixels must be uint8 [samples, height, width, 3]", f"{pixels.dtype} {tuple(pixels.shape)}"
         raise ValueError(message(OP_NAME, rule, got, "put the channels last and do not normalize before"))
@@ -34,10 +36,19 @@ def _bind(
     if table.device != pixels.device:
         rule = f"table must be on {pixels.device} like pixels"
         raise ValueError(message(OP_NAME, rule, table.device, "move the table"))
-    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
-        rule = "mean and std must be three numbers each, std positive"
-        raise ValueError(message(OP_NAME, rule, f"{mean} and {std}", "give those of red, green and blue in 0..1"))
-    return pixels.contiguous(), table.detach().contiguous(), [float(m) for m in mean], [float(s) for s in std], dtype
+    mean, std = (_three_numbers(name, values) for name, values in (("mean", mean), ("std", std)))
+    if min(std) <= 0:
+        raise ValueError(message(OP_NAME, "std must be positive", std, "give those of red, green and blue in 0..1"))
+    return pixels.contiguous(), table.detach().contiguous(), mean, std, dtype
+
+
+def _three_numbers(name: str, values: Sequence[float]) -> list[float]:
+    rule, remedy = f"{name} must be three finite numbers", "give those of red, green and blue in 0..1"
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(message(OP_NAME, rule, kind_of(values), remedy))
+    if len(values) != 3 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in values):
+        raise ValueError(message(OP_NAME, rule, values, remedy))
+    return [float(x) for x in values]
 
 
 def _unsupported_by_all(pixels: Tensor, table: Tensor, dtype: torch.dtype) -> str | None:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from ... import extension, hardware
-from ...arguments import accumulator, check_dtype, check_float, check_same_dtype, message, with_dense_rows
+from ...arguments import (
+    accumulator,
+    check_dtype,
+    check_float,
+    check_required,
+    check_same_dtype,
+    check_tensors,
+    message,
+    with_dense_rows,
+)
 from ...dispatch import Impl, Op, first_reason, triton_call
 from ...losses import differentiate_loss
 from . import factors, pieces, reference
@@ -29,14 +38,15 @@ def _bind(
     products: str | None = None,
 ) -> tuple:
     """Checks the public arguments and returns those that implementations take."""
+    check_required(OP_NAME, z=z, prototypes=prototypes, teacher_z=teacher_z, teacher_prototypes=teacher_prototypes)
+    check_required(OP_NAME, pair_weight=pair_weight)
+    check_tensors(OP_NAME, row_weight=row_weight, bias=bias)
     _check_rows(z, prototypes, teacher_z, teacher_prototypes)
     _check_weights(z, prototypes, teacher_z, pair_weight, row_weight, bias)
     products = _chosen_products(z, products)
-    check_float(OP_NAME, "temperature", temperature, "divide z by it and pass 1.0")
+    check_float(OP_NAME, "temperature", temperature, "0.1 is usual; divide z by a tensor and pass 1.0")
     divisor, teacher_temperature = _teacher_temperature(z, teacher_temperature)
-    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        if not value > 0:
-            raise ValueError(message(OP_NAME, f"{name} must be positive", value, "0.1 and 0.04 are usual"))
+    check_float(OP_NAME, "teacher_temperature", teacher_temperature, "0.04 is usual")
     if row_weight is None:
         row_weight = z.new_full((z.shape[1],), 1 / max(z.shape[1], 1), dtype=accumulator(z.dtype))
     # The forward makes the gradients too where the logits are at hand: on a CPU in cache, on a GPU in L2 where it multiplies

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import hardware
-from ...arguments import accumulator, check_dtype, message, with_dense_rows
+from ...arguments import accumulator, check_dtype, check_integer, check_required, message, with_dense_rows
 from ...dispatch import Impl, Op, first_reason, triton_call
 from ...extension import native_call
 from . import reference
@@ -21,11 +20,12 @@ def _bind(qkv: Tensor, raw: int, query_keys: str = "all", crop: int | None = Non
 
     In those, `crop` is the number of queries that read one another; 0: none.
     """
+    check_required(OP_NAME, qkv=qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         rule, got = "qkv must be [images, tokens, 3, heads, width]", f"shape {tuple(qkv.shape)}"
         raise ValueError(message(OP_NAME, rule, got, "unflatten the projection"))
     check_dtype(OP_NAME, "qkv", qkv.dtype)
-    _check_integer("raw", raw, "count the raw tokens")
+    check_integer(OP_NAME, "raw", raw, "count the raw tokens")
     tokens = qkv.shape[1]
     if not 1 <= raw <= tokens:
         rule = f"raw must be between 1 and the {tokens} tokens"
@@ -39,13 +39,8 @@ def _bind(qkv: Tensor, raw: int, query_keys: str = "all", crop: int | None = Non
     return with_dense_rows(qkv), raw, queries_together
 
 
-def _check_integer(name: str, value: object, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(message(OP_NAME, f"{name} must be a Python integer", type(value).__name__, remedy))
-
-
 def _check_crop(crop: int, queries: int, query_keys: str) -> None:
-    _check_integer("crop", crop, "convert it, or leave it out")
+    check_integer(OP_NAME, "crop", crop, "convert it, or leave it out")
     if query_keys == "raw":
         rule = "crop must be None where queries read raw keys only"
         raise ValueError(message(OP_NAME, rule, crop, "use query_keys='all'"))

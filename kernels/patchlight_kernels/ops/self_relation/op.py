@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from ... import extension, hardware
-from ...arguments import accumulator, check_dtype, check_float, check_same_dtype, message, with_dense_rows
+from ...arguments import (
+    accumulator,
+    check_dtype,
+    check_float,
+    check_required,
+    check_same_dtype,
+    check_tensors,
+    message,
+    with_dense_rows,
+)
 from ...dispatch import Impl, Op, first_reason, triton_call
 from ...losses import differentiate_loss, two_kernels
 from . import reference
@@ -18,12 +27,13 @@ def _bind(
     student: Tensor, teacher: Tensor, student_scale: float, teacher_scale: float, weight: Tensor | None = None
 ) -> tuple:
     """Checks the public arguments and returns those that implementations take."""
+    check_required(OP_NAME, student=student, teacher=teacher)
+    check_tensors(OP_NAME, weight=weight)
     _check_features(student, teacher)
     for name, value in (("student_scale", student_scale), ("teacher_scale", teacher_scale)):
-        check_float(OP_NAME, name, value, "multiply the features instead")
-        if not 0 < value < float("inf"):
-            rule = f"{name} must be positive and finite"
-            raise ValueError(message(OP_NAME, rule, value, "width ** -0.5 / temperature is usual"))
+        check_float(
+            OP_NAME, name, value, "width ** -0.5 / temperature is usual; a tensor multiplies the features instead"
+        )
     weight = _checked_weight(weight, student)
     # On a CPU the forward makes the gradient too, while a sample's relation is in a cache: computing it again would cost
     # as much as the gradient. On a GPU the backward does, as the relation does not fit a cache there.

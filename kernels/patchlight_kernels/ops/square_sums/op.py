@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ... import hardware
+from ... import extension, hardware
 from ...addresses import Rows, addresses_of, blocks_of, first_blocks, table_of
-from ...arguments import accumulator, check_dtype, check_same_dtype, message
+from ...arguments import accumulator, check_dtype, check_same_dtype, check_tensor_list, message
 from ...dispatch import Impl, Op, first_reason, triton_call
-from ...extension import native
 from . import reference
 
 OP_NAME = "square_sums"
@@ -18,6 +17,7 @@ OP_NAME = "square_sums"
 
 def _bind(tensors: Sequence[Tensor]) -> tuple:
     """Checks the public arguments and returns those that implementations take."""
+    check_tensor_list(OP_NAME, "tensors", tensors)
     if not tensors:
         raise ValueError(message(OP_NAME, "there must be tensors", "none", "do not call it then"))
     first = tensors[0]
@@ -39,7 +39,7 @@ def rows_of(tensors: Sequence[Tensor]) -> tuple[Rows, tuple[int, ...]]:
 def _native_fwd(tensors: list[Tensor]) -> Tensor:
     rows, counts = rows_of(tensors)
     device = tensors[0].device
-    return native("square_sums_fwd")(table_of(rows, device), blocks_of(counts, device), tensors[0].dtype)
+    return extension.native("square_sums_fwd")(table_of(rows, device), blocks_of(counts, device), tensors[0].dtype)
 
 
 def _unsupported_by_all(tensors: list[Tensor]) -> str | None:
