@@ -206,7 +206,8 @@ __device__ void select_window(const float* dots, const Grid& grid, const Band& b
       const float dot = dots[(later ? own : other) * kDots + (later ? Window<R>::slot(dy, dx) : Window<R>::slot(-dy, -dx))];
       cosine[place] = inside ? dot * dots[own * kDots] * dots[other * kDots] : negative_infinity();
       rank[place] = rank_of(cosine[place]);
-      candidate[place] = modulo(y + dy, grid.height) * grid.width + modulo(x + dx, grid.width);
+      const int patch = modulo(y + dy, grid.height) * grid.width + modulo(x + dx, grid.width);
+      candidate[place] = inside ? patch : grid.patches() + place;  // each its own: no two places may have one rank
       ++place;
     }
   const int64_t base = (int64_t(blockIdx.y) * grid.patches() + y * grid.width + x) * out.k;

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import cuda_kernels_on_cpu, every_runner, needs_gpu, running
+from parity import SEED, cuda_kernels_on_cpu, every_runner, needs_gpu, running
 
 from patchlight_kernels import explain, force, hardware, neighbor_topk
 from patchlight_kernels.ops.neighbor_topk.op import OP
@@ -198,3 +198,22 @@ def test_offsets_beyond_32_bits(name):
     with running("cuda", name):
         index = neighbor_topk(x, (14, 14), 4)
     assert torch.equal(index[0], index[-1])
+
+
+@every_runner
+@pytest.mark.parametrize("grid", [(7, 4), (4, 7), (1, 9), (2, 2)])
+def test_a_clipped_grid_narrower_than_the_window_writes_every_place(grid, device, name):
+    """All neighbors that a window can have, of which a corner has fewer: the rest are -1, each written once."""
+    k = min(5, grid[0]) * min(5, grid[1]) - 1
+    x = torch.randn(2, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(SEED)).to(device)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory
+    try:
+        with running(device, name):
+            index, score = neighbor_topk(x, grid, k, radius=2, border="clip", return_scores=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with force("reference"):
+        expected = neighbor_topk(x, grid, k, radius=2, border="clip")
+    assert torch.equal((index < 0).sum(-1), (expected < 0).sum(-1))
+    assert torch.equal(score == -torch.inf, index < 0)
+    assert torch.equal(index.sort().values, expected.sort().values)
