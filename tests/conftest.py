@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-for folder in (HERE, HERE / "golden"):
+for folder in (HERE, HERE / "golden", HERE / "fuzz"):
     sys.path.insert(0, str(folder))  # so that any test file can `import harness` or `import parity`
 
 import torch  # noqa: E402
