@@ -1,6 +1,8 @@
 """Published files of every layout: the loaded model computes the same, and all other tensors are listed."""
 
 import argparse
+import os
+import pickle
 import re
 
 import pytest
@@ -124,6 +126,135 @@ def test_the_final_norm_is_loaded_where_it_is_applied(tmp_path):
     assert torch.equal(student.backbone.pos_embed, vit.pos_embed[:, 1:])
 
 
+def mae_file(vit: nn.Module) -> dict:
+    """Encoder and decoder under one prefix; the mask token is the decoder's."""
+    decoder = {"decoder_embed.weight": torch.ones(8, 16), "decoder_pos_embed": torch.ones(1, 17, 8)}
+    decoder |= {"decoder_blocks.0.norm1.weight": torch.ones(8), "decoder_pred.bias": torch.ones(48)}
+    return {"model": {**vit.state_dict(), "mask_token": torch.ones(1, 1, 8), **decoder}}
+
+
+def test_the_encoder_of_mae_is_a_plain_vit(tmp_path):
+    vit = timm_vit()
+    student, _ = build_branches(Model("vit_tiny", **MODEL), [])
+    taken = init_from(student.eval(), saved(mae_file(vit), tmp_path))
+    assert taken.layout == "MAE, model"
+    assert taken.missing == ["backbone.mask_token"]
+    assert len(taken.unused) == 5, "the decoder and its mask token"
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(student.backbone(pixels).cls, vit(pixels), rtol=1e-5, atol=1e-5)
+
+
+def test_deit_iii_has_layer_scales_and_no_position_of_its_class_token(tmp_path):
+    vit = timm_vit(init_values=1.0, no_embed_class=True)
+    student, _ = build_branches(Model("vit_tiny", **MODEL), [])
+    assert init_from(student.eval(), saved(vit.state_dict(), tmp_path)).unused == []
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(student.backbone(pixels).cls, vit(pixels), rtol=1e-4, atol=1e-4)
+
+
+def timm_eva(**options) -> nn.Module:
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return timm.models.eva.Eva(**{**sizes, **options})
+
+
+def released_dinov3() -> dict:
+    """The names of the released files: no position table, as positions are rotary."""
+    weights = timm_vit(init_values=1.0).state_dict()
+    del weights["pos_embed"]
+    more = {
+        "rope_embed.periods": torch.ones(4),
+        "storage_tokens": torch.ones(1, 4, 16),
+        "mask_token": torch.ones(1, 16),
+    }
+    return weights | more | {"blocks.0.attn.qkv.bias_mask": torch.ones(48)}
+
+
+DINOV3 = {"use_abs_pos_emb": False, "use_rot_pos_emb": True, "num_reg_tokens": 4, "init_values": 1.0, "qkv_bias": False}
+BEIT = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 1.0}
+OTHERS = {  # networks that ours do not compute, and what the error must name
+    "DINOv3 as released": (
+        released_dinov3,
+        ["rotary positions (rope_embed.periods)", "register tokens (storage_tokens)"],
+    ),
+    "DINOv3 of timm": (lambda: timm_eva(**DINOV3).state_dict(), ["register tokens (reg_token)", "layer scales as in"]),
+    "RoPE-ViT": (
+        lambda: timm_eva(use_rot_pos_emb=True, init_values=1.0).state_dict(),
+        ["layer scales as in BEiT, EVA"],
+    ),
+    "EVA": (
+        lambda: timm_eva().state_dict(),
+        ["separate projections of queries, keys and values (blocks.0.attn.q_bias)"],
+    ),
+    "EVA-02": (
+        lambda: timm_eva(swiglu_mlp=True, scale_mlp=True, qkv_fused=False).state_dict(),
+        ["gated MLPs (SwiGLU)", "q_proj"],
+    ),
+    "BEiT": (
+        lambda: timm.models.beit.Beit(16, 4, embed_dim=16, depth=2, num_heads=2, **BEIT).state_dict(),
+        ["relative position biases (blocks.0.attn.relative_position_bias_table)", "(blocks.0.gamma_1)"],
+    ),
+    "CLIP of timm": (lambda: timm_vit(pre_norm=True).state_dict(), ["a norm before the blocks (norm_pre.weight)"]),
+    "CLIP's image side": (
+        lambda: {"conv1.weight": torch.ones(16, 3, 4, 4), "class_embedding": torch.ones(16)},
+        ["the layout of OpenAI's CLIP (class_embedding)"],
+    ),
+    "registers": (lambda: timm_vit(reg_tokens=4).state_dict(), ["register tokens (reg_token)"]),
+    "norms of queries": (lambda: timm_vit(qk_norm=True).state_dict(), ["norms of queries and keys"]),
+    "DeiT, distilled": (
+        lambda: {**timm_vit().state_dict(), "dist_token": torch.ones(1, 1, 16)},
+        ["distillation token"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_network_that_ours_do_not_compute_is_refused_by_what_it_has(name, tmp_path):
+    student, _ = build_branches(Model("vit_tiny", **MODEL), [])
+    build, parts = OTHERS[name]
+    with pytest.raises(
+        ValueError, match=r"must be of a plain ViT, Swin or ResNet.*; start from weights without"
+    ) as error:
+        init_from(student, saved(build(), tmp_path))
+    for part in parts:
+        assert part in str(error.value)
+
+
+def without(weights: dict, *starts: str) -> dict:
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(starts)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        (lambda: timm_vit(depth=3).state_dict(), r"got 12 of the file .* no place for, such as blocks.2.norm1.weight.*sizes"),
+        (lambda: timm_vit(depth=1).state_dict(), r"12 of its own that the file lacks, such as backbone.blocks.1.norm1.weight"),
+        (lambda: without(timm_vit().state_dict(), "pos_embed"), r"1 of its own that the file lacks, such as backbone.pos_embed"),
+        (lambda: timm_vit(class_token=False, global_pool="avg", fc_norm=False).state_dict(), r"cls_token, .* to \"mean\""),
+        (lambda: {**timm_vit().state_dict(), "neck.weight": torch.ones(3)}, r"no place for, such as neck.weight"),
+        (lambda: timm_vit(qkv_bias=False).state_dict(), r"2 of its own that the file lacks, such as backbone.blocks.0.attn.qkv"),
+    ],
+)  # fmt: skip
+def test_a_network_with_more_or_fewer_parts_is_refused(weights, sentence, tmp_path):
+    student, _ = build_branches(Model("vit_tiny", **MODEL), [])
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    with pytest.raises(ValueError, match=sentence):
+        init_from(student, saved(weights(), tmp_path))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_a_vit_without_class_token_starts_a_model_without_one(tmp_path):
+    vit = timm_vit(class_token=False, global_pool="avg", fc_norm=False)
+    student, _ = build_branches(Model("vit_tiny", summary="mean", **MODEL), [])
+    taken = init_from(student.eval(), saved(vit.state_dict(), tmp_path))
+    assert (taken.missing, taken.unused) == (["backbone.mask_token"], [])
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        patches = student.summary(student.backbone(pixels)).patches
+        torch.testing.assert_close(patches, vit.forward_features(pixels), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunks", [False, True])
 def test_dinov2_scales_are_folded_in(chunks, tmp_path):
     vit = timm_vit(init_values=1.0)
@@ -132,7 +263,7 @@ def test_dinov2_scales_are_folded_in(chunks, tmp_path):
         weights = {re.sub(r"^blocks\.(\d)", r"blocks.0.\1", name): tensor for name, tensor in weights.items()}
     student, _ = build_branches(Model("vit_tiny", **MODEL), [])
     taken = init_from(student.eval(), saved(weights, tmp_path))
-    assert taken.layout == "DINOv2, the backbone alone"
+    assert taken.layout == "DINOv2 or DeiT III, the backbone alone"
     assert taken.unused == []
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -200,6 +331,16 @@ def test_a_fixed_table_accepts_only_its_own_kind(tmp_path):
         init_from(student, saved(timm_vit().state_dict(), tmp_path))
 
 
+def test_a_fixed_table_of_another_grid_must_be_of_its_kind_too(tmp_path):
+    larger = build_branches(Model("vit_tiny", positions="sincos_rows_first", **{**MODEL, "image_size": 24}), [])[1]
+    path = saved(larger.backbone.state_dict(), tmp_path)
+    student, _ = build_branches(Model("vit_tiny", positions="sincos_rows_first", **MODEL), [])
+    init_from(student, path)
+    student, _ = build_branches(Model("vit_tiny", positions="sincos", **MODEL), [])
+    with pytest.raises(ValueError, match="keeps a fixed table"):
+        init_from(student, path)
+
+
 @pytest.mark.parametrize(
     ("weights", "sentence"),
     [
@@ -208,6 +349,16 @@ def test_a_fixed_table_accepts_only_its_own_kind(tmp_path):
         (timm_vit(patch_size=8).state_dict(), r"got 16x3x8x8 for backbone.patch_embed.proj.weight"),
         (timm_vit(embed_dim=24).state_dict(), r"got 1x1x24 for backbone.cls_token, which is \(1, 1, 16\)"),
         ({**timm_vit().state_dict(), "pos_embed": torch.ones(1, 12, 16)}, r"of a square grid .* got 1x12x16"),
+        ({**timm_vit().state_dict(), "pos_embed": torch.ones(17)}, r"of a square grid .* got 17"),
+        ({**timm_vit().state_dict(), "blocks.0.mlp.fc1.weight": torch.ones(16, 64)}, r"got 16x64 for .*fc1.weight"),
+        ({**timm_vit().state_dict(), "norm.bias": torch.full((16,), torch.nan)}, r"got 16 of 16 values of norm.bias that"),
+        ({**timm_vit().state_dict(), "norm.bias": torch.tensor(1e300).double()}, r"got 1 of 1 values of norm.bias"),
+        ({**timm_vit().state_dict(), "norm.bias": torch.ones(16).int()}, r"got torch.int32 for norm.bias in"),
+        ({**timm_vit().state_dict(), "norm.bias": torch.ones(1).expand(16)}, r"another kind for norm.bias in"),
+        ({**timm_vit().state_dict(), "norm.bias": torch.ones(16).to_sparse()}, r"another kind for norm.bias in"),
+        ({**timm_vit().state_dict(), "blocks.0.ls1.gamma": torch.ones(3)}, r"must fit its layer, got \(3,\) for blocks.0.ls1"),
+        ({**timm_vit().state_dict(), "blocks.7.0.norm1.weight": torch.ones(16)}, r"one name, got 1 with two"),
+        ([torch.ones(3)], r"must hold tensors by name, got a list in"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(weights, sentence, tmp_path):
@@ -220,11 +371,83 @@ class Unknown:
     pass
 
 
+class Malicious:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, canary) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    student, _ = build_branches(Model("vit_tiny", **MODEL), [])
+    canary = tmp_path / "canary"
+    path = saved({**timm_vit().state_dict(), "note": Malicious(canary)}, tmp_path)
+    with pytest.raises(ValueError, match=r"got objects in .* such as posix.mkdir"):
+        init_from(student, path)
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Malicious(canary)))
+    with pytest.raises(ValueError, match=r"bare.pth"):
+        init_from(student, tmp_path / "bare.pth")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_a_damaged_file_is_named_in_one_sentence(name, tmp_path):
+    student, _ = build_branches(Model("vit_tiny", **MODEL), [])
+    weights = timm_vit().state_dict()
+    path = tmp_path / name
+    (save_file if path.suffix == ".safetensors" else torch.save)(weights, path)
+    whole = path.read_bytes()
+    damaged = {"cut": whole[: len(whole) // 2], "short": whole[:9], "text": b"<html>404</html>", "zeros": bytes(1000)}
+    for kind, content in damaged.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"must be a whole .pth or .safetensors file, got ") as error:
+            init_from(student, path)
+        assert str(path) in str(error.value), kind
+        assert "\n" not in str(error.value), kind
+        assert len(str(error.value)) < 500 + len(str(path)), kind
+
+
+def test_dictionaries_without_end_are_refused(tmp_path):
+    student, _ = build_branches(Model("vit_tiny", **MODEL), [])
+    circle: dict = dict(timm_vit().state_dict())
+    circle["again"] = circle
+    many: dict = {}
+    for _ in range(25):
+        many = {"a": many, "b": many}
+    for content in (circle, many):
+        with pytest.raises(ValueError, match="must have at most 1000000 entries in 32 levels, got more in"):
+            init_from(student, saved(content, tmp_path))
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    student, _ = build_branches(Model("vit_tiny", **MODEL), [])
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "loop.pth").symlink_to(tmp_path / "loop.pth")
+    (tmp_path / "folder.pth").mkdir()
+    for name, kind, sentence in (
+        ("empty.pth", ValueError, "which is empty; copy or download it again"),
+        ("folder.pth", ValueError, "which is a folder; pass a file in it"),
+        ("loop.pth", FileNotFoundError, "which is no file; check the path"),
+        ("empty.pth/more.pth", FileNotFoundError, "which is no file"),
+        ("x" * 5000, FileNotFoundError, "which is no file"),
+    ):
+        with pytest.raises(kind, match=sentence):
+            init_from(student, tmp_path / name)
+    path = saved(timm_vit().state_dict(), tmp_path)
+    path.chmod(0)
+    if os.geteuid():  # an administrator reads it all the same
+        with pytest.raises(ValueError, match="Permission denied; make it readable"):
+            init_from(student, path)
+
+
 def test_missing_files_and_files_with_objects_are_refused(tmp_path):
     student, _ = build_branches(Model("vit_tiny", **MODEL), [])
     with pytest.raises(ValueError, match=r"plain values, got objects in .*save the state dict alone"):
         init_from(student, saved({"model": {}, "config": Unknown()}, tmp_path))
-    with pytest.raises(FileNotFoundError, match="must name a file of weights, got"):
+    with pytest.raises(FileNotFoundError, match=r"with content that can be read, got .*nowhere.pth, which is no file"):
         init_from(student, tmp_path / "nowhere.pth")
 
 

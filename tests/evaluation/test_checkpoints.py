@@ -117,7 +117,7 @@ def test_what_is_no_backbone_is_named(tmp_path):
     with pytest.raises(ValueError, match="width 32, which 64 does not divide"):
         open_checkpoint(str(tmp_path / "narrow.pth"))
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
-    with pytest.raises(ValueError, match="got 0 blocks and no table"):
+    with pytest.raises(ValueError, match="got 0 blocks, no table"):
         open_checkpoint(str(tmp_path / "resnet.pth"))
     del weights["blocks.1.mlp.fc2.weight"]
     torch.save(weights, tmp_path / "cut.pth")
@@ -182,3 +182,30 @@ def test_ranks_share_the_images_without_a_duplicate(tmp_path):
     assert len(np.unique(alone.numpy().round(4), axis=0)) == 11, "every image has its own features"
     for shared in on_processes(2, encoded_on_a_rank, str(tmp_path / "vit.pth")):
         assert abs(shared - alone.numpy()).max() < 1e-5
+
+
+def test_damaged_facts_beside_weights_are_named(tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    save_file(timm_vit().state_dict(), path)
+    for content in ("", "[]", "{}", '{"run": {"model": 3}}', '{"run": nul'):
+        (tmp_path / "facts.json").write_text(content)
+        with pytest.raises(ValueError, match=r"facts.json beside weights must describe their run, got .* in .*facts.json"):
+            open_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "sentence"),
+    [
+        ("patch_embed.proj.weight", torch.ones(3), r"2 blocks, \(1, 10, 32\) table and patches \(3,\)"),
+        ("pos_embed", torch.ones(0, 0, 0), r"\(0, 0, 0\) table"),
+        ("pos_embed", torch.ones(7), r"\(7,\) table"),
+        ("blocks.0.attn.qkv.weight", torch.ones(32, 96), "1 of another size .* blocks.0.attn.qkv.weight"),
+        ("reg_token", torch.ones(1, 4, 32), r"got register tokens \(reg_token\)"),
+        ("neck.bias", torch.ones(4), r"1 unknown .* neck.bias"),
+        ("norm.bias", torch.full((32,), torch.inf), "got 32 of 32 values of norm.bias"),
+    ],
+)
+def test_a_vit_that_cannot_be_opened_is_named(name, tensor, sentence, tmp_path):
+    torch.save({**timm_vit().state_dict(), name: tensor}, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=sentence):
+        open_checkpoint(str(tmp_path / "vit.pth"), heads=2)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from rich.table import Table
 from timm.layers import resize_rel_pos_bias_table
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backbones.published import read_published
+from ..backbones.positions import grid_positions
+from ..backbones.published import MAY_LEAVE_OUT, MAY_START_ANEW, read_published, without_ones
 from ..backbones.vit import resize_table
+from ..checks import check
 from .branches import Student
 
 NOT_WANTED = ("heads.", "predictors.")  # every objective has its own
@@ -42,34 +44,47 @@ class Taken:
 
 @torch.no_grad()
 def init_from(student: Student, path: Path) -> Taken:
-    """Copies backbone and summary from a published file; position tables are resampled to fit."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Model.init_from must name a file of weights, got {path}, which is no file; check the path."
-        )
+    """Copies backbone and summary from a published file; position tables are resampled to fit.
+
+    The student then computes what the file's network does, or an error names the tensors that only one of them has.
+    """
     published = read_published(path)
-    state = student.state_dict()
-    wanted = {name: tensor for name, tensor in state.items() if not name.startswith(NOT_WANTED)}
+    wanted = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith(NOT_WANTED)}
+    fitted: dict[str, Tensor] = {}
     loaded: list[str] = []
     reshaped: list[str] = []
-    unused: list[str] = []
+    left: list[str] = []
     for name, tensor in published.weights.items():
         target = _target(name, wanted)
         if target is None:
-            unused.append(name)
+            left.append(name)
             continue
-        fitted = _fit(student, target, tensor, wanted[target].shape, path)
-        wanted[target].copy_(fitted)
-        same = tensor.shape == fitted.shape
-        (loaded if same else reshaped).append(target if same else f"{target} {_shape(tensor)} to {_shape(fitted)}")
-    if not loaded and not reshaped:
+        fitted[target] = own = _fit(student, target, tensor, wanted[target].shape, path)
+        same = tensor.shape == own.shape
+        (loaded if same else reshaped).append(target if same else f"{target} {_shape(tensor)} to {_shape(own)}")
+    missing = [name for name in wanted if name not in fitted]
+    if not fitted:
         raise ValueError(
             f"A file must hold weights of this model, got none of its {len(wanted)} tensors in {path} ({published.layout}), "
             f"which has {sorted(published.weights)[:3]}; choose the Model.arch that it was made with."
         )
-    taken = {entry.split(" ")[0] for entry in loaded + reshaped}
-    missing = [name for name in wanted if name not in taken]
-    return Taken(path, published.layout, loaded, reshaped, missing, unused)
+    _check_complete(left, missing, f"{path} ({published.layout})")
+    for name, own in fitted.items():
+        wanted[name].copy_(own)
+    return Taken(path, published.layout, loaded, reshaped, missing, left + published.beside)
+
+
+def _check_complete(left: list[str], missing: list[str], file: str) -> None:
+    """A ValueError where the model would compute another function than the file's network."""
+    foreign = [name for name in left if name != MAY_LEAVE_OUT]
+    new = [name for name in missing if not MAY_START_ANEW.fullmatch(name)]
+    parts = [f"{len(foreign)} of the file that it has no place for, such as {foreign[0]}"] if foreign else []
+    parts += [f"{len(new)} of its own that the file lacks, such as {new[0]}"] if new else []
+    remedy = "choose the Model.arch and Model.sizes that it was made with"
+    if new == ["backbone.cls_token"]:
+        remedy = 'set Model.summary to "mean" or "class_attention", which need no class token'
+    rule = "The model must have all tensors of the file's network and no others"
+    check(not parts, rule, f"{' and '.join(parts)}, in {file}", remedy)
 
 
 def _target(name: str, wanted: dict[str, Tensor]) -> str | None:
@@ -84,13 +99,12 @@ def _target(name: str, wanted: dict[str, Tensor]) -> str | None:
 def _fit(student: Student, name: str, tensor: Tensor, shape: torch.Size, path: Path) -> Tensor:
     if name == "backbone.pos_embed":
         return _fit_positions(student, tensor, shape, path)
-    if tensor.shape == shape:
-        return tensor
-    if tensor.numel() == shape.numel():
+    if without_ones(tensor.shape) == without_ones(shape):
         return tensor.reshape(shape)
-    if name.endswith("relative_position_bias_table"):
+    if name.endswith("relative_position_bias_table") and tensor.ndim == 2 and tensor.shape[1] == shape[1]:
         side = (math.isqrt(shape[0]) + 1) // 2
-        return resize_rel_pos_bias_table(tensor.float(), (side, side), tuple(shape))
+        if math.isqrt(len(tensor)) ** 2 == len(tensor) > 0:
+            return resize_rel_pos_bias_table(tensor.float(), (side, side), tuple(shape))
     raise ValueError(
         f"Published weights must have the model's shapes, got {_shape(tensor)} for {name}, which is {tuple(shape)}, in "
         f"{path}; choose the Model.arch and patch_size that it was made with."
@@ -100,27 +114,26 @@ def _fit(student: Student, name: str, tensor: Tensor, shape: torch.Size, path: P
 def _fit_positions(student: Student, table: Tensor, shape: torch.Size, path: Path) -> Tensor:
     """Resampled to the model's grid. A class row that the model does not need is dropped; if the file has none, it is zero."""
     backbone: Any = student.backbone
-    side = math.isqrt(table.shape[1])
-    if shape[2] != table.shape[2] or side**2 not in (table.shape[1], table.shape[1] - 1):
+    rows = table.shape[1] if table.ndim == 3 and table.shape[0] == 1 else 0
+    side = math.isqrt(rows)
+    if not side or shape[2] != table.shape[2] or side**2 not in (rows, rows - 1):
         raise ValueError(
             f"A position table must be of a square grid and as wide as the model, {shape[2]}, got {_shape(table)} in {path}; "
             "choose the Model.arch that it was made with."
         )
-    classes, patches = table.float().split((table.shape[1] - side**2, side**2), dim=1)
-    if backbone.table_grid != (side, side):
-        patches = resize_table(patches, (side, side), backbone.table_grid, "size")
-    own = backbone.pos_embed
-    if not (
-        isinstance(own, nn.Parameter) and own.requires_grad
-    ):  # a fixed table is never replaced, so the file must have the same
-        if backbone.table_grid == (side, side) and not torch.allclose(patches, own[:, -(side**2) :], atol=1e-3):
+    classes, patches = table.float().split((rows - side**2, side**2), dim=1)
+    if backbone.embed_positions is not None:  # a fixed table is never replaced, so the file must have the same
+        own = backbone.embed_positions(grid_positions((side, side)), backbone.width)
+        if not torch.allclose(patches[0], own.to(patches), atol=1e-3):
             raise ValueError(
                 f"Model.positions keeps a fixed table, got another one in {path}; set it to the file's kind, or to 'learned'."
             )
-        return own
+        return backbone.pos_embed
+    if backbone.table_grid != (side, side):
+        patches = resize_table(patches, (side, side), backbone.table_grid, "size")
     if not backbone.has_class_token:
         return patches
-    row = classes if classes.shape[1] else patches.new_zeros(1, 1, shape[2])
+    row = classes if classes.shape[1] else patches.new_zeros(1, 1, shape[2])  # none: as in DeiT III
     return torch.cat([row, patches], dim=1)
 
 

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from ..backbones.architectures import build_backbone, capabilities_of
 from ..backbones.interface import Backbone
-from ..backbones.published import read_published
+from ..backbones.published import MAY_START_ANEW, read_published, without_ones
 from ..backbones.vit import VisionTransformer
 from ..checkpoint.folder import FACTS, complete, load_tensors, read_facts
 from ..checkpoint.manifest import MANIFEST
-from ..checks import sentence
+from ..checks import check_least, sentence
 from ..heads.summary import ClassTokenSummary, MeanSummary, build_summary
 from .encoder import Encoder, InputFormat
 from .timm_backbone import TimmBackbone
 
-_NOT_BACKBONE = ("head.", "fc.", "mask_token", "query_block.", "norm2.", "fc_norm.")  # of a ViT's file
 _MEAN_NOTE = "an image is summed up by the mean of its patches"
 
 
@@ -74,7 +73,7 @@ def _open_folder(path: Path) -> Encoder:
 
 def _open_file(path: Path, heads: int | None) -> Encoder:
     published, facts = read_published(path), path.with_name(FACTS)
-    run = json.loads(facts.read_text())["run"] if facts.exists() else None
+    run = _read_run(facts) if facts.exists() else None
     summary_weights = _under("summary.", published.weights)
     weights = {name: t for name, t in published.weights.items() if not name.startswith("summary.")}
     backbone = _build_backbone_of_run(run["model"]) if run else _build_plain_vit(weights, path, heads)
@@ -83,7 +82,7 @@ def _open_file(path: Path, heads: int | None) -> Encoder:
     summary: nn.Module
     if summary_weights:
         summary = build_summary("class_attention", backbone)
-        summary.load_state_dict(summary_weights)
+        _load_weights(summary, summary_weights, path)
     elif backbone.has_class_token:
         summary = ClassTokenSummary()
     else:
@@ -91,14 +90,25 @@ def _open_file(path: Path, heads: int | None) -> Encoder:
         norm = _under("norm.", weights)
         summary = build_summary("mean", backbone) if norm or backbone.norm_eps is None else MeanSummary()
         if norm and not _under("norm.", backbone.state_dict()):
-            summary.get_submodule("norm").load_state_dict(norm)
+            _load_weights(summary.get_submodule("norm"), norm, path)
             weights = {name: t for name, t in weights.items() if not name.startswith("norm.")}
         elif not norm and backbone.norm_eps is not None:
             notes.append("no final norm in the file: patches are the raw residual stream")
-    left_out = _load_weights(backbone, weights, path)
-    if left_out:
+    _load_weights(backbone, weights, path)
+    if left_out := published.beside:
         notes.append(f"{len(left_out)} tensors are no part of the backbone and were left out, such as {left_out[0]}")
     return Encoder(backbone, summary, str(path), _input_format(run), tuple(notes))
+
+
+def _read_run(facts: Path) -> dict[str, Any]:
+    """The run that made the file beside these facts."""
+    try:
+        return {part: dict(json.loads(facts.read_text())["run"][part]) for part in ("model", "data")}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        rule, got = f"{FACTS} beside weights must describe their run", f"{type(error).__name__}: {error} in {facts}"
+        raise ValueError(
+            sentence(rule, got, "copy both files of the checkpoint again, or the weights alone")
+        ) from error
 
 
 def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,34 +127,35 @@ def _build_backbone_of_run(model: dict[str, Any]) -> Backbone:
 
 def _build_plain_vit(weights: dict[str, Tensor], path: Path, heads: int | None) -> VisionTransformer:
     """A plain ViT of the weights' shapes."""
-    table = weights.get("pos_embed")
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    table, kernel = shapes.get("pos_embed", ()), shapes.get("patch_embed.proj.weight", ())
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     class_token = "cls_token" in weights
-    positions = 0 if table is None else table.shape[1] - class_token
-    side = math.isqrt(positions)
-    if not depth or not side or side**2 != positions:
+    positions = table[1] - class_token if len(table) == 3 else 0
+    side = math.isqrt(max(0, positions))
+    if not depth or not side or side**2 != positions or len(kernel) != 4 or 0 in kernel:
         rule = "A file of weights without a run must be of a plain ViT with a square position table"
-        got = f"{depth} blocks and {'no table' if table is None else tuple(table.shape)} in {path}"
+        got = f"{depth} blocks, {table or 'no'} table and patches {kernel or 'none'} in {path}"
         remedy = "pass timm's name of the model, or a run of this library that started with them (Model.init_from)"
         raise ValueError(sentence(rule, got, remedy))
-    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    width, _, patch, _ = kernel
     if heads is None:
         heads, rest = divmod(width, 64)
         if rest:
             rule = "The number of attention heads must be given where 64 does not divide the width"
             raise ValueError(sentence(rule, f"width {width}, which 64 does not divide, in {path}", "pass heads"))
-    first = weights.get("blocks.0.mlp.fc1.weight")
-    ratio = 4.0 if first is None else first.shape[0] / width
-    return VisionTransformer(width, depth, heads, patch, side * patch, ratio, class_token)
+    check_least("The number of attention heads", heads, 1, "leave it out for 64 channels each")
+    first = shapes.get("blocks.0.mlp.fc1.weight", (4 * width,))
+    return VisionTransformer(width, depth, heads, patch, side * patch, (first or (0,))[0] / width, class_token)
 
 
-def _load_weights(backbone: nn.Module, weights: dict[str, Tensor], path: Path) -> list[str]:
-    """Copies the weights; every parameter must be among them. Returns the names that are no part of a backbone."""
-    expected = backbone.state_dict()
-    missing = [name for name in expected if name not in weights and name != "mask_token"]
-    extra = [name for name in weights if name not in expected]
-    unknown = [name for name in extra if not name.startswith(_NOT_BACKBONE)]
-    wrong = [name for name in expected if name in weights and weights[name].numel() != expected[name].numel()]
+def _load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Copies the weights, which must be exactly the module's own but for a mask token."""
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in weights and not MAY_START_ANEW.fullmatch(name)]
+    unknown = [name for name in weights if name not in expected]
+    common = [name for name in expected if name in weights]
+    wrong = [name for name in common if without_ones(weights[name].shape) != without_ones(expected[name].shape)]
     if missing or unknown or wrong:
         rule = "A checkpoint must fit the plain ViT of its shapes"
         got = (
@@ -152,9 +163,7 @@ def _load_weights(backbone: nn.Module, weights: dict[str, Tensor], path: Path) -
             f" {(missing + unknown + wrong)[0]}"
         )
         raise ValueError(sentence(rule, got, "use timm's name if timm knows the model"))
-    fitting = {name: weights[name].reshape(expected[name].shape) for name in expected if name in weights}
-    backbone.load_state_dict(expected | fitting)
-    return extra
+    module.load_state_dict(expected | {name: weights[name].reshape(expected[name].shape) for name in common})
 
 
 def _input_format(run: dict[str, Any] | None) -> InputFormat:
