@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+LARGEST = 2**53  # of any number in an option: whole numbers beyond it are not exact in fp64
 
 
 def sentence(rule: str, got: object, remedy: str) -> str:
@@ -29,3 +38,26 @@ def check_least(name: str, value: float, least: float, remedy: str) -> None:
 def check_positive(name: str, value: float, remedy: str) -> None:
     """A ValueError unless the value is above zero."""
     check(value > 0, f"{name} must be positive", value, remedy)
+
+
+def check_numbers(options: DataclassInstance, **ranges: str) -> None:
+    """A ValueError unless the fields of these names, where there are such, are numbers in these ranges, like "(0, 1]".
+
+    Fields of type int must be whole numbers; None is right where it is the default.
+    """
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in ranges and not (value is None and field.default is None):
+            whole = re.search(r"\bint\b", str(field.type)) is not None
+            name, remedy = f"{type(options).__name__}.{field.name}", f"the default is {field.default}"
+            check_number(name, value, ranges[field.name], remedy, whole)
+
+
+def check_number(name: str, value: object, allowed: str, remedy: str, whole: bool = False) -> None:
+    """A ValueError unless the value is a number in a range such as "[0, 1)"; inf stands for LARGEST, nan is in no range."""
+    low, high = (float(bound) for bound in allowed[1:-1].split(", "))
+    inside = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    inside = inside and (low < value or (value == low and allowed[0] == "["))  # type: ignore[operator]
+    inside = inside and (value < min(high, LARGEST) or (value == high and allowed[-1] == "]"))  # type: ignore[operator]
+    kind = "a whole number" if whole else "a number"
+    check(bool(inside), f"{name} must be {kind} in {allowed.replace('inf', '2^53')}", repr(value), remedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-from .checks import check, check_choice
+from .checks import check, check_choice, check_number, check_numbers
 from .data.interface import MOST_BAD
 from .data.loaders import LOADERS
 from .data.masking import MaskRule
@@ -41,6 +41,9 @@ class Model:
     """Other sizes than the architecture's own, e.g. {"depth": 2, "width": 32, "heads": 2} for a test."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, patch_size="[1, inf)", image_size="[1, inf)", drop_path="[0, 1)")
+        for name, size in self.sizes.items():
+            check_number(f"Model.sizes[{name!r}]", size, "(0, inf)", "leave it out for the architecture's own")
         check_choice("Model.summary", self.summary, ("cls", "class_attention", "mean"))
         check_choice("Model.positions", self.positions, ("learned", "sincos", "sincos_rows_first", "sincos_printed"))
         check(
@@ -73,12 +76,8 @@ class Objectives:
             not unknown, "Objectives.options must be registered options", unknown, "call patchlight.objectives.register"
         )
         check(len(set(kinds)) == len(kinds), "Objectives.options may name each objective once", kinds, "remove one")
-        check(
-            all(weight >= 0 for weight in self.weights.values()),
-            "Objectives.weights must not be negative",
-            self.weights,
-            "use 0 to leave a term out",
-        )
+        for term, weight in self.weights.items():
+            check_number(f"Objectives.weights[{term!r}]", weight, "[0, inf)", "use 0 to leave a term out")
 
 
 @dataclass(frozen=True)
@@ -167,20 +166,13 @@ class Optim:
         check_choice("Optim.clip_mode", self.clip_mode, ("per_tensor", "global"))
         check_choice("Optim.warmup_ends", self.warmup_ends, ("last", "next"))
         check_choice("Optim.decayed", self.decayed, ("matrices", "biases", "all"))
-        for name in (
-            "base_lr",
-            "min_lr",
-            "warmup_start_lr",
-            "warmup_epochs",
-            "weight_decay",
-            "weight_decay_end",
-            "clip",
-        ):
-            check(getattr(self, name) >= 0, f"Optim.{name} must not be negative", getattr(self, name), "use 0 or more")
-        for name in ("teacher_momentum", "teacher_momentum_end"):
-            value = getattr(self, name)
-            check(0 <= value <= 1, f"Optim.{name} must lie in [0, 1]", value, "0.996 is usual")
-        check(self.most_refused > 0, "Optim.most_refused must be positive", self.most_refused, "use 1 or more")
+        rates = ("base_lr", "min_lr", "warmup_start_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip")
+        check_numbers(self, **dict.fromkeys(rates, "[0, inf)"))
+        check_numbers(self, momentum="[0, 1)", teacher_momentum="[0, 1]", teacher_momentum_end="[0, 1]")
+        check_numbers(self, freeze_prototypes_epochs="[0, inf)", most_refused="[1, inf)")
+        check(len(self.betas) == 2, "Optim.betas must be two numbers", self.betas, "the default is (0.9, 0.999)")
+        for number, beta in enumerate(self.betas):
+            check_number(f"Optim.betas[{number}]", beta, "[0, 1)", "the default is (0.9, 0.999)")
 
 
 @dataclass(frozen=True)
@@ -193,13 +185,7 @@ class Schedule:
     """Optimizer steps that count as an epoch; by default images // global batch."""
 
     def __post_init__(self) -> None:
-        check(self.epochs > 0, "Schedule.epochs must be positive", self.epochs, "use 1 or more")
-        check(
-            self.steps_per_epoch is None or self.steps_per_epoch > 0,
-            "Schedule.steps_per_epoch must be positive",
-            self.steps_per_epoch,
-            "leave it out to follow the data",
-        )
+        check_numbers(self, epochs="[1, inf)", steps_per_epoch="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -232,14 +218,7 @@ class Parallel:
         check_choice("Parallel.graph", self.graph, ("auto", "on", "off"))
         check_choice("Parallel.residual", self.residual, ("fp32", "16bit"))
         check_choice("Parallel.compile", self.compile, ("auto", "on", "off"))
-        for name in ("shard", "accumulate"):
-            check(getattr(self, name) > 0, f"Parallel.{name} must be positive", getattr(self, name), "use 1 or more")
-        check(
-            self.replicate is None or self.replicate > 0,
-            "Parallel.replicate must be positive",
-            self.replicate,
-            "leave it out to use all processes",
-        )
+        check_numbers(self, replicate="[1, inf)", shard="[1, inf)", accumulate="[1, inf)", seed="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -262,14 +241,7 @@ class Output:
     """Continue from the latest checkpoint in the folder; start anew if there is none."""
 
     def __post_init__(self) -> None:
-        check(
-            self.evaluate_every is None or self.evaluate_every >= 0,
-            "Output.evaluate_every must not be negative",
-            self.evaluate_every,
-            "use 0 for none",
-        )
-        for name in ("save_every", "keep", "log_every"):
-            check(getattr(self, name) > 0, f"Output.{name} must be positive", getattr(self, name), "use 1 or more")
+        check_numbers(self, save_every="[1, inf)", keep="[1, inf)", log_every="[1, inf)", evaluate_every="[0, inf)")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,14 @@ import tyro
 from patchlight import run as run_module
 from patchlight.data.policy import dino_policy
 from patchlight.objectives.dino import DinoOptions
+from patchlight.objectives.ibot import IbotOptions
+from patchlight.objectives.moby import MobyOptions
+from patchlight.objectives.moco_v3 import MocoV3Options
+from patchlight.objectives.pqcl import PqclOptions
+from patchlight.objectives.selfpatch import SelfPatchOptions
+from patchlight.objectives.selfpatch_contrast import SelfPatchContrastOptions
+from patchlight.objectives.sere import SereOptions
+from patchlight.records import NeighborRule
 from patchlight.run import Data, Model, Objectives, Optim, Output, Parallel, Run, Schedule
 
 PARTS = (Model, Objectives, Data, Optim, Schedule, Parallel, Output, Run)
@@ -23,7 +31,10 @@ PARTS = (Model, Objectives, Data, Optim, Schedule, Parallel, Output, Run)
         (lambda: Model(image_size=100), r"image_size must be a multiple of patch_size, got 100 and 16; change"),
         (lambda: Objectives(options=()), r"at least one objective, got none; add"),
         (lambda: Objectives(options=(DinoOptions(), DinoOptions())), r"each objective once, got \['DinoOptions', "),
-        (lambda: Objectives(weights={"dino/cls": -1.0}), r"must not be negative, got {'dino/cls': -1.0}"),
+        (
+            lambda: Objectives(weights={"dino/cls": -1.0}),
+            r"Objectives.weights\['dino/cls'\] must be a number in \[0, 2\^53\), got -1.0; use 0 to",
+        ),
         (lambda: Data(loader="torchvision"), r"Data.path must be .*got path='' with loader='torchvision'; pass"),
         (lambda: Data(path="x", loader="procedural"), r"got path='x' with loader='procedural'"),
         (lambda: Data(loader="ffcv", path="x"), r"Data.loader must be one of auto, dali, torchvision, procedural"),
@@ -31,13 +42,31 @@ PARTS = (Model, Objectives, Data, Optim, Schedule, Parallel, Output, Run)
         (lambda: Data(path="x", most_bad=2), r"most_bad must lie in .*got 2"),
         (lambda: Data(loader="procedural", batch_per_rank=0), r"batch_per_rank must be positive, got 0"),
         (lambda: Optim(name="sgd"), r"Optim.name must be one of adamw, lars, lamb, got 'sgd'"),
-        (lambda: Optim(base_lr=-1), r"Optim.base_lr must not be negative, got -1"),
-        (lambda: Optim(teacher_momentum=1.5), r"teacher_momentum must lie in \[0, 1\], got 1.5"),
-        (lambda: Schedule(epochs=0), r"Schedule.epochs must be positive, got 0"),
-        (lambda: Schedule(steps_per_epoch=0), r"steps_per_epoch must be positive, got 0; leave it out"),
+        (lambda: Optim(base_lr=-1), r"Optim.base_lr must be a number in \[0, 2\^53\), got -1; the default is 0.0005"),
+        (
+            lambda: Optim(teacher_momentum=1.5),
+            r"teacher_momentum must be a number in \[0, 1\], got 1.5; the default is 0.996",
+        ),
+        (lambda: Schedule(epochs=0), r"Schedule.epochs must be a whole number in \[1, 2\^53\), got 0; the default"),
+        (
+            lambda: Schedule(steps_per_epoch=0),
+            r"steps_per_epoch must be a whole number in \[1, .* got 0; the default is None",
+        ),
         (lambda: Parallel(precision="fp8"), r"Parallel.precision must be one of bf16, fp16, fp32, got 'fp8'"),
-        (lambda: Parallel(accumulate=0), r"Parallel.accumulate must be positive, got 0"),
-        (lambda: Output(keep=0), r"Output.keep must be positive, got 0"),
+        (lambda: Parallel(accumulate=0), r"Parallel.accumulate must be a whole number in \[1, 2\^53\), got 0"),
+        (lambda: Output(keep=0), r"Output.keep must be a whole number in \[1, 2\^53\), got 0"),
+        (lambda: Model(patch_size=0), r"Model.patch_size must be a whole number in \[1, .* got 0"),
+        (lambda: Model(drop_path=float("nan")), r"Model.drop_path must be a number in \[0, 1\), got nan"),
+        (lambda: Model(sizes={"width": -3}), r"Model.sizes\['width'\] must be a number in \(0, .* got -3"),
+        (lambda: Objectives(weights={"dino/cls": float("inf")}), r"weights\['dino/cls'\] must be .* got inf"),
+        (lambda: Optim(weight_decay=float("inf")), r"Optim.weight_decay must be .* got inf; the default is 0.04"),
+        (lambda: Optim(clip=float("nan")), r"Optim.clip must be .* got nan"),
+        (lambda: Optim(betas=(0.9, 1.0)), r"Optim.betas\[1\] must be a number in \[0, 1\), got 1.0"),
+        (lambda: Optim(momentum=1.0), r"Optim.momentum must be a number in \[0, 1\), got 1.0"),
+        (lambda: Optim(base_lr="fast"), r"Optim.base_lr must be .* got 'fast'"),
+        (lambda: Schedule(epochs=2.5), r"Schedule.epochs must be a whole number .* got 2.5"),
+        (lambda: Schedule(epochs=10**400), r"Schedule.epochs must be a whole number .* got 1000"),
+        (lambda: Parallel(seed=-1), r"Parallel.seed must be a whole number in \[0, .* got -1"),
         (
             lambda: Run(data=Data(loader="procedural", crops=dino_policy(2, 224, 90))),
             r"local_crops must be a multiple of",
@@ -81,3 +110,43 @@ def test_parts_are_frozen(part):
     assert replace(settings) == settings
     with pytest.raises(FrozenInstanceError):
         setattr(settings, fields(part)[0].name, None)
+
+
+BAD_OPTIONS = [
+    (DinoOptions, {"student_temperature": 0.0}),
+    (DinoOptions, {"teacher_temperature": -0.1}),
+    (DinoOptions, {"center_momentum": 1.1}),
+    (DinoOptions, {"layers": 0}),
+    (DinoOptions, {"warmup_epochs": -1}),
+    (DinoOptions, {"target": "mean"}),
+    (IbotOptions, {"patch_teacher_temperature": float("nan")}),
+    (IbotOptions, {"patch_center_momentum": float("inf")}),
+    (IbotOptions, {"patch_start_epoch": -1}),
+    (PqclOptions, {"warmup_by": "image"}),
+    (PqclOptions, {"student_temperature": float("inf")}),
+    (SelfPatchOptions, {"neighbors": NeighborRule(k=0)}),
+    (SelfPatchContrastOptions, {"temperature": float("nan")}),
+    (MocoV3Options, {"predictor_layers": 0}),
+    (MobyOptions, {"queue": 0.5}),
+    (SereOptions, {"student_channel_temperature": 0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "values"), BAD_OPTIONS, ids=lambda value: str(value))
+def test_invalid_options_of_an_objective_are_refused_by_name(kind, values):
+    (name, value), = values.items()  # fmt: skip
+    got = 0 if isinstance(value, NeighborRule) else repr(value)
+    named = "NeighborRule.k" if isinstance(value, NeighborRule) else f"{kind.__name__}.{name}"
+    with pytest.raises(ValueError, match=rf"{named} must be .*, got {got}; ") as error:
+        kind(**values)
+    assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(DinoOptions, "prototypes"), (IbotOptions, "patch_prototypes")])
+def test_one_prototype_is_refused_with_the_reason(kind, name):
+    """Its loss is 0, and loss / ln K is 0 / 0."""
+    with pytest.raises(
+        ValueError, match=rf"{name} must be 2 or more, got 1; with one prototype the loss is 0, whatever"
+    ):
+        kind(**{name: 1})
+    assert getattr(kind(**{name: 2}), name) == 2

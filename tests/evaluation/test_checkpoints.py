@@ -189,7 +189,9 @@ def test_damaged_facts_beside_weights_are_named(tmp_path):
     save_file(timm_vit().state_dict(), path)
     for content in ("", "[]", "{}", '{"run": {"model": 3}}', '{"run": nul'):
         (tmp_path / "facts.json").write_text(content)
-        with pytest.raises(ValueError, match=r"facts.json beside weights must describe their run, got .* in .*facts.json"):
+        with pytest.raises(
+            ValueError, match=r"facts.json beside weights must describe their run, got .* in .*facts.json"
+        ):
             open_checkpoint(str(path))
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from itertools import permutations
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check
+from ..checks import check, check_numbers
 from ..records import Side
 from .interface import heads_of, predictor_of
 from .targets import distributed
+
+
+def check_contrast_options(options: Any) -> None:
+    """Checks the options that contrastive methods share, by their names."""
+    sizes = ("queue", "hidden", "out", "layers", "predictor_layers")
+    check_numbers(options, temperature="(0, inf)", **dict.fromkeys(sizes, "[1, inf)"))
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Now, Side, SoftTarget, Views
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, local_crops_of
-from .targets import build_target, temperature_of
+from .targets import build_target, check_target_options, temperature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class DinoOptions(ObjectiveOptions):
     center_over: str = "global"
 
     def __post_init__(self) -> None:
+        check_target_options(self)
         check_choice("DinoOptions.center_over", self.center_over, ("global", "all"))
 
     def build(self, context: BuildContext) -> Dino:

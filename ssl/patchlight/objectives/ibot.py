@@ -14,7 +14,7 @@ from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Now, Side, SoftTarget, Views
 from .dino import other_views
 from .interface import BuildContext, Masks, Needs, Objective, ObjectiveOptions, heads_of
-from .targets import TeacherTemperature, build_target, temperature_of
+from .targets import TeacherTemperature, build_target, check_target_options, temperature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class IbotOptions(ObjectiveOptions):
     patch_start_epoch: int = 0
 
     def __post_init__(self) -> None:
+        check_target_options(self)
         check_choice("IbotOptions.patch_center_over", self.patch_center_over, ("all", "masked"))
         check_choice("IbotOptions.patch_average", self.patch_average, ("image", "sum"))
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check, check_positive
+from ..checks import check
 from ..heads.contrast import ContrastHead
 from ..records import Cues, Now, Side, Views
-from .contrast import cross_entropy, gather_rows, ordered_pairs, queries_and_keys, unit_rows
+from .contrast import check_contrast_options, cross_entropy, gather_rows, ordered_pairs, queries_and_keys, unit_rows
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions
 
 
@@ -34,8 +34,7 @@ class MobyOptions(ObjectiveOptions):
     predictor_layers: int = 2
 
     def __post_init__(self) -> None:
-        check_positive("MobyOptions.queue", self.queue, "4096 is usual")
-        check_positive("MobyOptions.temperature", self.temperature, "0.2 is usual")
+        check_contrast_options(self)
 
     def build(self, context: BuildContext) -> Moby:
         return Moby(self)

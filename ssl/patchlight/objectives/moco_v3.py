@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_positive
 from ..heads.contrast import ContrastHead
 from ..records import Cues, Now, Side, Views
-from .contrast import cross_entropy, gather_rows, ordered_pairs, queries_and_keys
+from .contrast import check_contrast_options, cross_entropy, gather_rows, ordered_pairs, queries_and_keys
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions
 
 
@@ -34,7 +33,7 @@ class MocoV3Options(ObjectiveOptions):
     predictor_last_norm: bool = True
 
     def __post_init__(self) -> None:
-        check_positive("MocoV3Options.temperature", self.temperature, "0.2 is usual")
+        check_contrast_options(self)
 
     def build(self, context: BuildContext) -> MocoV3:
         return MocoV3(self)

@@ -17,7 +17,7 @@ from .dino import DinoOptions
 from .geometry import ANCHORS, relative_positions
 from .ibot import IbotOptions
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of
-from .targets import build_target, temperature_of
+from .targets import build_target, check_target_options, temperature_of
 
 HEADS = ("shared", "semi", "vanilla")
 QUERY_KEYS = ("all", "crop", "raw")
@@ -51,6 +51,7 @@ class PqclOptions(ObjectiveOptions):
     center_momentum: float = 0.9
 
     def __post_init__(self) -> None:
+        check_target_options(self)
         check_choice("PqclOptions.heads", self.heads, HEADS)
         check_choice("PqclOptions.query_keys", self.query_keys, QUERY_KEYS)
         check_choice("PqclOptions.anchor", self.anchor, ANCHORS)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice
+from ..checks import check_choice, check_numbers
 from ..records import Clock, Cues, Features, NeighborRule, Now, Side, SoftTarget, Views
 from .dino import prototype_head
 from .interface import (
@@ -20,7 +20,7 @@ from .interface import (
     local_crops_of,
     neighbors_of,
 )
-from .targets import build_target, temperature_of
+from .targets import build_target, check_target_options, temperature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,8 @@ class SelfPatchOptions(ObjectiveOptions):
     average: str = "crop"
 
     def __post_init__(self) -> None:
+        check_target_options(self)
+        check_numbers(self.neighbors, radius="[1, inf)", k="[1, inf)")
         check_choice("SelfPatchOptions.center_over", self.center_over, ("all", "global"))
         check_choice("SelfPatchOptions.average", self.average, ("crop", "patch"))
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_positive
+from ..checks import check_numbers
 from ..records import Cues, Features, NeighborRule, Now, Side, Views
-from .contrast import cross_entropy, gather_rows, unit_rows
+from .contrast import check_contrast_options, cross_entropy, gather_rows, unit_rows
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, neighbors_of, predictor_of
 from .moby import moby_head
 
@@ -33,7 +33,8 @@ class SelfPatchContrastOptions(ObjectiveOptions):
     neighbors: NeighborRule = field(default_factory=NeighborRule)
 
     def __post_init__(self) -> None:
-        check_positive("SelfPatchContrastOptions.temperature", self.temperature, "0.2 is usual")
+        check_contrast_options(self)
+        check_numbers(self.neighbors, radius="[1, inf)", k="[1, inf)")
 
     def build(self, context: BuildContext) -> SelfPatchContrast:
         return SelfPatchContrast(self)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from patchlight_kernels import self_relation
 
-from ..checks import check, check_choice, check_least, check_positive, sentence
+from ..checks import check, check_choice, check_numbers, sentence
 from ..heads.relation import RelationFeatures, RelationHead, RelationPredictor, StudentRelations
 from ..records import Crops, Cues, Features, Now, Side, Views
 from .geometry import Points, SamplingMatrices, overlap, sample_patches, sample_points, sampling_matrices
@@ -56,13 +56,9 @@ class SereOptions(ObjectiveOptions):
         check_choice("SereOptions.points", self.points, ("ends", "centers"))
         check_choice("SereOptions.scale", self.scale, ("head", "width"))
         check_choice("SereOptions.no_overlap", self.no_overlap, ("count", "skip"))
-        for branch in ("teacher", "student"):
-            for kind in ("spatial", "channel"):
-                name = f"{branch}_{kind}_temperature"
-                check_positive(f"SereOptions.{name}", getattr(self, name), "0.5 is usual")
-        check_least("SereOptions.heads", 1 if self.heads is None else self.heads, 1, "None is usual")
-        check_least("SereOptions.global_points", self.global_points, 2, "13 is usual")
-        check_least("SereOptions.local_points", self.local_points, 2, "6 is usual")
+        check_numbers(self, heads="[1, inf)", global_points="[2, inf)", local_points="[2, inf)")
+        kinds = [f"{branch}_{kind}" for branch in ("teacher", "student") for kind in ("spatial", "channel")]
+        check_numbers(self, **{f"{kind}_temperature": "(0, inf)" for kind in kinds})
 
     def build(self, context: BuildContext) -> Sere:
         return Sere(self, self.heads or context.attention_heads, context.local_crops)

@@ -13,10 +13,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_positive
+from ..checks import check, check_choice, check_numbers, check_positive
 from ..records import Clock
 
+TARGETS = ("centering", "sinkhorn")
+WARMUPS = ("epoch", "step")
 CHUNK_LOGITS = 1 << 26  # logits that Sinkhorn holds at once, 256 MiB in fp32
+
+
+def check_target_options(options: Any) -> None:
+    """Checks the options that methods with prototypes share, by their names."""
+    name = type(options).__name__
+    for field in ("prototypes", "patch_prototypes"):
+        reason = "with one prototype the loss is 0, whatever the student does; use 4096 or more"
+        check(getattr(options, field, 2) != 1, f"{name}.{field} must be 2 or more", 1, reason)
+    sizes = ("bottleneck", "hidden", "layers")
+    check_numbers(options, prototypes="[2, inf)", patch_prototypes="[2, inf)", **dict.fromkeys(sizes, "[1, inf)"))
+    branches = ("student", "teacher", "warmup_teacher", "patch_teacher", "warmup_patch_teacher")
+    check_numbers(options, **{f"{branch}_temperature": "(0, inf)" for branch in branches})
+    check_numbers(options, warmup_epochs="[0, inf)", patch_start_epoch="[0, inf)")
+    check_numbers(options, center_momentum="[0, 1]", patch_center_momentum="[0, 1]")
+    check_choice(f"{name}.target", options.target, TARGETS)
+    check_choice(f"{name}.warmup_by", options.warmup_by, WARMUPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +52,7 @@ class TeacherTemperature:
     start: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("TeacherTemperature: by", self.by, ("epoch", "step"))
+        check_choice("TeacherTemperature: by", self.by, WARMUPS)
         for temperature in (self.warmup, self.final):
             check_positive("TeacherTemperature: a temperature", temperature, "0.04 is usual")
 
@@ -159,7 +177,7 @@ def _shares(z: Tensor, w: Tensor, log_count: Tensor, log_u: Tensor | None) -> Te
 
 def build_target(kind: str, prototypes: int, momentum: float) -> Center | Sinkhorn:
     """The target rule by its name."""
-    check_choice("target", kind, ("centering", "sinkhorn"))
+    check_choice("target", kind, TARGETS)
     return Center(prototypes, momentum) if kind == "centering" else Sinkhorn()
 
 
