@@ -43,11 +43,11 @@ def check_positive(name: str, value: float, remedy: str) -> None:
 def check_numbers(options: DataclassInstance, **ranges: str) -> None:
     """A ValueError unless the fields of these names, where there are such, are numbers in these ranges, like "(0, 1]".
 
-    Fields of type int must be whole numbers; None is right where it is the default.
+    Fields of type int must be whole numbers; None is right for those that may be None.
     """
     for field in fields(options):
         value = getattr(options, field.name)
-        if field.name in ranges and not (value is None and field.default is None):
+        if field.name in ranges and not (value is None and "None" in str(field.type)):
             whole = re.search(r"\bint\b", str(field.type)) is not None
             name, remedy = f"{type(options).__name__}.{field.name}", f"the default is {field.default}"
             check_number(name, value, ranges[field.name], remedy, whole)
@@ -57,7 +57,7 @@ def check_number(name: str, value: object, allowed: str, remedy: str, whole: boo
     """A ValueError unless the value is a number in a range such as "[0, 1)"; inf stands for LARGEST, nan is in no range."""
     low, high = (float(bound) for bound in allowed[1:-1].split(", "))
     inside = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    inside = inside and (low < value or (value == low and allowed[0] == "["))  # type: ignore[operator]
+    inside = inside and (max(low, -LARGEST) < value or (value == low and allowed[0] == "["))  # type: ignore[operator]
     inside = inside and (value < min(high, LARGEST) or (value == high and allowed[-1] == "]"))  # type: ignore[operator]
     kind = "a whole number" if whole else "a number"
     check(bool(inside), f"{name} must be {kind} in {allowed.replace('inf', '2^53')}", repr(value), remedy)

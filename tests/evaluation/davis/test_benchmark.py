@@ -192,3 +192,50 @@ def test_frame_sizes():
     assert frame_size(854, 480, 480, 8) == (832, 480)
     assert frame_size(480, 854, 480, 14) == (476, 854 // 14 * 14)
     assert frame_size(64, 64, 64, 8) == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/b", "..", ".", "a\\b", "c:name", "a\0b"])
+def test_a_list_cannot_name_what_lies_outside_of_the_folder(name, videos, tmp_path):
+    root = tmp_path / "data" / "set"
+    shutil.copytree(videos, root)
+    for part in ("JPEGImages", "Annotations"):  # the frames exist there
+        shutil.copytree(root / part / "480p" / "procedural-000", root / part / "escaped")
+    (root / "ImageSets").mkdir(exist_ok=True)
+    for path in (root / "ImageSets").rglob("*.txt"):
+        path.unlink()
+    (root / "ImageSets" / "val.txt").write_text(f"procedural-000 {name}\n")
+    with pytest.raises(
+        ValueError, match=r"A sequence must be the name of a folder, not a path, got .* in .*val.txt; "
+    ) as error:
+        evaluate(root, tmp_path)
+    assert repr(name) in str(error.value)
+    assert not list(tmp_path.glob("out*")), "nothing is written"
+
+
+def test_names_that_are_no_list_are_refused(videos, tmp_path):
+    for options in ({"split": "../val"}, {"resolution": "/etc"}):
+        with pytest.raises(ValueError, match="must be the name of a folder, not a path"):
+            DavisFolder(videos, **options)
+    root = tmp_path / "set"
+    shutil.copytree(videos, root)
+    (root / "ImageSets").mkdir(exist_ok=True)
+    for path in (root / "ImageSets").rglob("*.txt"):
+        path.unlink()
+    (root / "ImageSets" / "val.txt").write_text("procedural-000 procedural-001 procedural-000")
+    with pytest.raises(ValueError, match="each sequence once, got procedural-000 more than once in"):
+        _ = DavisFolder(root).names
+    (root / "ImageSets" / "val.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"must be UTF-8 text, got .* at byte 0 of .*val.txt"):
+        _ = DavisFolder(root).names
+
+
+def test_a_damaged_mask_is_named(tmp_path):
+    path = tmp_path / "mask.png"
+    Image.new("L", (64, 64)).save(path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:50], b"text", whole[:20] + bytes(30)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"must be a readable PNG, got \w+: .* for .*mask.png; repair it"):
+            read_labels(path)
+    with pytest.raises(ValueError, match=r"DavisProtocol.std\[1\] must be a number in \(0, .* got 0"):
+        DavisProtocol(std=(1, 0, 1))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_least
+from ...checks import check_number, check_numbers
 from ..encoder import Encoder, autocast
 from ..progress import progress
 from ..ranks import Ranks
@@ -36,7 +36,9 @@ class DavisProtocol:
     """The block whose patches are compared, after the final norm."""
 
     def __post_init__(self) -> None:
-        check_least("DavisProtocol.short_side", self.short_side, 16, "the protocol's is 480")
+        check_numbers(self, short_side="[16, inf)", layer="(-inf, inf)")
+        for number, std in enumerate(self.std or ()):
+            check_number(f"DavisProtocol.std[{number}]", std, "(0, inf)", "None is the checkpoint's own")
 
 
 @dataclass(frozen=True)

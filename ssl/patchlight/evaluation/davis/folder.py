@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,6 +80,8 @@ class DavisFolder:
     """JPEGImages/<resolution>/<sequence>/, Annotations/ with the same folders, ImageSets/ with lists of names, if any."""
 
     def __init__(self, root: str | Path, split: str = "val", resolution: str = "480p") -> None:
+        _check_name("The split", split, "--split")
+        _check_name("The resolution", resolution, "--resolution")
         self.root, self.split = Path(root), split
         self.images, self.masks = (self._part(name, resolution) for name in ("JPEGImages", "Annotations"))
 
@@ -97,7 +100,7 @@ class DavisFolder:
         if lists and not chosen:
             got = f"{self.split!r} where there are {', '.join(sorted({path.stem for path in lists}))}"
             raise FileNotFoundError(sentence("The split must be listed in ImageSets", got, "pass one of them"))
-        names = chosen[0].read_text().split() if chosen else []
+        names = _read_names(chosen[0]) if chosen else []
         names = names or sorted(path.name for path in self.images.iterdir() if path.is_dir())
         if not names:
             rule = "A folder in DAVIS layout must hold sequences"
@@ -122,16 +125,38 @@ class DavisFolder:
         return VideoSequence(name, tuple(frames), masks)
 
 
+def _read_names(path: Path) -> list[str]:
+    """The sequences in a list. Results are written under these names, so each must be a single name."""
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        got = f"{error.reason} at byte {error.start} of {path}"
+        raise ValueError(sentence("A list of sequences must be UTF-8 text", got, "save it as such")) from error
+    for name in names:
+        _check_name("A sequence", name, str(path))
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    check(twice is None, "A list must name each sequence once", f"{twice} more than once in {path}", "remove one")
+    return names
+
+
+def _check_name(what: str, name: str, where: str) -> None:
+    """A ValueError for a name that could lead out of the folder that it is in."""
+    leads_out = name in ("", ".", "..") or not set(name).isdisjoint("/\\:\0")
+    got = f"{name!r} in {where}"
+    check(not leads_out, f"{what} must be the name of a folder, not a path", got, "name a folder of the data set")
+
+
 def read_labels(path: Path) -> np.ndarray:
     """A mask as object numbers [H, W] uint8: the palette's numbers, or gray values; colors are refused."""
-    with Image.open(path) as image:
-        check(
-            image.mode in ("P", "L", "1"),
-            "A mask must be a palette or gray PNG of object numbers",
-            f"mode {image.mode} in {path}",
-            "convert it",
-        )
-        return np.array(image, dtype=np.uint8)
+    try:
+        with Image.open(path) as image:
+            mode, labels = image.mode, np.array(image)
+    except Exception as error:  # PIL raises errors of many kinds for damaged files
+        got = f"{type(error).__name__}: {error} for {path}"
+        raise ValueError(sentence("A mask must be a readable PNG", got, "repair it")) from error
+    rule = "A mask must be a palette or gray PNG of object numbers"
+    check(mode in ("P", "L", "1"), rule, f"mode {mode} in {path}", "convert it")
+    return labels.astype(np.uint8)
 
 
 def save_labels(labels: np.ndarray, sequence: VideoSequence, folder: Path) -> None:

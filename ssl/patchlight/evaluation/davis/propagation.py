@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check, check_positive
+from ...checks import check, check_numbers
 
 TILE, GROUP = 12, 16  # patches along a tile's side; columns of scores that share a maximum
 
@@ -33,8 +33,7 @@ class PropagationProtocol:
     """Votes weigh exp(cosine / temperature)."""
 
     def __post_init__(self) -> None:
-        for name in ("context_frames", "neighbors", "temperature"):
-            check_positive(f"PropagationProtocol.{name}", getattr(self, name), "the protocol's value is usual")
+        check_numbers(self, context_frames="[1, inf)", neighbors="[1, inf)", radius="[0, inf)", temperature="(0, inf)")
 
 
 @torch.no_grad()
