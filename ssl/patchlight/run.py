@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from .checks import check, check_choice, check_number, check_numbers
 from .data.interface import MOST_BAD
@@ -122,6 +124,9 @@ class Data:
         )
 
 
+HIGHEST_RATES = {"adamw": 0.05, "lamb": 1.0, "lars": 100.0}  # far above all published runs
+
+
 @dataclass(frozen=True)
 class Optim:
     """How the student and the teacher are updated."""
@@ -173,6 +178,38 @@ class Optim:
         check(len(self.betas) == 2, "Optim.betas must be two numbers", self.betas, "the default is (0.9, 0.999)")
         for number, beta in enumerate(self.betas):
             check_number(f"Optim.betas[{number}]", beta, "[0, 1)", "the default is (0.9, 0.999)")
+
+    def peak_lr(self, global_batch: int) -> float:
+        """Linear rule: base_lr per 256 images."""
+        return self.base_lr * global_batch / 256
+
+    def doubts(self, global_batch: int) -> list[str]:
+        """Sentences about rates that are allowed and seldom meant."""
+        peak, start, found = self.peak_lr(global_batch), self.warmup_start_lr, []
+        rule = f"{self.base_lr:g} x {global_batch} / 256 = {peak:g}"
+        if peak < self.min_lr:
+            found.append(
+                f"The learning rate rises to its end: its peak, {rule}, is below Optim.min_lr={self.min_lr:g}; lower "
+                "Optim.min_lr, or raise Optim.base_lr or the global batch."
+            )
+        if start > peak:
+            found.append(
+                f"The warm-up lowers the learning rate: it starts with Optim.warmup_start_lr={start:g} and ends with "
+                f"{rule}; lower Optim.warmup_start_lr."
+            )
+        if peak > (usual := HIGHEST_RATES[self.name]):
+            found.append(
+                f"The learning rate is far above what {self.name} trains with: its peak is {rule}, and above {usual:g} a "
+                "step changes weights by more than they are; lower Optim.base_lr."
+            )
+        for name in ("teacher_momentum", "teacher_momentum_end"):
+            if getattr(self, name) == 0:
+                when = "at the start" if name == "teacher_momentum" else "at the end"
+                found.append(
+                    f"The teacher is the student {when}: with Optim.{name}=0 it is a copy after each step, and its targets "
+                    "are no steadier than the student; 0.996 is usual."
+                )
+        return found
 
 
 @dataclass(frozen=True)
@@ -282,6 +319,24 @@ class Run:
     def global_batch(self, world: int) -> int:
         """Images of one optimizer step on so many processes."""
         return self.data.batch_per_rank * world * self.parallel.accumulate
+
+    def batch_change(self, saved: Mapping[str, Any], processes: int, world: int) -> str:
+        """What it changes that a run, given by its plain values, was saved with another global batch; empty if it was not.
+
+        processes: that saved it. world: that continue it.
+        """
+        before, now = (
+            saved["data"]["batch_per_rank"] * processes * saved["parallel"]["accumulate"],
+            self.global_batch(world),
+        )
+        if before == now:
+            return ""
+        old, new = saved["optim"]["base_lr"] * before / 256, self.optim.peak_lr(now)
+        return (
+            f"The global batch was {before} on {processes} processes and is {now} on {world}: the peak learning rate was "
+            f"{old:g} and is {new:g}, and an epoch has {before / now:.3g} times as many steps, which the schedules follow; "
+            f"to keep both, make Data.batch_per_rank x Parallel.accumulate {before / world:g}."
+        )
 
     def to_dict(self) -> dict:
         """Plain values only, for run.json and checkpoints; an objective's options include the name of their class."""

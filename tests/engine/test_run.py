@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
 import pytest
@@ -18,6 +19,7 @@ from patchlight.objectives.pqcl import PqclOptions
 from patchlight.objectives.selfpatch import SelfPatchOptions
 from patchlight.objectives.selfpatch_contrast import SelfPatchContrastOptions
 from patchlight.objectives.sere import SereOptions
+from patchlight.recipes import RECIPES
 from patchlight.records import NeighborRule
 from patchlight.run import Data, Model, Objectives, Optim, Output, Parallel, Run, Schedule
 
@@ -150,3 +152,37 @@ def test_one_prototype_is_refused_with_the_reason(kind, name):
     ):
         kind(**{name: 1})
     assert getattr(kind(**{name: 2}), name) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "sentence"),
+    [
+        ({"base_lr": 1e-4, "min_lr": 1e-3}, 256, r"rises to its end: .* 256 / 256 = 0.0001, is below Optim.min_lr=0.001;"),
+        ({"base_lr": 1e-3, "min_lr": 1e-5}, 1, r"0.001 x 1 / 256 = 3.90625e-06, is below"),
+        ({"warmup_start_lr": 0.1}, 256, r"warm-up lowers the learning rate: .* Optim.warmup_start_lr=0.1 .* = 0.0005;"),
+        ({"base_lr": 1e3}, 256, r"far above what adamw trains with: its peak is 1000 x 256 / 256 = 1000"),
+        ({"name": "lars", "base_lr": 1e3}, 256, r"far above what lars trains with"),
+        ({"teacher_momentum": 0.0}, 256, r"The teacher is the student at the start: with Optim.teacher_momentum=0 it is a copy"),
+        ({"teacher_momentum_end": 0}, 256, r"The teacher is the student at the end"),
+    ],
+)  # fmt: skip
+def test_rates_that_are_seldom_meant_are_named(settings, batch, sentence):
+    doubts = Optim(**settings).doubts(batch)
+    assert len(doubts) == 1
+    assert re.search(sentence, doubts[0])
+
+
+def test_no_recipe_has_doubtful_rates():
+    for name, recipe in RECIPES.items():
+        assert recipe().optim.doubts(1024) == [], name
+
+
+def test_another_global_batch_on_resuming_is_named_with_its_consequences():
+    run = Run(data=Data(loader="procedural", batch_per_rank=64), parallel=Parallel(accumulate=2))
+    saved = json.loads(json.dumps(run.to_dict()))
+    assert run.batch_change(saved, 4, 4) == ""
+    assert replace(run, parallel=Parallel(accumulate=4)).batch_change(saved, 4, 2) == "", "the same global batch"
+    change = run.batch_change(saved, 4, 2)
+    assert "was 512 on 4 processes and is 256 on 2: the peak learning rate was 0.001 and is 0.0005" in change
+    assert "2 times as many steps" in change
+    assert "make Data.batch_per_rank x Parallel.accumulate 256." in change

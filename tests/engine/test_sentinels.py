@@ -1,11 +1,13 @@
 """Each failure is produced on purpose, and reported by its name."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from engine.tiny_run import DINO, NoiseLoader, tiny_run, tiny_trainer
 
+from patchlight.engine.assembly import train
 from patchlight.engine.sentinels import PATIENCE, TrainingError, spread
 from patchlight.engine.trainer import Trainer
 from patchlight.records import Features
@@ -97,7 +99,9 @@ def test_non_finite_steps_are_named_and_end_the_run_when_they_do_not_stop(tmp_pa
     optim = {"base_lr": 0.03, "warmup_epochs": 0, "most_refused": 5}
     trainer = logging_trainer(tmp_path, optim=optim)
     trainer.batches.loader = InfinitePixels(trainer.run)
-    sentence = r"non-finite: .*skipped on all ranks \(5 in a row .*the loss term dino/cls"
+    sentence = (
+        r"non-finite: .*skipped on all ranks \(5 in a row .*the loss term dino/cls\. The pixels are not finite: check"
+    )
     with pytest.raises(TrainingError, match=sentence):
         trainer.fit()
     assert trainer.clock.step == 7
@@ -118,3 +122,82 @@ def test_a_single_non_finite_step_is_named_and_does_not_end_the_run(tmp_path):
     trainer.loader.cut = spoiled
     assert fit(trainer) == ["non-finite"]
     assert trainer.clock.step == LINES
+
+
+def sentences(trainer: Trainer) -> dict[str, str]:
+    """The first sentence of each diagnosis of a run, by name."""
+    found: dict[str, str] = {}
+    trainer.metrics.diagnose = lambda clock, diagnosis: found.setdefault(diagnosis.name, diagnosis.sentence)
+    trainer.fit()
+    return found
+
+
+def test_a_learning_rate_far_too_high_has_diverged(tmp_path):
+    optim = {"base_lr": 1e3, "warmup_epochs": 0, "teacher_momentum": 0.9, "weight_decay": 0, "weight_decay_end": 0}
+    found = sentences(logging_trainer(tmp_path, optim=optim))
+    assert "times the norm that they had at the start" in found["diverged"]
+    assert "the learning rate 31.25 undoes the last. Start again with a lower Optim.base_lr." in found["diverged"]
+
+
+def test_a_run_says_at_its_start_what_is_seldom_meant(tmp_path, capsys):
+    once = {"folder": str(tmp_path / "run"), "evaluate_every": 0}
+    optim = {"teacher_momentum": 0.0, "warmup_epochs": 0}
+    train(tiny_run(tmp_path, optim=optim, output=once, schedule={"epochs": 1, "steps_per_epoch": 1}))
+    assert "note: The teacher is the student at the start: with Optim.teacher_momentum=0" in capsys.readouterr().out
+
+
+class LargePixels(NoiseLoader):
+    """Not normalized."""
+
+    factor = 1e6
+
+    def cut(self, ids, specs):
+        crops = super().cut(ids, specs)
+        return replace(crops, pixels=crops.pixels * self.factor)
+
+
+@pytest.mark.parametrize("factor", [1e6, 128.0, 1e-3])
+def test_pixels_that_nobody_normalized_are_named(factor, tmp_path):
+    trainer = logging_trainer(tmp_path)
+    trainer.batches.loader = LargePixels(trainer.run)
+    trainer.batches.loader.factor = factor
+    sentence = sentences(trainer)["pixels are not normalized"]
+    size = float(re.search(r"root mean square (\S+), where normalized ones have about 1\. Subtract", sentence)[1])
+    assert size == pytest.approx(factor, rel=0.1)
+
+
+def test_a_loss_that_stays_far_above_chance_is_named(tmp_path):
+    trainer = logging_trainer(tmp_path)
+    log, lines = trainer.metrics.log, []
+
+    def higher(clock, values):
+        lines.append(clock.step)
+        return {**log(clock, values), "dino/cls": 3.0 if len(lines) == 1 else 20.0}
+
+    trainer.metrics.log = higher
+    sentence = sentences(trainer)["loss above its start"]
+    assert "dino/cls has been far above its start for 10 log lines: 20 now, 3 at first, and 3.611 = ln 37 " in sentence
+
+
+@pytest.mark.parametrize(
+    ("precision", "growth", "pixels", "advice"),
+    [
+        ("fp32", 1, 1.0, "Lower the learning rate; if it is the first steps, check the images"),
+        ("fp32", 100, 1.0, "The weights have diverged: start again with a lower learning rate"),
+        ("fp32", 1, float("nan"), "The pixels are not finite: check the images and the loader"),
+        ("bf16", 1, 1.0, "Lower the learning rate"),
+        ("fp16", 1, 1.0, "if they go on, use bf16 or fp32"),
+    ],
+)
+def test_the_advice_after_a_step_that_was_not_finite_follows_from_the_cause(
+    precision, growth, pixels, advice, tmp_path
+):
+    trainer = logging_trainer(tmp_path, parallel={"precision": precision})
+    for parameter in trainer.student.parameters():
+        parameter.data *= growth
+    trainer.update.tally += torch.tensor([1.0, 1.0, 0.0])
+    trainer.update.checked = ["the loss term dino/cls"]
+    found = trainer.sentinels.check(trainer.clock, {"data/pixel_rms": pixels})
+    sentence = next(diagnosis.sentence for diagnosis in found if diagnosis.name == "non-finite")
+    assert advice in sentence
+    assert ("fp32" in sentence) == (precision == "fp16"), "fp32 is advised only where it helps"

@@ -52,6 +52,8 @@ def train(run: Run) -> None:
         trainer = build_trainer(run, mesh)
         if run.output.evaluate_every != 0:
             trainer.probe = TeacherProbe(trainer.run, trainer.loader.source, mesh)
+        for doubt in run.optim.doubts(trainer.global_batch):
+            trainer.say(f"note: {doubt}")
         try:
             with limit_spinning(trainer.say):
                 trainer.fit()

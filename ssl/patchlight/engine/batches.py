@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from ..data.interface import Loader
 from ..records import Views
@@ -19,6 +21,7 @@ class Batches:
         self.stream: torch.cuda.Stream | None = None  # of the reading ahead
         self.ahead: list[Views] = []
         self.state_before: dict | None = None  # the loader's, before it read ahead
+        self.measured: Tensor | None = None  # root mean square of the pixels of a batch
         self.stalled = 0.0  # seconds that a step has waited for data, since this was last set to 0
 
     def __iter__(self) -> Iterator[Views]:
@@ -29,11 +32,24 @@ class Batches:
             stream.wait_stream(self.stream)
             for tensor in (tensor for views in ahead for tensor in views.tensors()):
                 tensor.record_stream(stream)  # else the next reading could use its memory before this step has read it
-        yield from ahead
+        for views in ahead:
+            yield self._measure(views)
         for _ in range(self.count - len(ahead)):
             views = next(self.loader)
             self.stalled += self.loader.stall_seconds
-            yield views
+            yield self._measure(views)
+
+    def _measure(self, views: Views) -> Views:
+        """Measures the first batch since `pixel_rms` was called, without waiting for the device."""
+        if self.measured is None:
+            pixels = views.global_crops.pixels
+            self.measured = torch.linalg.vector_norm(pixels, dtype=torch.float32) / pixels.numel() ** 0.5
+        return views
+
+    def pixel_rms(self) -> float:
+        """Root mean square of the pixels of a batch since the last call: about 1 if they are normalized. Waits."""
+        measured, self.measured = self.measured, None
+        return math.nan if measured is None else measured.item()
 
     def read_ahead(self) -> None:
         """Reads the next step's batches while the GPU does what it was given until now."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
-from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
-from ..backbones.positions import grid_positions
-from ..backbones.published import MAY_LEAVE_OUT, MAY_START_ANEW, read_published, without_ones
-from ..backbones.vit import resize_table
+from ..backbones.fitting import fit_weight, shape_text
+from ..backbones.published import MAY_LEAVE_OUT, MAY_START_ANEW, read_published
 from ..checks import check
 from .branches import Student
 
@@ -59,9 +55,9 @@ def init_from(student: Student, path: Path) -> Taken:
         if target is None:
             left.append(name)
             continue
-        fitted[target] = own = _fit(student, target, tensor, wanted[target].shape, path)
+        fitted[target] = own = fit_weight(student.backbone, target, tensor, wanted[target].shape, path)
         same = tensor.shape == own.shape
-        (loaded if same else reshaped).append(target if same else f"{target} {_shape(tensor)} to {_shape(own)}")
+        (loaded if same else reshaped).append(target if same else f"{target} {shape_text(tensor)} to {shape_text(own)}")
     missing = [name for name in wanted if name not in fitted]
     if not fitted:
         raise ValueError(
@@ -94,48 +90,3 @@ def _target(name: str, wanted: dict[str, Tensor]) -> str | None:
     if rest.startswith("norm."):
         candidates += [f"backbone.{rest}", f"summary.{rest}"]
     return next((candidate for candidate in candidates if candidate in wanted), None)
-
-
-def _fit(student: Student, name: str, tensor: Tensor, shape: torch.Size, path: Path) -> Tensor:
-    if name == "backbone.pos_embed":
-        return _fit_positions(student, tensor, shape, path)
-    if without_ones(tensor.shape) == without_ones(shape):
-        return tensor.reshape(shape)
-    if name.endswith("relative_position_bias_table") and tensor.ndim == 2 and tensor.shape[1] == shape[1]:
-        side = (math.isqrt(shape[0]) + 1) // 2
-        if math.isqrt(len(tensor)) ** 2 == len(tensor) > 0:
-            return resize_rel_pos_bias_table(tensor.float(), (side, side), tuple(shape))
-    raise ValueError(
-        f"Published weights must have the model's shapes, got {_shape(tensor)} for {name}, which is {tuple(shape)}, in "
-        f"{path}; choose the Model.arch and patch_size that it was made with."
-    )
-
-
-def _fit_positions(student: Student, table: Tensor, shape: torch.Size, path: Path) -> Tensor:
-    """Resampled to the model's grid. A class row that the model does not need is dropped; if the file has none, it is zero."""
-    backbone: Any = student.backbone
-    rows = table.shape[1] if table.ndim == 3 and table.shape[0] == 1 else 0
-    side = math.isqrt(rows)
-    if not side or shape[2] != table.shape[2] or side**2 not in (rows, rows - 1):
-        raise ValueError(
-            f"A position table must be of a square grid and as wide as the model, {shape[2]}, got {_shape(table)} in {path}; "
-            "choose the Model.arch that it was made with."
-        )
-    classes, patches = table.float().split((rows - side**2, side**2), dim=1)
-    if backbone.embed_positions is not None:  # a fixed table is never replaced, so the file must have the same
-        own = backbone.embed_positions(grid_positions((side, side)), backbone.width)
-        if not torch.allclose(patches[0], own.to(patches), atol=1e-3):
-            raise ValueError(
-                f"Model.positions keeps a fixed table, got another one in {path}; set it to the file's kind, or to 'learned'."
-            )
-        return backbone.pos_embed
-    if backbone.table_grid != (side, side):
-        patches = resize_table(patches, (side, side), backbone.table_grid, "size")
-    if not backbone.has_class_token:
-        return patches
-    row = classes if classes.shape[1] else patches.new_zeros(1, 1, shape[2])  # none: as in DeiT III
-    return torch.cat([row, patches], dim=1)
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(str(side) for side in tensor.shape)

@@ -23,11 +23,6 @@ def cosine(
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def peak_lr(optim: Optim, global_batch: int) -> float:
-    """Linear rule: base_lr per 256 images."""
-    return optim.base_lr * global_batch / 256
-
-
 def warmup_steps(clock: Clock, optim: Optim) -> int:
     """Steps over which the learning rate rises."""
     return int(optim.warmup_epochs * clock.steps_per_epoch)
@@ -37,7 +32,7 @@ def rates_at(clock: Clock, optim: Optim, global_batch: int) -> dict[str, float]:
     """The rates of the step that comes next; momentum is the teacher's, freeze_prototypes 0 or 1."""
     step, total = clock.step, clock.total
     warmup = warmup_steps(clock, optim)
-    peak, start, ends = peak_lr(optim, global_batch), optim.warmup_start_lr, optim.warmup_ends
+    peak, start, ends = optim.peak_lr(global_batch), optim.warmup_start_lr, optim.warmup_ends
     return {
         "lr": cosine(step, total, peak, optim.min_lr, warmup, start, ends),
         "weight_decay": cosine(step, total, optim.weight_decay, optim.weight_decay_end),

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..records import Clock
 from ..run import Run
-from .schedules import peak_lr, warmup_steps
+from .schedules import warmup_steps
 
 
 def settings_table(
@@ -24,7 +24,7 @@ def settings_table(
         ("steps per epoch", clock.steps_per_epoch, f"{dataset_size} images"),
         ("steps", clock.total, f"{run.schedule.epochs} epochs"),
         ("base learning rate", lr, "per 256 images"),
-        ("effective learning rate", f"{peak_lr(optim, batch):g}", f"linear rule: {lr} x {batch} / 256"),
+        ("effective learning rate", f"{optim.peak_lr(batch):g}", f"linear rule: {lr} x {batch} / 256"),
         (
             "warm-up",
             f"{warmup_steps(clock, optim)} steps",

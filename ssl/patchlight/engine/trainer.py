@@ -164,6 +164,7 @@ class Trainer:
     def log(self) -> None:
         """A log line and the sentinels' diagnoses; the only place where the host waits for the device."""
         waited = {"data/wait_seconds": self.batches.stalled, "data/replaced": float(self.loader.replaced)}
+        waited["data/pixel_rms"] = self.batches.pixel_rms()
         means = self.metrics.log(self.clock, self.last_rates | waited)
         self.batches.stalled = 0.0
         for diagnosis in self.sentinels.check(self.clock, means):
