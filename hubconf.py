@@ -17,9 +17,35 @@ def teacher(path, heads=None):
     heads: attention heads of a vision transformer. By default those in the checkpoint's facts.json, if that file is beside
     the weights, or else 64 channels per head, as all of them have but MoCo v3's ViT-S.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"teacher: path must be a file, got {path}, which is none; check the path.")
+    try:
+        model = _model(path, heads)
+    except HeadsError:
+        raise
+    except Exception as error:  # a file that is damaged, or of another library, can be wrong in any way
+        reason = (str(error).strip() or "no reason").splitlines()[0].rstrip(":.")
+        raise ValueError(
+            f"teacher: path must be a teacher.safetensors of a run, with its facts.json or without, got {path}, which cannot "
+            f"be read ({type(error).__name__}: {reason}); copy it again from its checkpoint."
+        ) from error
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"teacher: weights must be finite, got {len(bad)} tensors that are not, such as {bad[0]}, in {path}; take an "
+            "earlier checkpoint."
+        )
+    return model.eval()
+
+
+class HeadsError(ValueError):
+    """The number of heads is not known."""
+
+
+def _model(path, heads):
     from safetensors.torch import load_file
 
-    path = Path(path)
     weights = load_file(path)
     facts = path.with_name("facts.json")
     run: dict[str, Any] = {"sizes": {}, "image_size": 224}
@@ -32,7 +58,7 @@ def teacher(path, heads=None):
     else:
         model = _vit(weights, heads or run["sizes"].get("heads"))
     model.load_state_dict(weights, strict=True)
-    return model.eval()
+    return model
 
 
 def _vit(weights, heads):
@@ -42,7 +68,7 @@ def _vit(weights, heads):
     if heads is None:
         heads, rest = divmod(width, 64)
         if rest:
-            raise ValueError(
+            raise HeadsError(
                 f"teacher: heads must be given where 64 does not divide the width, got {width}; pass heads."
             )
     class_token = "cls_token" in weights

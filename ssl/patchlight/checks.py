@@ -15,8 +15,9 @@ LARGEST = 2**53  # of any number in an option: whole numbers beyond it are not e
 
 
 def sentence(rule: str, got: object, remedy: str) -> str:
-    """The one form of every complaint."""
-    return f"{rule}, got {got}; {remedy}."
+    """The one form of every complaint, in one line: what cannot be printed, as in names from files, is escaped."""
+    text = f"{rule}, got {got}; {remedy}."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def check(holds: bool, rule: str, got: object, remedy: str) -> None:

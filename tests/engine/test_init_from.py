@@ -495,3 +495,37 @@ def test_torch_hub_gives_the_exported_teacher(kind, tmp_path):
         "resnet": lambda: from_hub.flatten(2).transpose(1, 2),
     }[kind]()
     torch.testing.assert_close(features.patches, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_torch_hub_names_a_file_that_it_cannot_read(tmp_path):
+    def hub(path) -> nn.Module:
+        return torch.hub.load(str(ROOT), "teacher", source="local", path=str(path))
+
+    path, weights = tmp_path / "teacher.safetensors", timm_vit(embed_dim=64).state_dict()
+    with pytest.raises(FileNotFoundError, match=r"path must be a file, got .*teacher.safetensors, which is none"):
+        hub(path)
+    save_file(weights, path)
+    assert torch.equal(hub(path).cls_token, weights["cls_token"])
+    whole = path.read_bytes()
+    for content in (b"", whole[:100], whole[: len(whole) // 2], b"<html>"):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"teacher.safetensors of a run.*got .*teacher.safetensors, which cannot be read"
+        ):
+            hub(path)
+    save_file({**weights, "reg_token": torch.ones(1, 4, 64)}, path)
+    with pytest.raises(
+        ValueError, match=r"which cannot be read \(RuntimeError: Error.*; copy it again from its checkpoint"
+    ):
+        hub(path)
+    save_file({**weights, "norm.bias": torch.full((64,), torch.nan)}, path)
+    with pytest.raises(ValueError, match=r"got 1 tensors that are not, such as norm.bias, in"):
+        hub(path)
+    save_file(weights, path)
+    (tmp_path / "facts.json").write_text("{")
+    with pytest.raises(ValueError, match=r"with its facts.json or without.*JSONDecodeError"):
+        hub(path)
+    (tmp_path / "facts.json").unlink()
+    save_file(timm_vit().state_dict(), path)
+    with pytest.raises(ValueError, match=r"heads must be given where 64 does not divide the width, got 16; pass heads"):
+        hub(path)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -68,7 +69,7 @@ def _check_file(path: Path) -> None:
     check(not empty, rule, f"{path}, which is empty", "copy or download it again")
 
 
-def _load_pickle(path: Path) -> object:
+def _load_pickle(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -59,11 +59,12 @@ def init_from(student: Student, path: Path) -> Taken:
         same = tensor.shape == own.shape
         (loaded if same else reshaped).append(target if same else f"{target} {shape_text(tensor)} to {shape_text(own)}")
     missing = [name for name in wanted if name not in fitted]
-    if not fitted:
-        raise ValueError(
-            f"A file must hold weights of this model, got none of its {len(wanted)} tensors in {path} ({published.layout}), "
-            f"which has {sorted(published.weights)[:3]}; choose the Model.arch that it was made with."
-        )
+    rule, got = (
+        "A file must hold weights of this model",
+        f"none of its {len(wanted)} tensors in {path} ({published.layout})",
+    )
+    remedy = "choose the Model.arch that it was made with"
+    check(bool(fitted), rule, f"{got}, which has {sorted(published.weights)[:3]}", remedy)
     _check_complete(left, missing, f"{path} ({published.layout})")
     for name, own in fitted.items():
         wanted[name].copy_(own)

@@ -63,7 +63,7 @@ class Sentinels:
         growth = (student.norm() / self.start.cpu()).item()
         found = [self._non_finite(values, growth), self._diverged(values, growth), self._pixels(values)]
         found += [*self._uniform(values), *self._above(values), self._constant(values)]
-        found += self._movement(clock, student, teacher)
+        found += self._movement(clock, (student, teacher))
         return [diagnosis for diagnosis in found if diagnosis is not None]
 
     def _non_finite(self, values: dict[str, float], growth: float) -> Diagnosis | None:
@@ -147,7 +147,7 @@ class Sentinels:
             "that the images differ, then lower the learning rate or the teacher's temperature.",
         )
 
-    def _movement(self, clock: Clock, *now: Tensor) -> list[Diagnosis]:
+    def _movement(self, clock: Clock, now: tuple[Tensor, Tensor]) -> list[Diagnosis]:
         try:
             check_teacher_student(self.teacher, self.student)
         except ValueError as problem:
