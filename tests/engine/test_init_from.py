@@ -20,6 +20,7 @@ from patchlight.backbones.vit import VisionTransformer
 from patchlight.engine.assembly import build_branches
 from patchlight.engine.init_from import init_from
 from patchlight.heads.summary import ClassAttentionSummary
+from patchlight.recipes import command
 from patchlight.run import Model
 
 SIZES = {"width": 16, "depth": 2, "heads": 2}
@@ -529,3 +530,15 @@ def test_torch_hub_names_a_file_that_it_cannot_read(tmp_path):
     save_file(timm_vit().state_dict(), path)
     with pytest.raises(ValueError, match=r"heads must be given where 64 does not divide the width, got 16; pass heads"):
         hub(path)
+
+
+def test_a_run_from_a_file_that_is_none_ends_with_one_sentence(tmp_path, monkeypatch):
+    """And not with a traceback; the exit code is 1."""
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"<html>404</html>")
+    run = tiny_run(tmp_path / "run", model={"init_from": str(path)})
+    monkeypatch.setattr(command, "parse", lambda: run)
+    with pytest.raises(
+        SystemExit, match=r"^patchlight: A file of weights must be a whole .* got \S+weights.pth, [^\n]*\.$"
+    ):
+        command.main()

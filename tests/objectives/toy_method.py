@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchlight.checks import check_positive
+from patchlight.checks import check_numbers
 from patchlight.objectives import register
 from patchlight.objectives.interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of
 from patchlight.recipes.ours import debug
@@ -25,7 +25,7 @@ class ToyOptions(ObjectiveOptions):
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        check_positive("ToyOptions.out", self.out, "16 is usual")
+        check_numbers(self, out="[1, inf)", momentum="[0, 1]")
 
     def build(self, context: BuildContext) -> Toy:
         return Toy(self)
