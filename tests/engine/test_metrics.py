@@ -17,10 +17,9 @@ from patchlight.engine.metrics import Metrics
 from patchlight.engine.parallel import Mesh, processes
 from patchlight.engine.sentinels import Diagnosis
 from patchlight.records import Clock
-from patchlight.report import journal as journal_module
 from patchlight.report.console import Display
 from patchlight.report.journal import Journal
-from patchlight.report.run_folder import append_line, read_lines
+from patchlight.report.log_file import append_line, read_lines
 from patchlight.run import Model, Parallel
 
 ALONE = Mesh(torch.device("cpu"))
@@ -92,7 +91,6 @@ def test_one_bad_step_does_not_hide_the_others(tmp_path):
 def test_speed_waiting_and_use_of_the_device(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(journal_module, "write_report", lambda folder: None)
     metrics = Metrics(ALONE, Journal(tmp_path), cost=Cost(flops_per_image=1e9, peak_flops=1e11))
     now[0] = 160.0  # building and compiling
     for _ in range(5):
@@ -132,7 +130,7 @@ def test_short_epochs_between_two_lines_are_written(tmp_path):
     metrics = Metrics(ALONE, Journal(tmp_path))
     add(metrics, *[2.0] * 35)
     metrics.log(clock(35), {})
-    records = read_lines(tmp_path / "log.txt")
+    records = read_lines(tmp_path / "log.txt", "epoch")
     assert [(r["epoch"], r["train_loss"]) for r in records] == [(0, 2.0), (1, 2.0), (2, 2.0)]
 
 
@@ -150,7 +148,7 @@ def test_a_resumed_run_removes_the_lines_of_later_steps(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(5, 1.0), (10, 1.0), (15, 7.0)]
     assert lines(tmp_path)[2]["seconds"] >= seconds
     assert [line["step"] for line in read_lines(tmp_path / "diagnoses.jsonl")] == [5, 10]
-    assert [line["epoch"] for line in read_lines(tmp_path / "log.txt")] == [0]
+    assert [line["epoch"] for line in read_lines(tmp_path / "log.txt", "epoch")] == [0]
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
@@ -273,4 +271,5 @@ def test_nothing_is_written_before_the_first_line(tmp_path):
     add(metrics, 1.0)
     assert not folder.exists(), "the trainer must be able to refuse an occupied folder"
     metrics.log(clock(1), {})
+    metrics.close()
     assert {"metrics.jsonl", "environment.json", "report.html"} <= {path.name for path in folder.iterdir()}

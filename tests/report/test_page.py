@@ -9,10 +9,17 @@ import pytest
 from engine.tiny_run import tiny_run
 from PIL import Image
 
-from patchlight.report.charts import MOST_POINTS, Series, line_chart, nice_ticks, percent, short, thinned
+from patchlight.report import page, run_summary
+from patchlight.report.charts import line_chart, nice_ticks, percent, short
 from patchlight.report.environment import describe_environment
-from patchlight.report.page import build_report, write_report
-from patchlight.report.run_folder import append_line
+from patchlight.report.log_file import append_line
+from patchlight.report.page import write_report
+from patchlight.report.run_summary import RunSummary
+from patchlight.report.series import MOST_POINTS, Series
+
+
+def build_report(folder) -> str:
+    return page.build_report(RunSummary(folder).update())
 
 
 def fill(folder, lines: int = 6, knn: int = 3, pictures: int = 1):
@@ -120,9 +127,73 @@ def test_a_run_that_has_just_begun(tmp_path, lines):
 
 def test_numbers_that_were_not_finite_leave_a_gap(tmp_path):
     fill(tmp_path)
-    append_line(tmp_path / "metrics.jsonl", {**json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]),
-                                             "step": 70, "loss": None, "dino/cls": None})  # fmt: skip
+    lines = build_report(tmp_path).count("<polyline")
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    append_line(tmp_path / "metrics.jsonl", {**last, "step": 70, "loss": float("nan"), "dino/cls": None})
     assert "not finite" in " ".join(Page(build_report(tmp_path)).words)
+    for step in (80, 90):
+        append_line(tmp_path / "metrics.jsonl", {**last, "step": step})
+    assert build_report(tmp_path).count("<polyline") == lines + 2, "the loss and its term are interrupted"
+
+
+def test_a_page_reads_only_what_is_new(tmp_path, monkeypatch):
+    """And a page that was made bit by bit is that of the folder."""
+    summary, parsed = RunSummary(fill(tmp_path)), []
+    before = page.build_report(summary.update())
+    parse = run_summary.parse
+    monkeypatch.setattr(run_summary, "parse", lambda raw, key: parsed.append(raw) or parse(raw, key))
+    assert page.build_report(summary.update()) == before
+    assert not parsed
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 70, "loss": 1.0}\n{"step": 80, "lo')
+        file.flush()
+        summary.update()
+        file.write('ss": 0.5}\n')
+    grown = page.build_report(summary.update())
+    assert [json.loads(line)["step"] for line in parsed] == [70, 80]
+    assert grown == build_report(tmp_path)
+    assert "0.5" in " ".join(Page(grown).words)
+
+
+def test_a_shorter_or_another_file_is_read_anew(tmp_path):
+    summary = RunSummary(fill(tmp_path, lines=6)).update()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert page.build_report(summary.update()) == build_report(tmp_path)
+    path.unlink()
+    fill(tmp_path, lines=9)
+    assert page.build_report(summary.update()) == build_report(tmp_path)
+
+
+def test_damage_is_counted_and_shown_and_an_unfinished_line_is_not(tmp_path):
+    fill(tmp_path)
+    whole = build_report(tmp_path)
+    assert "Damaged files" not in whole
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 70, "los')
+    assert build_report(tmp_path) == whole
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\n\xff\xfe\n[1]\n{"loss": 1.0}\n')
+    (tmp_path / "run.json").write_text('{"model": ')
+    (tmp_path / "environment.json").write_text("[]")
+    (tmp_path / "knn.jsonl").unlink()
+    (tmp_path / "knn.jsonl").mkdir()
+    (tmp_path / "diagnoses.jsonl.damaged").write_text("x\n")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "knn-x.json").write_text("{}")
+    (tmp_path / "plots" / "crops-1.png").mkdir()
+    visible = " ".join(Page(build_report(tmp_path)).words)
+    for words in ("metrics.jsonl has 4 damaged lines, left out here", "run.json cannot be read", "step 60 of 100",
+                  "environment.json cannot be read", "knn.jsonl cannot be read", "diagnoses.jsonl.damaged has damaged",
+                  "knn-x.json cannot be read", "crops, step 1 (cannot be read"):  # fmt: skip
+        assert words in visible, words
+
+
+def test_a_very_large_picture_is_named(tmp_path):
+    (fill(tmp_path) / "plots" / "crops-2.png").write_bytes(bytes(page._MOST_PICTURE_BYTES + 1))
+    text = build_report(tmp_path)
+    assert "too large for this page: crops-2.png" in text
+    assert len(text) < 10**6
 
 
 def test_diagnoses_come_first(tmp_path):
@@ -154,30 +225,60 @@ def points(svg: str) -> list[tuple[float, float]]:
 
 
 def test_lines_go_where_the_values_are():
-    drawn = points(line_chart([Series("a", [0, 50, 100], [1.0, 3.0, 2.0])], total=200))
+    drawn = points(line_chart({"a": Series([(0, 1.0), (50, 3.0), (100, 2.0)])}, total=200))
     xs, ys = zip(*drawn, strict=True)
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.11)
     assert ys[1] < ys[2] < ys[0], "in an SVG, y grows downwards"
     assert (ys[0] - ys[2]) == pytest.approx((ys[0] - ys[1]) / 2, abs=0.11)
-    whole = points(line_chart([Series("a", [0, 50, 100], [1.0, 3.0, 2.0])], total=100))
+    whole = points(line_chart({"a": Series([(0, 1.0), (50, 3.0), (100, 2.0)])}, total=100))
     assert whole[-1][0] - whole[0][0] == pytest.approx(2 * (xs[2] - xs[0]), abs=0.21), "half the run, half the width"
 
 
 def test_one_spike_does_not_flatten_a_long_curve():
     values = [1.0 + (i % 2) for i in range(200)]
-    normal = points(line_chart([Series("a", range(200), values)]))
+    normal = points(line_chart({"a": Series(enumerate(values))}))
     values[20] = 1e6
-    spiked = points(line_chart([Series("a", range(200), values)]))
+    spiked = points(line_chart({"a": Series(enumerate(values))}))
     assert spiked[100] == normal[100]
     assert spiked[20][1] >= 0
 
 
-def test_long_series_are_thinned_by_means():
-    series = thinned(Series("a", range(10_000), [float(i % 2) for i in range(9999)] + [7.0]))
-    assert len(series.values) == MOST_POINTS
-    assert series.values[-1] == 7.0
-    assert all(0.3 < value < 0.7 for value in series.values[:-1])
-    assert series.steps[-1] == 9999
+def test_long_series_have_few_points_that_stand_for_all_lines():
+    count = 13 * MOST_POINTS + 5
+    series = Series((step, float(step % 2)) for step in range(count))
+    series.add(count, 7.0)
+    assert MOST_POINTS / 2 <= len(series.points) <= MOST_POINTS
+    assert sum(point.lines for point in series.points) == count + 1
+    assert {(point.mean, point.low, point.high) for point in series.points[:-1]} == {(0.5, 0.0, 1.0)}
+    assert series.points[0].step == (series.lines_per_point - 1) / 2
+    assert series.last == series.highest == (count, 7.0)
+    assert series.total == count // 2 + 7
+
+
+def test_a_series_is_short_however_long_the_run_is():
+    sizes = []
+    for count in (10 * MOST_POINTS, 80 * MOST_POINTS):
+        series = Series((step, 2 + (step * 37 % 1000) / 1000) for step in range(count))
+        sizes.append(len(line_chart({"a": series})))
+    assert sizes[1] < 1.3 * sizes[0]
+
+
+def test_what_was_not_finite_is_a_gap_in_the_line():
+    known = [(step, 1.0 + step) for step in range(10)]
+    whole = line_chart({"a": Series(known)})
+    gap = line_chart({"a": Series([*known[:4], (4, None), *known[5:]])})
+    assert (whole.count("<polyline"), gap.count("<polyline")) == (1, 2)
+    assert "not finite" in gap
+    lonely = line_chart({"a": Series([(0, None), (1, 2.0), (2, None), (3, 1.0), (4, 1.5)])})
+    assert (lonely.count("<polyline"), lonely.count("<circle")) == (1, 2), "a value between two gaps is a dot"
+    assert "no values yet" in line_chart({"a": Series([(0, None)])})
+
+
+def test_a_band_shows_the_range_of_merged_values():
+    assert "<polygon" not in line_chart({"a": Series((step, float(step % 2)) for step in range(MOST_POINTS))})
+    merged = line_chart({"a": Series((step, float(step % 2)) for step in range(4 * MOST_POINTS))})
+    assert merged.count("<polygon") == 1
+    assert "0.5 (0 to 1)" in merged
 
 
 def test_ticks_enclose_the_values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from ..evaluation.pictures.attention import class_attention_maps, draw_attention
 from ..evaluation.probes.knn import knn_accuracy
 from ..evaluation.probes.labeled import LabeledImages
 from ..records import Clock, Crops, Views
-from ..report.run_folder import KNN_FILE, PICTURES_FOLDER, append_line, read_lines, rewind
+from ..report.console import warn
+from ..report.log_file import LogFile, number
+from ..report.outlet import Outlet
+from ..report.run_folder import KNN_FILE, PICTURES_FOLDER, write_whole
 from ..run import Run
 from .branches import Teacher
 from .parallel import Mesh
@@ -41,20 +45,36 @@ class TeacherProbe:
         self.pictures = self.folder / PICTURES_FOLDER
         self.gallery, self.queries = split(source, run.parallel.seed)
         self.labeled = source.labels is not None
+        self.results = LogFile(self.folder / KNN_FILE, warn)
+        self.newest: int | None = None  # step of the last result that was there before
+        self.drawn: Outlet[tuple[Path, bytes]] = Outlet(PICTURES_FOLDER, self._write_pictures, warn, most=16)
 
     def rewind(self, clock: Clock) -> dict[str, float]:
-        """Removes results of later steps, which a resumed run computes again, and all at the start of a run; returns those of
-        the untrained teacher, if any."""
-        if not self.writes:
-            return {}
-        kept = rewind(self.folder / KNN_FILE, lambda line: 0 < clock.step >= line["step"])
-        return (
-            {name: value for name, value in kept[0].items() if name != "step"} if kept and not kept[0]["step"] else {}
-        )
+        """Removes results that a run which goes on from here computes again: those of later steps, and all at the start.
+
+        Returns those of the untrained teacher, if any.
+        """
+        untrained: dict[str, float] = {}
+
+        def visit(line: dict) -> None:
+            self.newest = line["step"]
+            if line["step"] == 0:
+                untrained.update(
+                    {name: value for name, value in line.items() if name != "step" and number(value) is not None}
+                )
+
+        if self.writes:
+            self.results.rewind(lambda line: 0 < clock.step >= line["step"], visit)
+        return untrained
 
     def lacks(self, clock: Clock) -> bool:
-        """Whether there is no result of this step yet, as the run was stopped between the checkpoint and the look."""
-        return self.writes and all(line["step"] != clock.step for line in read_lines(self.folder / KNN_FILE))
+        """Whether there is no result of this step: of a run's start, or of one stopped between a checkpoint and its look."""
+        return self.writes and self.newest != clock.step
+
+    def close(self) -> None:
+        """Writes what could not be written before."""
+        self.results.outlet.close()
+        self.drawn.close()
 
     def draw_crops(self, views: Views) -> None:
         """A picture of the first batch's crops, and where they lie in their images."""
@@ -81,7 +101,7 @@ class TeacherProbe:
             )
             accuracies = {f"k{count}": accuracy for count, accuracy in found.items()}
             if self.writes:
-                append_line(self.folder / KNN_FILE, {"step": clock.step, **accuracies})
+                self.results.add({"step": clock.step, **accuracies})
         if self.writes and not isinstance(next(teacher.parameters()), DTensor):  # a shard cannot be drawn alone
             self._draw_attention(teacher, clock)
         return accuracies
@@ -123,8 +143,13 @@ class TeacherProbe:
         return values.round().byte().permute(0, 2, 3, 1).numpy()
 
     def _save(self, picture, kind: str, step: int) -> None:
-        self.pictures.mkdir(parents=True, exist_ok=True)
-        picture.save(self.pictures / f"{kind}-{step:07d}.png")
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        self.drawn.put((self.pictures / f"{kind}-{step:07d}.png", buffer.getvalue()))
+
+    def _write_pictures(self, pictures: list[tuple[Path, bytes]]) -> None:
+        for path, data in pictures:
+            write_whole(path, data)
 
 
 def split(source: Source, seed: int) -> tuple[LabeledImages, LabeledImages]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from ..records import Clock
+from ..report.console import table_of_names
 from ..run import Run
 from .schedules import warmup_steps
 
@@ -35,7 +36,4 @@ def settings_table(
     ]
     if clock.step:
         rows.append(("resumed at step", clock.step, f"{clock.images_seen} images so far"))
-    table = Table("", "value", "from", title=f"{run.model.arch}/{run.model.patch_size}")
-    for name, value, origin in rows:
-        table.add_row(name, str(value), origin)
-    return table
+    return table_of_names(f"{run.model.arch}/{run.model.patch_size}", ("", "value", "from"), rows)

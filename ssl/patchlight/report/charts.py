@@ -4,48 +4,54 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import groupby
+
+from .series import Point, Series
 
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 28  # margins around the plotting area
-MOST_POINTS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
-    """A line: values over steps."""
+class Plane:
+    """The plotting area: steps 0..last and values low..high."""
 
-    name: str
-    steps: Sequence[float]
-    values: Sequence[float]
+    last: float
+    low: float
+    high: float
+
+    def x(self, step: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * step / self.last, 1)
+
+    def y(self, value: float) -> float:
+        share = (self.high - max(self.low, min(value, self.high))) / (self.high - self.low)
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * share, 1)
 
 
 def line_chart(
-    series: Sequence[Series],
+    series: Mapping[str, Series],
     total: float | None = None,
     write: Callable[[float], str] | None = None,
     reference: tuple[float, str] | None = None,
     from_zero: bool = False,
     dots: bool = False,
 ) -> str:
-    """Lines over steps 0..total, as an <svg>. `write` makes a value text; reference is a level with a name."""
-    series = [thinned(line) for line in series if line.steps]
+    """Lines by name over steps 0..total, as an <svg>. Where a point stands for several values, a band shows their range.
+
+    `write` makes a value text; reference is a level with a name.
+    """
+    series = {name: line for name, line in series.items() if line.last}
     write = write or short
     if not series:
         return '<p class="nothing">no values yet</p>'
-    ticks = _value_ticks([v for line in series for v in line.values], reference, from_zero)
-    low, high = ticks[0], ticks[-1]
-    last = max(total or 0, max(line.steps[-1] for line in series), 1)
-
-    def x(step: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * step / last, 1)
-
-    def y(value: float) -> float:
-        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - min(value, high)) / (high - low), 1)
-
+    ticks = _value_ticks(series.values(), reference, from_zero)
+    ends = [line.last[0] for line in series.values() if line.last]
+    last = max(total or 0, 1, *ends, *(point.step for line in series.values() for point in line.points))
+    plane = Plane(last, ticks[0], ticks[-1])
+    x, y = plane.x, plane.y
     parts = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t)}" y2="{y(t)}"/>' for t in ticks]
     parts += [f'<text class="tick" x="{LEFT - 7}" y="{y(t) + 3.5}" text-anchor="end">{write(t)}</text>' for t in ticks]
     step_ticks = [t for t in nice_ticks(0, last, 4) if t <= last]
@@ -56,56 +62,71 @@ def line_chart(
         level, name = reference
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(level)}" y2="{y(level)}"/>')
         parts.append(f'<text class="tick" x="{LEFT + 4}" y="{y(level) - 4}">{escape(name)}</text>')
-    for number, line in enumerate(series):
-        points = [(x(step), y(value)) for step, value in zip(line.steps, line.values, strict=True)]
-        if len(points) > 1:
-            parts.append(f'<polyline class="line c{number}" points="{" ".join(f"{a},{b}" for a, b in points)}"/>')
-        marked = points if dots or len(points) == 1 else points[-1:]
-        parts += [f'<circle class="dot c{number}" cx="{a}" cy="{b}" r="3.2"/>' for a, b in marked]
+    for number, line in enumerate(series.values()):
+        parts += _line(line, number, plane, dots)
     parts.append(f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    hover = [
-        {
-            "name": line.name,
-            "x": [x(step) for step in line.steps],
-            "y": [y(value) for value in line.values],
-            "text": [write(value) for value in line.values],
-            "steps": [round(step) for step in line.steps],
-        }
-        for line in series
-    ]
+    label = ", ".join(f"{name}: last {write(line.last[1])}" for name, line in series.items() if line.last)
+    hover = [_hover(name, line.points, plane, write) for name, line in series.items()]
     data = escape(json.dumps(hover, separators=(",", ":")), quote=True)
-    label = escape(", ".join(f"{line.name}: last {write(line.values[-1])}" for line in series), quote=True)
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" data-hover="{data}">'
-        f"{''.join(parts)}</svg>"
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}" '
+        f'data-hover="{data}">{"".join(parts)}</svg>'
     )
 
 
-def legend(series: Sequence[Series]) -> str:
+def _line(line: Series, number: int, plane: Plane, dots: bool) -> list[str]:
+    """A line that is interrupted where there are no finite values, its band, and dots: the last value, and lonely ones."""
+    parts, marked = [], [line.last] if line.last else []
+    for finite, run in groupby(line.points, key=lambda point: point.finite > 0):
+        if not finite:
+            continue
+        points = list(run)
+        means = [(point.step, point.mean) for point in points]
+        if line.lines_per_point > 1:
+            edges = [(point.step, point.high) for point in points]
+            edges += [(point.step, point.low) for point in reversed(points)]
+            parts.append(f'<polygon class="band c{number}" points="{_pairs(edges, plane)}"/>')
+        if len(points) > 1:
+            parts.append(f'<polyline class="line c{number}" points="{_pairs(means, plane)}"/>')
+        marked += means if dots or len(points) == 1 else []
+    return parts + [
+        f'<circle class="dot c{number}" cx="{plane.x(step)}" cy="{plane.y(value)}" r="3.2"/>'
+        for step, value in dict.fromkeys(marked)
+    ]
+
+
+def _pairs(points: Sequence[tuple[float, float]], plane: Plane) -> str:
+    return " ".join(f"{plane.x(step)},{plane.y(value)}" for step, value in points)
+
+
+def _hover(name: str, points: Sequence[Point], plane: Plane, write: Callable[[float], str]) -> dict:
+    """What the page's script shows beside the pointer."""
+
+    def text(point: Point) -> str:
+        if not point.finite:
+            return "not finite"
+        spread = "" if point.low == point.high else f" ({write(point.low)} to {write(point.high)})"
+        return write(point.mean) + spread
+
+    return {
+        "name": name,
+        "x": [plane.x(point.step) for point in points],
+        "text": [text(point) for point in points],
+        "steps": [round(point.step) for point in points],
+    }
+
+
+def legend(names: Collection[str]) -> str:
     """Names beside their colors; nothing for a single line, whose chart's title names it."""
-    if len(series) < 2:
+    if len(names) < 2:
         return ""
-    keys = (f'<span class="key"><i class="c{i}"></i>{escape(line.name)}</span>' for i, line in enumerate(series))
+    keys = (f'<span class="key"><i class="c{i}"></i>{escape(name)}</span>' for i, name in enumerate(names))
     return f'<div class="legend">{"".join(keys)}</div>'
-
-
-def thinned(series: Series) -> Series:
-    """At most MOST_POINTS points, each the mean of its neighbors; the last value stays exact."""
-    count = len(series.steps)
-    if count <= MOST_POINTS:
-        return series
-    edges = [round(i * (count - 1) / (MOST_POINTS - 1)) for i in range(MOST_POINTS)]
-
-    def means(values: Sequence[float]) -> list[float]:
-        parts = [values[a:b] for a, b in pairwise(edges)]
-        return [sum(part) / len(part) for part in parts] + [values[-1]]
-
-    return Series(series.name, means(series.steps), means(series.values))
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers that enclose [low, high], about `count` steps apart."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - 0.1 * abs(low), high + (0.1 * abs(high) or 1.0)
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
@@ -114,11 +135,12 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _value_ticks(values: list[float], reference: tuple[float, str] | None, from_zero: bool) -> list[float]:
-    """Ticks around the values, without the few highest ones of a long curve, which would flatten the rest."""
-    ordered = sorted(values)
-    high = ordered[-1] if len(ordered) < 50 else max(ordered[int(0.99 * len(ordered))], values[-1])
-    levels = [ordered[0], high] + ([reference[0]] if reference else []) + ([0.0] if from_zero else [])
+def _value_ticks(series: Collection[Series], reference: tuple[float, str] | None, from_zero: bool) -> list[float]:
+    """Ticks around the means, without the few highest ones of a long curve, which would flatten the rest."""
+    ordered = sorted(point.mean for line in series for point in line.points if point.finite)
+    latest = [line.last[1] for line in series if line.last]
+    high = ordered[-1] if len(ordered) < 50 else ordered[int(0.99 * len(ordered))]
+    levels = [*latest, ordered[0], high] + ([reference[0]] if reference else []) + ([0.0] if from_zero else [])
     return nice_ticks(min(levels), max(levels))
 
 

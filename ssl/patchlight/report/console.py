@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 from rich.text import Text
+
+_failures: set[int | None] = set()  # causes that were said
 
 
 def print_sentence(sentence: str, console: Console | None = None, style: str = "") -> None:
     """A sentence on one line, however narrow the terminal and however long the names in it: so that a log can be searched."""
-    (console or Console()).print(Text(sentence, style=style), soft_wrap=True)
+    try:
+        (console or Console()).print(Text(sentence, style=style), soft_wrap=True)
+    except OSError as error:
+        say_unprintable(error)
+
+
+def warn(sentence: str, console: Console | None = None) -> None:
+    """A sentence that somebody should read."""
+    print_sentence(f"warning: {sentence}", console, style="bold yellow")
+
+
+def say_unprintable(error: OSError) -> None:
+    """The terminal is gone, or its output goes to a full disk: that is said where errors go, once, and ends nothing."""
+    if error.errno not in _failures:
+        _failures.add(error.errno)
+        with contextlib.suppress(OSError):
+            print(f"warning: Lines cannot be printed, got {error}; they are left out.", file=sys.stderr, flush=True)
+
+
+def table_of_names(title: str, columns: Iterable[object], rows: Iterable[Iterable[object]]) -> Table:
+    """A table that shows every text as it is: names may hold brackets, which rich takes for markup."""
+    table = Table(title=Text(title, style="table.title"))
+    for column in columns:
+        table.add_column(Text(str(column)))
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
 
 
 class Display:
@@ -26,9 +57,17 @@ class Display:
 
     def update(self, record: Mapping[str, float]) -> None:
         """Prints a log line."""
+        try:
+            self._print(record)
+        except OSError as error:
+            say_unprintable(error)
+            # The old console repeats what it could not print, and keeps it for ever.
+            self.console, self.progress = Console(file=self.console.file), None
+
+    def _print(self, record: Mapping[str, float]) -> None:
         left = self._left(record)
         if not self.console.is_terminal:
-            self.console.print(plain_line(record, left), soft_wrap=True, highlight=False, markup=False)
+            self.console.print(plain_line(record, left), soft_wrap=True, highlight=False, markup=False, emoji=False)
             return
         progress = self.progress or self._start(record)
         progress.console.print(colored_line(record))
@@ -37,14 +76,16 @@ class Display:
 
     def warn(self, sentence: str) -> None:
         """Prints a warning."""
-        console = self.progress.console if self.progress else self.console
-        print_sentence(f"warning: {sentence}", console, style="bold yellow")
+        warn(sentence, self.progress.console if self.progress else self.console)
 
     def close(self) -> None:
         """Ends the bar, if there is one."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        progress, self.progress = self.progress, None
+        if progress is not None:
+            try:
+                progress.stop()
+            except OSError as error:
+                say_unprintable(error)
 
     def _start(self, record: Mapping[str, float]) -> Progress:
         columns = [

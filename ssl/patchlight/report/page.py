@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from html import escape
 from pathlib import Path
 
-from .charts import Series, legend, line_chart, percent, short
+from .charts import legend, line_chart, percent, short
+from .console import is_term
+from .log_file import number
 from .run_folder import (
     DIAGNOSES_FILE,
     ENVIRONMENT_FILE,
     EVALUATION_FOLDER,
-    KNN_FILE,
-    METRICS_FILE,
     PICTURES_FOLDER,
     REPORT_FILE,
     RUN_FILE,
     read_json,
-    read_lines,
     write_whole,
 )
+from .run_summary import LogSummary, RunSummary
+from .series import Series
 from .style import SCRIPT, STYLE
 
-_NOT_LOSSES = ("data", "memory", "speed", "step", "gradient", "teacher")
-_MOST_PICTURES = 4  # of one kind, spread over the run
+_MOST_PICTURES = 4  # of one kind: the first, the newest, and others in between
+_MOST_DOTS = 50
+_MOST_PICTURE_BYTES = 8 * 2**20  # of a file that is put into the page
 
 
 def write_report(folder: str | Path) -> Path:
     """Writes report.html into a run's folder, from the files there, and returns its path."""
     path = Path(folder) / REPORT_FILE
-    write_whole(path, build_report(Path(folder)))
+    write_whole(path, build_report(RunSummary(Path(folder)).update()))
     return path
 
 
-def build_report(folder: Path) -> str:
-    """The page as text."""
-    run, environment = read_json(folder / RUN_FILE), read_json(folder / ENVIRONMENT_FILE)
-    lines, knn = read_lines(folder / METRICS_FILE), read_lines(folder / KNN_FILE)
+def build_report(summary: RunSummary) -> str:
+    """The page as text. Neither its size nor its time grows with the run."""
+    folder, problems = summary.folder, summary.problems()
+    run, environment = (_read(folder / name, problems) for name in (RUN_FILE, ENVIRONMENT_FILE))
+    lines, knn = summary.metrics, summary.knn
     sections = [
         _head(folder, run, lines),
         _tiles(lines, knn),
-        _diagnoses(read_lines(folder / DIAGNOSES_FILE)),
+        _diagnoses(summary.diagnoses),
+        _section("Damaged files", _list(problems)),
         _section(
             "k-NN accuracy and attention", _knn_chart(knn, lines) + _pictures(folder / PICTURES_FOLDER, "attention")
         ),
@@ -66,48 +70,69 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
-def _head(folder: Path, run: dict, lines: list[dict]) -> str:
+def _read(path: Path, problems: list[str]) -> dict:
+    """The object in a file; if it cannot be read, that is a problem and the object is empty."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name} cannot be read: {error}")
+        return {}
+
+
+def _list(sentences: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def _head(folder: Path, run: dict, lines: LogSummary) -> str:
     """Name, method, and how far the run is."""
-    model, last = run.get("model", {}), lines[-1] if lines else {}
-    methods = " + ".join(o["kind"].removesuffix("Options") for o in run.get("objectives", {}).get("options", []))
-    sizes = model.get("sizes") or {}
-    network = f"{model['arch']}/{model['patch_size']}" if model else ""
+    model, last = _part(run, "model"), lines.last
+    options = _part(run, "objectives").get("options")
+    kinds = [o.get("kind", "") for o in options if isinstance(o, dict)] if isinstance(options, list) else []
+    methods = " + ".join(str(kind).removesuffix("Options") for kind in kinds)
+    sizes = _part(model, "sizes")
+    network = f"{model.get('arch')}/{model.get('patch_size')}" if model else ""
     network += f" ({', '.join(f'{name} {value}' for name, value in sizes.items())})" if sizes else ""
-    parts = [part for part in (methods, network, run.get("data", {}).get("path")) if part]
-    step, total = last.get("step", 0), last.get("total", 0)
+    parts = [str(part) for part in (methods, network, _part(run, "data").get("path")) if part]
+    step, total, epoch, images = (number(last.get(name)) or 0 for name in ("step", "total", "epoch", "images"))
     state = "no log line yet"
     if total:
         state = "finished" if step >= total else "as of the last log line"
-        state = f"step {step:,} of {total:,} · epoch {last['epoch']:.1f} · {last['images']:,} images · {state}"
-    done = percent(step / total) if total else "0%"
+        state = f"step {step:,.0f} of {total:,.0f} · epoch {epoch:.1f} · {images:,.0f} images · {state}"
+    done = percent(min(1.0, step / total)) if total > 0 else "0%"
     return (
         f"<header><h1>{escape(folder.name)}</h1><p>{escape(' · '.join(parts))}</p>"
         f'<div class="bar"><i style="width:{done}"></i></div><p class="state">{escape(state)}</p></header>'
     )
 
 
-def _tiles(lines: list[dict], knn: list[dict]) -> str:
+def _part(values: dict, name: str) -> dict:
+    """A nested dictionary, empty if there is none."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _tiles(lines: LogSummary, knn: LogSummary) -> str:
     """The most important numbers."""
-    if not lines:
+    if not lines.last:
         return ""
-    last = lines[-1]
-    tiles = []
-    if knn:
-        best_k = max(_knn_names(knn), key=lambda name: knn[-1].get(name) or 0)
-        gain = f"from {percent(knn[0][best_k])} at step {knn[0]['step']:,}" if len(knn) > 1 else ""
-        tiles.append((f"k-NN accuracy, k={best_k[1:]}", percent(knn[-1][best_k]), gain))
-    tiles.append(("loss", _number(last.get("loss")), f"from {_number(lines[0].get('loss'))}"))
-    rates = _values(lines, "speed/images_per_second")
-    if rates.values:
-        tiles.append(("images per second", short(_median(rates.values)), "median"))
-    seconds = last["seconds"]
-    waited = sum(line.get("data/wait_seconds") or 0 for line in lines)
+    last, tiles = lines.last, []
+    if names := _knn_names(knn):
+        best = max(names, key=lambda name: number(knn.last.get(name)) or 0)
+        first = number(knn.first.get(best))
+        gain = f"from {percent(first)} at step {knn.first['step']:,}" if first is not None and knn.lines > 1 else ""
+        now = number(knn.last.get(best))
+        tiles.append((f"k-NN accuracy, k={best[1:]}", "not finite" if now is None else percent(now), gain))
+    tiles.append(("loss", _number(last.get("loss")), f"from {_number(lines.first.get('loss'))}"))
+    if (rate := _series(lines, "speed/images_per_second").median()) is not None:
+        tiles.append(("images per second", short(rate), "median"))
+    seconds, waited = number(last.get("seconds")) or 0.0, _series(lines, "data/wait_seconds").total
     tiles.append(("waiting for data", percent(waited / seconds if seconds else 0), f"{waited:.1f} s in all"))
-    mfu = _values(lines, "speed/mfu")
-    if mfu.values:
-        tiles.append(("MFU", percent(_median(mfu.values)), "median; backbone only"))
-    tiles.append(("peak memory", f"{last['memory/gib']:.2f} GiB", "per process"))
-    tiles.append(("time", str(timedelta(seconds=round(seconds))), f"{last['images']:,} images"))
+    if (mfu := _series(lines, "speed/mfu").median()) is not None:
+        tiles.append(("MFU", percent(mfu), "median; backbone only"))
+    if (memory := number(last.get("memory/gib"))) is not None:
+        tiles.append(("peak memory", f"{memory:.2f} GiB", "per process"))
+    tiles.append(("time", _duration(seconds), f"{number(last.get('images')) or 0:,.0f} images"))
     cells = (
         f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><em>{escape(note)}</em></div>'
         for name, value, note in tiles
@@ -115,45 +140,46 @@ def _tiles(lines: list[dict], knn: list[dict]) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def _diagnoses(diagnoses: list[dict]) -> str:
-    if not diagnoses:
+def _diagnoses(diagnoses: LogSummary) -> str:
+    if not diagnoses.lines:
         return ""
     items = "".join(
-        f"<li><b>{escape(d['name'])}</b> at step {d['step']:,}: {escape(d['sentence'])}</li>" for d in diagnoses[-20:]
+        f"<li><b>{escape(str(d.get('name')))}</b> at step {d['step']:,}: {escape(str(d.get('sentence')))}</li>"
+        for d in diagnoses.recent
     )
-    more = f"<p>{len(diagnoses) - 20} earlier ones are in {DIAGNOSES_FILE}.</p>" if len(diagnoses) > 20 else ""
+    earlier = diagnoses.lines - len(diagnoses.recent)
+    more = f"<p>{earlier} earlier ones are in {DIAGNOSES_FILE}.</p>" if earlier else ""
     return f'<section class="alarm"><h2>Diagnoses</h2><ul>{items}</ul>{more}</section>'
 
 
-def _knn_chart(knn: list[dict], lines: list[dict]) -> str:
-    if not knn:
+def _knn_chart(knn: LogSummary, lines: LogSummary) -> str:
+    series = {f"k = {name[1:]}": _series(knn, name) for name in _knn_names(knn)}
+    if not series:
         return ""
-    series = [_values(knn, name, f"k = {name[1:]}") for name in _knn_names(knn)]
-    total = lines[-1]["total"] if lines else None
-    chart = line_chart(series, total, percent, from_zero=True, dots=True)
+    chart = line_chart(series, number(lines.last.get("total")), percent, from_zero=True, dots=knn.lines <= _MOST_DOTS)
     return f'<div class="charts">{_card("k-NN accuracy of the teacher", legend(series) + chart)}</div>'
 
 
-def _knn_names(knn: list[dict]) -> list[str]:
-    return [name for name in knn[-1] if name[0] == "k" and name[1:].isdigit()]
+def _knn_names(knn: LogSummary) -> list[str]:
+    return [name for name in knn.last if name[:1] == "k" and name[1:].isdigit()]
 
 
-def _loss_charts(lines: list[dict]) -> str:
+def _loss_charts(lines: LogSummary) -> str:
     """The weighted sum, each term, and each term over ln K."""
-    if not lines:
+    if not lines.last:
         return ""
-    names = [n for n in lines[-1] if "/" in n and n.split("/")[0] not in _NOT_LOSSES and not n.endswith("/nonfinite")]
+    names = [n for n in lines.series if "/" in n and is_term(n) and not n.endswith("/nonfinite")]
     ratios = [name for name in names if name.endswith("/ln_k")]
     cards = [_metric_card(lines, "loss", "loss (weighted sum)")]
     cards += [_metric_card(lines, name, name) for name in names if name not in ratios]
     if ratios:
-        series = [_values(lines, name, name.removesuffix("/ln_k")) for name in ratios]
-        chart = line_chart(series, lines[-1]["total"], reference=(1.0, "1: uniform, nothing learned"))
+        series = {name.removesuffix("/ln_k"): _series(lines, name) for name in ratios}
+        chart = line_chart(series, number(lines.last.get("total")), reference=(1.0, "1: uniform, nothing learned"))
         cards.append(_card("loss / ln K", legend(series) + chart))
     return _grid(cards)
 
 
-def _other_charts(lines: list[dict]) -> str:
+def _other_charts(lines: LogSummary) -> str:
     names = {
         "lr": "learning rate",
         "momentum": "teacher momentum",
@@ -162,10 +188,10 @@ def _other_charts(lines: list[dict]) -> str:
         "teacher/spread": "spread of the teacher's summaries",
         "step/refused": "share of refused steps",
     }
-    return _grid(_metric_card(lines, name, title) for name, title in names.items() if lines and name in lines[-1])
+    return _grid(_metric_card(lines, name, title) for name, title in names.items() if name in lines.series)
 
 
-def _speed_charts(lines: list[dict]) -> str:
+def _speed_charts(lines: LogSummary) -> str:
     charts: dict[str, tuple[str, Callable[[float], str] | None]] = {
         "speed/images_per_second": ("images per second, all processes", None),
         "data/wait_share": ("time spent waiting for data", percent),
@@ -175,27 +201,28 @@ def _speed_charts(lines: list[dict]) -> str:
     return _grid(
         _metric_card(lines, name, title, write, from_zero=True)
         for name, (title, write) in charts.items()
-        if any(name in line for line in lines)
+        if name in lines.series
     )
 
 
-def _data_facts(run: dict, lines: list[dict]) -> str:
+def _data_facts(run: dict, lines: LogSummary) -> str:
     """Which loader ran and how long steps waited for it."""
-    data = run.get("data", {})
-    if not data or not lines:
+    data, last = _part(run, "data"), lines.last
+    if not data or not last:
         return ""
-    steps, seconds = sum(line["steps"] for line in lines), lines[-1]["seconds"]
-    waited = sum(line.get("data/wait_seconds") or 0 for line in lines)
-    worst = max(lines, key=lambda line: line.get("data/wait_share") or 0)
+    steps, seconds = _series(lines, "steps").total, number(last.get("seconds")) or 0.0
+    waited, worst = _series(lines, "data/wait_seconds").total, _series(lines, "data/wait_share").highest
     facts = {
-        "loader": f"{data['loader']}, {data['workers']} workers per process",
-        "images from": data["path"] or f"{data['procedural_images']:,} procedural images",
-        "batch": f"{data['batch_per_rank']} per process",
-        "waited": f"{waited:.2f} s of {seconds:.2f} s, {1000 * waited / steps:.1f} ms per step on the slowest process",
-        "worst stretch": f"{percent(worst.get('data/wait_share') or 0)} of the time, before step {worst['step']:,}",
+        "loader": f"{data.get('loader')}, {data.get('workers')} workers per process",
+        "images from": data.get("path") or f"{data.get('procedural_images')} procedural images",
+        "batch": f"{data.get('batch_per_rank')} per process",
+        "waited": f"{waited:.2f} s of {seconds:.2f} s, "
+        f"{1000 * waited / max(steps, 1):.1f} ms per step on the slowest process",
     }
-    if "data/replaced" in lines[-1]:
-        facts["unreadable images replaced"] = f"{lines[-1]['data/replaced']:.0f}"
+    if worst is not None:
+        facts["worst stretch"] = f"{percent(worst[1])} of the time, before step {worst[0]:,}"
+    if (replaced := number(last.get("data/replaced"))) is not None:
+        facts["unreadable images replaced"] = f"{replaced:.0f}"
     return _table(facts.items(), None)
 
 
@@ -203,22 +230,26 @@ def _evaluations(folder: Path) -> str:
     """The results of `python -m patchlight.evaluation`: numbers with the nearest published ones, and pictures."""
     rows, figures = [], []
     for file in sorted(folder.glob("*.json")):
-        result = read_json(file)
-        numbers = ", ".join(f"{name} {percent(value)}" for name, value in result["metrics"].items())
-        notes = [
-            f"{name}: {used} where the protocol has {frozen}" for name, (frozen, used) in result["changed"].items()
-        ]
-        notes += result["notes"] + [f"failed: {part}: {reason}" for part, reason in result["failed"].items()]
-        known = [
-            f"{row['method']} {row['backbone']}: "
-            + ", ".join(f"{name} {value:g}%" for name, value in row["metrics"].items())
-            for row in result["published"]
-        ]
-        parts = [numbers, *(["published: " + "; ".join(known)] if known else []), *notes]
-        rows.append((f"{result['task']} on {result['data']}", " · ".join(parts)))
+        try:
+            rows.append(_evaluation(read_json(file)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            rows.append((file.name, f"cannot be read: {type(error).__name__}: {error}"))
     for pictures in sorted(path for path in folder.glob("*") if path.is_dir()):
         figures.append(_pictures(pictures, ""))
     return _table(rows, None) + "".join(figures)
+
+
+def _evaluation(result: dict) -> tuple[str, str]:
+    numbers = ", ".join(f"{name} {percent(value)}" for name, value in result["metrics"].items())
+    notes = [f"{name}: {used} where the protocol has {frozen}" for name, (frozen, used) in result["changed"].items()]
+    notes += result["notes"] + [f"failed: {part}: {reason}" for part, reason in result["failed"].items()]
+    known = [
+        f"{row['method']} {row['backbone']}: "
+        + ", ".join(f"{name} {value:g}%" for name, value in row["metrics"].items())
+        for row in result["published"]
+    ]
+    parts = [numbers, *(["published: " + "; ".join(known)] if known else []), *notes]
+    return f"{result['task']} on {result['data']}", " · ".join(parts)
 
 
 def _pictures(folder: Path, kind: str) -> str:
@@ -226,27 +257,35 @@ def _pictures(folder: Path, kind: str) -> str:
     files = sorted(folder.glob(f"{kind}*.png"))
     if len(files) > _MOST_PICTURES:
         files = [files[round(i * (len(files) - 1) / (_MOST_PICTURES - 1))] for i in range(_MOST_PICTURES)]
-    figures = []
-    for file in files:
-        number = file.stem.removeprefix(kind).strip("-_")
-        caption = f"{kind}, step {int(number):,}" if number.isdigit() else file.stem.replace("-", " ").replace("_", " ")
-        data = base64.b64encode(file.read_bytes()).decode("ascii")
-        figures.append(
-            f'<figure><img alt="{escape(caption, quote=True)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
-    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
+    figures = "".join(_figure(file, kind) for file in files)
+    return f'<div class="figures">{figures}</div>' if figures else ""
+
+
+def _figure(file: Path, kind: str) -> str:
+    """A picture inside the page; only its name if it is very large or cannot be read."""
+    step = file.stem.removeprefix(kind).strip("-_")
+    caption = f"{kind}, step {int(step):,}" if step.isdecimal() else file.stem.replace("-", " ").replace("_", " ")
+    try:
+        large = file.stat().st_size > _MOST_PICTURE_BYTES
+        data = "" if large else base64.b64encode(file.read_bytes()).decode("ascii")
+        why = f"too large for this page: {file.name}" if large else ""
+    except OSError as error:
+        data, why = "", f"cannot be read: {error.strerror}"
+    image = f'<img alt="{escape(caption, quote=True)}" src="data:image/png;base64,{data}">' if data else ""
+    text = f"{caption} ({why})" if why else caption
+    return f"<figure>{image}<figcaption>{escape(text)}</figcaption></figure>"
 
 
 def _metric_card(
-    lines: list[dict], name: str, title: str, write: Callable | None = None, from_zero: bool = False
+    lines: LogSummary, name: str, title: str, write: Callable[[float], str] | None = None, from_zero: bool = False
 ) -> str:
-    series = _values(lines, name)
-    return _card(title, line_chart([series], lines[-1]["total"], write, from_zero=from_zero), series, write)
+    series = _series(lines, name)
+    chart = line_chart({name: series}, number(lines.last.get("total")), write, from_zero=from_zero)
+    return _card(title, chart, series, write)
 
 
-def _card(title: str, content: str, series: Series | None = None, write: Callable | None = None) -> str:
-    last = f"<b>{(write or short)(series.values[-1])}</b>" if series and series.values else ""
+def _card(title: str, content: str, series: Series | None = None, write: Callable[[float], str] | None = None) -> str:
+    last = f"<b>{(write or short)(series.last[1])}</b>" if series and series.last else ""
     return f'<div class="card"><h3>{escape(title)}{last}</h3>{content}</div>'
 
 
@@ -255,10 +294,9 @@ def _grid(cards: Iterable[str]) -> str:
     return f'<div class="charts">{joined}</div>' if joined else ""
 
 
-def _values(lines: list[dict], name: str, title: str | None = None) -> Series:
+def _series(lines: LogSummary, name: str) -> Series:
     """A number over the steps at which it is known."""
-    known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    return Series(title or name, [step for step, _ in known], [value for _, value in known])
+    return lines.series.get(name) or Series()
 
 
 def _table(rows: Iterable[tuple[str, object]], origin: str | None) -> str:
@@ -281,9 +319,10 @@ def _flat(values: object, prefix: str = "") -> list[tuple[str, object]]:
     return [row for name, value in items for row in _flat(value, f"{prefix}.{name}" if prefix else str(name))]
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else short(value)
+def _number(value: object) -> str:
+    known = number(value)
+    return "not finite" if known is None else short(known)
 
 
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds))) if seconds < 1e9 else f"{short(seconds)} s"

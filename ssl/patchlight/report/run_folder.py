@@ -1,11 +1,9 @@
-"""The files of a run's folder that people and the report read: their names, and JSON lines."""
+"""The files of a run's folder that people and the report read: their names, and how whole files are written and read."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 RUN_FILE, ENVIRONMENT_FILE = "run.json", "environment.json"
@@ -14,37 +12,29 @@ EPOCHS_FILE = "log.txt"  # a line per epoch, as DINO writes it
 REPORT_FILE, PICTURES_FOLDER, EVALUATION_FOLDER = "report.html", "plots", "evaluation"
 
 
-def append_line(path: Path, record: Mapping) -> None:
-    """Adds one JSON object as a line; numbers that JSON does not have become null."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean) + "\n")
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines; none if there is no file. A last line cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def rewind(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
-    """Removes the lines for which `keep` is false, and returns the others."""
-    kept = [line for line in read_lines(path) if keep(line)]
-    if path.exists():
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept
-
-
 def read_json(path: Path) -> dict:
-    """The object in a file, empty if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """The object in a file, empty if there is no file; a ValueError if it holds anything else."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} must hold an object")
+    return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file at once: a reader gets the whole old text or the whole new text."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file at once: a reader gets the whole old content or the whole new content, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

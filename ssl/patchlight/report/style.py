@@ -32,6 +32,8 @@ h3 b { color: var(--ink); font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .line.c0 { stroke: var(--c0); } .line.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); }
 .line.c3 { stroke: var(--c3); }
+.band { stroke: none; fill-opacity: 0.16; } .band.c0 { fill: var(--c0); } .band.c1 { fill: var(--c1); }
+.band.c2 { fill: var(--c2); } .band.c3 { fill: var(--c3); }
 .dot.c0, i.c0 { fill: var(--c0); background: var(--c0); } .dot.c1, i.c1 { fill: var(--c1); background: var(--c1); }
 .dot.c2, i.c2 { fill: var(--c2); background: var(--c2); } .dot.c3, i.c3 { fill: var(--c3); background: var(--c3); }
 .cursor { stroke: var(--soft); visibility: hidden; }
