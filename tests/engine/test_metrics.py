@@ -3,18 +3,22 @@
 import io
 import json
 import math
+import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from engine.tiny_run import DINO, IBOT, on_processes, tiny_run
+from engine.tiny_run import DINO, IBOT, NoiseLoader, on_processes, tiny_run
 from rich.console import Console
 
+from patchlight.data.procedural import ProceduralSource
 from patchlight.engine import metrics as metrics_module
-from patchlight.engine.assembly import build_metrics, build_objectives
+from patchlight.engine.assembly import build_metrics, build_objectives, build_trainer
 from patchlight.engine.cost import Cost, backbone_flops, flops_per_image
 from patchlight.engine.metrics import Metrics
 from patchlight.engine.parallel import Mesh, processes
+from patchlight.engine.probe import TeacherProbe
 from patchlight.engine.sentinels import Diagnosis
 from patchlight.records import Clock
 from patchlight.report.console import Display
@@ -134,6 +138,104 @@ def test_short_epochs_between_two_lines_are_written(tmp_path):
     assert [(r["epoch"], r["train_loss"]) for r in records] == [(0, 2.0), (1, 2.0), (2, 2.0)]
 
 
+def test_an_epoch_without_a_finite_value_says_null(tmp_path):
+    metrics = Metrics(ALONE, Journal(tmp_path))
+    for step, loss in ((5, 2.0), (10, float("nan")), (15, float("nan")), (20, float("inf")), (30, 4.0)):
+        add(metrics, *[loss] * (10 if step == 30 else 5), **{"dino/cls": 1.0})
+        metrics.log(clock(step), {"lr": 0.5})
+    records = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [record["train_loss"] for record in records] == [2.0, None, 4.0]
+    assert [record["train_dino/cls"] for record in records] == [1.0, 1.0, 1.0]
+    assert [(record["epoch"], record["steps"]) for record in records] == [(0, 10), (1, 10), (2, 10)]
+
+
+class BadStretch(NoiseLoader):
+    """Pixels that are not finite in some steps."""
+
+    steps = range(0)
+
+    def __next__(self):
+        views = super().__next__()
+        if self.samples // self.batch in self.steps:
+            views.global_crops.pixels[:] = float("nan")
+        return views
+
+
+def trainer_of(run, bad: range):
+    trainer = build_trainer(run, None, BadStretch(run))
+    trainer.loader.steps = bad
+    trainer.probe = TeacherProbe(run, ProceduralSource(40, size=16), trainer.mesh)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("log_every", "bad", "null"),
+    [(5, range(6, 11), [1]), (1, range(10, 11), []), (1, range(1, 6), [0])],
+    ids=["a window without a finite value", "the last step of an epoch", "the first epoch"],
+)
+def test_a_run_passes_an_epoch_whose_last_window_has_no_finite_value(tmp_path, capsys, log_every, bad, null):
+    """It saves, and resumes."""
+    output = {"folder": str(tmp_path), "save_every": 5, "log_every": log_every, "keep": 9}
+    optim = {"base_lr": 1e-3 * 32, "warmup_epochs": 1, "most_refused": 9}
+    run = tiny_run(tmp_path, output=output, optim=optim)
+    trainer_of(run, bad).fit()
+    before = {name: (tmp_path / name).read_bytes() for name in ("log.txt", "knn.jsonl", "diagnoses.jsonl")}
+    assert [r["epoch"] for r in read_lines(tmp_path / "log.txt", "epoch") if r["train_loss"] is None] == null
+    for step in (15, 20):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-{step:08d}")
+    resumed = trainer_of(replace(run, output=replace(run.output, resume=True)), bad)
+    resumed.fit()
+    assert "resumed at step" in capsys.readouterr().out
+    assert resumed.clock.step == 20
+    assert [line["step"] for line in lines(tmp_path)] == list(range(log_every, 21, log_every))
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert "not finite" in (tmp_path / "report.html").read_text(), "a gap"
+
+
+def test_lines_of_epochs_are_those_of_a_run_that_was_never_interrupted(tmp_path):
+    """Resumed within an epoch, after an epoch whose line the crash took, and behind a damaged line."""
+
+    def log(folder, steps) -> None:
+        metrics = Metrics(ALONE, Journal(folder, tensorboard=False))
+        for step in steps:
+            add(metrics, *[float(step)] * 5)
+            metrics.log(clock(step), {})
+        metrics.close()
+
+    log(tmp_path / "whole", range(5, 41, 5))
+    whole = (tmp_path / "whole" / "log.txt").read_text()
+    log(tmp_path / "cut", range(5, 21, 5))
+    path = tmp_path / "cut" / "log.txt"
+    path.write_text(path.read_text().splitlines(keepends=True)[0] + '{"train_lo')
+    log(tmp_path / "cut", range(20, 26, 5))  # from a checkpoint of step 15
+    log(tmp_path / "cut", range(30, 41, 5))
+    assert path.read_text() == whole
+    assert (tmp_path / "cut" / "log.txt.damaged").read_text() == '{"train_lo\n'
+
+
+def test_a_lost_file_does_not_invent_lines_of_epochs(tmp_path):
+    for steps in (range(5, 21, 5), range(25, 41, 5)):
+        metrics = Metrics(ALONE, Journal(tmp_path))
+        for step in steps:
+            add(metrics, *[1.0] * 5)
+            metrics.log(clock(step), {})
+        (tmp_path / "metrics.jsonl").unlink()
+    assert [record["epoch"] for record in read_lines(tmp_path / "log.txt", "epoch")] == [0, 1, 2, 3]
+
+
+def test_a_start_from_nothing_in_an_old_folder_doubles_no_lines(tmp_path):
+    """As after a crash before the first checkpoint."""
+    for _ in range(2):
+        metrics = Metrics(ALONE, Journal(tmp_path))
+        for step in (5, 10):
+            add(metrics, *[1.0] * 5)
+            metrics.log(clock(step), {})
+            metrics.diagnose(clock(step), Diagnosis("uniform collapse", "Lower the temperature."))
+    for name, key in (("metrics.jsonl", "step"), ("diagnoses.jsonl", "step"), ("log.txt", "epoch")):
+        found = [line[key] for line in read_lines(tmp_path / name, key)]
+        assert found == ([0] if key == "epoch" else [5, 10])
+
+
 def test_a_resumed_run_removes_the_lines_of_later_steps(tmp_path):
     first = Metrics(ALONE, Journal(tmp_path))
     for step in (5, 10, 15, 20):
@@ -232,6 +334,17 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         metrics.close()
         events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(40, 2.0)]
+
+
+def test_tensorboard_leaves_out_what_a_resumed_run_wrote_of_later_steps(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in ((10, 20, 30), (20,)):
+        metrics = Metrics(ALONE, Journal(tmp_path, tensorboard=True))
+        for step in steps:
+            add(metrics, *[float(step + len(steps))] * 10)
+            metrics.log(clock(step), {})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 13.0), (20, 21.0)]
 
 
 def test_build_metrics_follows_the_run(tmp_path):

@@ -113,9 +113,10 @@ def test_a_kill_in_the_middle_loses_nothing(tmp_path, monkeypatch, call):
             raise Killed
         fsync(descriptor)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(log_file.os, "fsync", kill)
+    monkeypatch.setattr(log_file.os, "fsync", kill)
+    with pytest.raises(Killed):
         rewound(path, 4)
+    monkeypatch.undo()
     assert path.read_bytes() == whole
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"\xff\xff\n"
     assert len(rewound(path, 4)[0]) == 4

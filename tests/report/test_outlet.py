@@ -61,7 +61,7 @@ def test_the_end_tells_what_is_lost():
     disk.error = ValueError("no reason")
     place.put(1)
     place.close()
-    assert said[-1] == "1 entries of x.jsonl are lost: they could not be written."
+    assert said[-1] == "x.jsonl could not be written until the end: one entry is lost."
     disk.error = None
     place.close()
     assert disk.entries == [1]

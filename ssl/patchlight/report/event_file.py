@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import socket
 import time
@@ -11,13 +12,15 @@ from pathlib import Path
 
 from .log_file import append
 
+_numbers = itertools.count()  # so that no two files of a process have the same name
+
 
 class EventFile:
     """A file of TensorBoard's events that is written like every other file of a run, without a thread that may die."""
 
     def __init__(self, folder: Path, start: int) -> None:
         """start: the step at which this process began; TensorBoard leaves out what earlier ones wrote of later steps."""
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self.path, self.start = folder / name, start
 
     def write(self, records: list[tuple[float, Mapping[str, float]]]) -> None:

@@ -63,5 +63,6 @@ class Outlet(Generic[T]):
     def close(self) -> None:
         """The last attempt."""
         self.flush()
-        if self.waiting or self.dropped:
-            self.say(f"{len(self.waiting) + self.dropped} entries of {self.name} are lost: they could not be written.")
+        if lost := len(self.waiting) + self.dropped:
+            entries = "one entry is" if lost == 1 else f"{lost} entries are"
+            self.say(f"{self.name} could not be written until the end: {entries} lost.")

@@ -38,6 +38,7 @@ class PageWriter:
         if self.thread is not None:
             self.thread.join()
         self._attempt()
+        self.outlet.close()
 
     def _attempt(self) -> None:
         began = time.perf_counter()
