@@ -11,8 +11,8 @@ from .rows import Row
 
 
 def wide_console() -> Console:
-    """Wide enough for every table, also where the output is a pipe."""
-    return Console(width=max(120, Console().width))
+    """Wide enough for every table, also where the output is a pipe; shows texts of errors as they are."""
+    return Console(width=max(120, Console().width), markup=False, emoji=False)
 
 
 def print_op_rows(rows: Sequence[Row]) -> None:

@@ -23,7 +23,7 @@ from patchlight.engine.sentinels import Diagnosis
 from patchlight.records import Clock
 from patchlight.report.console import Display
 from patchlight.report.journal import Journal
-from patchlight.report.log_file import append_line, read_lines
+from patchlight.report.log_file import append, read_lines, to_bytes
 from patchlight.run import Model, Parallel
 
 ALONE = Mesh(torch.device("cpu"))
@@ -254,7 +254,7 @@ def test_a_resumed_run_removes_the_lines_of_later_steps(tmp_path):
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
-    append_line(tmp_path / "metrics.jsonl", {"step": 5, "steps": 5, "seconds": 1.0, "loss": 1.0})
+    append(tmp_path / "metrics.jsonl", to_bytes({"step": 5, "steps": 5, "seconds": 1.0, "loss": 1.0}))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "los')
     assert len(lines(tmp_path)) == 1

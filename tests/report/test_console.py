@@ -7,6 +7,7 @@ from engine.tiny_run import tiny_run
 from rich.console import Console
 
 from patchlight.engine.settings_table import settings_table
+from patchlight.evaluation.results import Result, print_result
 from patchlight.records import Clock
 from patchlight.report import console as console_module
 from patchlight.report.console import Display, print_sentence, table_of_names, warn
@@ -30,9 +31,10 @@ def test_names_are_shown_as_they_are(tmp_path, name):
     console.print(table_of_names(f"title {name}", ("", f"column {name}"), [(name, 1)]))
     run = tiny_run(tmp_path)
     console.print(settings_table(run, Clock(0, 1, 0, 1), 1, 8, {"step": (name, f"why: {name}")}))
+    print_result(Result("knn", name, "checkpoint", {}, {}, {"k10": 0.5}), console)
     printed = console.file.getvalue()
     for words in (f"with {name}\n", f"{name}/term: 3.0000", f"step 1: {name}\n", f"title {name}", f"column {name}",
-                  f"why: {name}"):  # fmt: skip
+                  f"why: {name}", f"knn on {name}"):  # fmt: skip
         assert words in printed, (words, printed)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from patchlight.report import log_file
-from patchlight.report.log_file import LogFile, append_line, read_lines
+from patchlight.report.log_file import LogFile, append, read_lines, to_bytes
 from patchlight.report.run_folder import DIAGNOSES_FILE, EPOCHS_FILE, KNN_FILE, METRICS_FILE
 
 FILES = {METRICS_FILE: "step", KNN_FILE: "step", DIAGNOSES_FILE: "step", EPOCHS_FILE: "epoch"}
@@ -26,7 +26,7 @@ damage = pytest.mark.parametrize("bad", DAMAGE.values(), ids=DAMAGE)
 
 def written(path: Path, count: int = 3) -> bytes:
     for number in range(1, count + 1):
-        append_line(path, {"step": number, "epoch": number, "loss": 1 / number})
+        append(path, to_bytes({"step": number, "epoch": number, "loss": 1 / number}))
     return path.read_bytes()
 
 

@@ -12,10 +12,14 @@ from PIL import Image
 from patchlight.report import page, run_summary
 from patchlight.report.charts import line_chart, nice_ticks, percent, short
 from patchlight.report.environment import describe_environment
-from patchlight.report.log_file import append_line
+from patchlight.report.log_file import append, to_bytes
 from patchlight.report.page import write_report
 from patchlight.report.run_summary import RunSummary
 from patchlight.report.series import MOST_POINTS, Series
+
+
+def append_line(path, record) -> None:
+    append(path, to_bytes(record))
 
 
 def build_report(folder) -> str:

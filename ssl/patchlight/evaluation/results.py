@@ -103,7 +103,7 @@ def print_result(result: Result, console: Console | None = None) -> None:
 
 
 def _table(result: Result, names: list[str], rows: list[PaperNumbers]) -> Table:
-    table = Table(title=f"{result.task} on {result.data}")
+    table = Table(title=Text(f"{result.task} on {result.data}", style="table.title"))
     for column in ("", *names):
         table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
     table.add_row("[bold]measured[/bold]", *(f"[bold]{100 * result.metrics[name]:.2f}[/bold]" for name in names))

@@ -44,13 +44,8 @@ def read_lines(path: Path, key: str = "step") -> list[dict]:
     return [line for line in found if line is not None]
 
 
-def append_line(path: Path, record: Mapping) -> None:
-    """Adds one JSON object as a line; numbers that JSON does not have become null."""
-    append(path, to_bytes(record))
-
-
 def to_bytes(record: Mapping) -> bytes:
-    """A record as a line."""
+    """A record as a line; numbers that JSON does not have become null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(clean).encode() + b"\n"
 
