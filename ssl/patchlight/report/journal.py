@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 
 from ..records import Clock
@@ -50,6 +51,7 @@ class Journal:
         self.diagnoses.rewind(lambda line: line["step"] <= start)
         per_epoch = clock.steps_per_epoch
         self.epochs.rewind(lambda line: (line["epoch"] + 1) * per_epoch <= start, lambda line: known.add(line["epoch"]))
+        self.means.go_to(next(epoch for epoch in count() if epoch not in known))
         self.metrics.rewind(lambda line: line["step"] <= start, visit)
         for mean in missing:
             self.epochs.add(mean)
