@@ -192,6 +192,38 @@ def test_a_run_passes_an_epoch_whose_last_window_has_no_finite_value(tmp_path, c
     assert "not finite" in (tmp_path / "report.html").read_text(), "a gap"
 
 
+def test_a_run_comes_to_its_end_without_its_log_files(tmp_path, capsys):
+    """And the next one uses their places as soon as it can."""
+    names = ("metrics.jsonl", "log.txt", "knn.jsonl", "report.html", "plots")
+    for name in names[:-1]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "plots").write_text("a file, where a folder should be")
+    run = tiny_run(tmp_path)
+    trainer_of(run, range(0)).fit()
+    printed = capsys.readouterr().out
+    for name in names:
+        assert printed.count(f"A run must be able to write {name}, got ") == 1, name
+    for name in names[:2]:
+        assert f"{name} could not be written until the end" in printed, "what is lost is said"
+    for name in names[:3]:
+        (tmp_path / name).rmdir()
+    run = replace(run, schedule=replace(run.schedule, epochs=5), output=replace(run.output, resume=True))
+    with pytest.warns(UserWarning, match="epochs was 4 and is 5"):
+        trainer_of(run, range(0)).fit()
+    assert [line["step"] for line in lines(tmp_path)] == [25]
+    assert [line["epoch"] for line in read_lines(tmp_path / "log.txt", "epoch")] == [4]
+    assert [line["step"] for line in read_lines(tmp_path / "knn.jsonl")] == [25]
+
+
+def test_an_epochs_line_does_not_read_earlier_lines_again(tmp_path):
+    metrics = Metrics(ALONE, Journal(tmp_path))
+    for step in (5, 10):
+        add(metrics, *[float(step)] * 5)
+        metrics.log(clock(step), {})
+        (tmp_path / "metrics.jsonl").write_text("")
+    assert read_lines(tmp_path / "log.txt", "epoch")[0]["train_loss"] == 7.5
+
+
 def test_lines_of_epochs_are_those_of_a_run_that_was_never_interrupted(tmp_path):
     """Resumed within an epoch, after an epoch whose line the crash took, and behind a damaged line."""
 

@@ -29,7 +29,7 @@ class Journal:
         self.tensorboard = found if tensorboard is None else tensorboard
         self.metrics, self.diagnoses = (LogFile(self.folder / n, self._say) for n in (METRICS_FILE, DIAGNOSES_FILE))
         self.epochs = LogFile(self.folder / EPOCHS_FILE, self._say, key="epoch")
-        self.outlets: list[Outlet] = [log.outlet for log in (self.metrics, self.diagnoses, self.epochs)]
+        self.environment: Outlet[None] = Outlet(ENVIRONMENT_FILE, lambda _: write_environment(self.folder), self._say)
         self.events: Outlet[tuple[float, Mapping[str, float]]] | None = None
         self.page = PageWriter(self.folder, self._say)
         self.opened = False
@@ -56,17 +56,15 @@ class Journal:
         for mean in missing:
             self.epochs.add(mean)
         self.means.go_to(start // per_epoch)
-        environment: Outlet[None] = Outlet(ENVIRONMENT_FILE, lambda _: write_environment(self.folder), self._say)
-        self.outlets.append(environment)
-        environment.put(None)
+        self.environment.put(None)
         if self.tensorboard:
-            self.events = Outlet("tensorboard", EventFile(self.folder / "tensorboard", start).write, self._say)
-            self.outlets.append(self.events)
+            write = EventFile(self.folder / "tensorboard", start).write
+            self.events = Outlet("tensorboard", write, self._say, most=1000)  # each attempt encodes all of them
         return seconds
 
     def write(self, clock: Clock, record: Mapping[str, float]) -> None:
         """Writes a log line."""
-        for outlet in self.outlets:
+        for outlet in (self.environment, self.epochs.outlet, self.diagnoses.outlet):  # they seldom have something new
             outlet.flush()
         self.metrics.add(record)
         for mean in self.means.add(record):
@@ -86,8 +84,9 @@ class Journal:
         """Ends the display, writes what could not be written before, and the page once more, if there was a log line."""
         if self.display:
             self.display.close()
-        for outlet in self.outlets:
-            outlet.close()
+        for outlet in (self.environment, self.metrics.outlet, self.epochs.outlet, self.diagnoses.outlet, self.events):
+            if outlet:
+                outlet.close()
         if self.opened:
             self.page.close()
 

@@ -152,7 +152,7 @@ class Changes:
                 file.truncate(first)
                 os.fsync(file.fileno())
             return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.new")
         try:
             with path.open("rb") as old, temporary.open("wb") as new:
                 for start, end, replacement in self.edits:
