@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from patchlight.data.loaders import build_loader, dali_is_there
 from patchlight.data.policy import CropSpec, selfpatch_policy
 from patchlight.data.sources import ImageFolder
-from patchlight.data.stored import Source, as_ppm
+from patchlight.data.stored import MOST_PIXELS, Source, as_ppm
 
 from .console import wide_console
 from .rows import PROVENANCE, Row, provenance, write_rows
@@ -212,6 +212,7 @@ class InMemory:
 
     classes: tuple[str, ...] = ()
     labels: np.ndarray | None = None
+    most_pixels = MOST_PIXELS
 
     def __init__(self, source: Source) -> None:
         self.images = [source.read(index) for index in range(len(source))]
@@ -228,6 +229,9 @@ class InMemory:
 
     def read(self, index: int) -> np.ndarray:
         return self.images[index]
+
+    def files(self) -> tuple[()]:
+        return ()
 
 
 def pil_transform(spec: CropSpec) -> Callable[[Image.Image], torch.Tensor]:

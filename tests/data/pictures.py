@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from patchlight.data.stored import as_ppm
+from patchlight.data.stored import MOST_PIXELS, as_ppm
 
 
 class Pictures:
     """`count` smooth pictures whose sizes differ; those in `bad` cannot be read."""
 
-    classes, labels, fingerprint = (), None, "pictures"
+    classes, labels, fingerprint, most_pixels = (), None, "pictures", MOST_PIXELS
 
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.images = [picture(number) for number in range(count)]
@@ -24,6 +24,9 @@ class Pictures:
 
     def name(self, index: int) -> str:
         return f"picture {index}"
+
+    def files(self) -> tuple:
+        return ()
 
     def encoded(self, index: int) -> bytes:
         return as_ppm(self.read(index))

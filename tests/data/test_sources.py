@@ -1,10 +1,17 @@
 """Folders and lists of images: order, labels, odd files."""
 
+import io
+import os
+import struct
+import warnings
+import zlib
+
 import numpy as np
 import pytest
 from data.pictures import picture, write_pictures
 from PIL import Image
 
+from patchlight.data import stored
 from patchlight.data.sources import FileList, ImageFolder, open_source
 from patchlight.data.stored import decode
 
@@ -97,3 +104,52 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     image = decode((tmp_path / "deep.png").read_bytes())
     assert np.array_equal(image[:, :, 0], values >> 8)
     assert (image == image[:, :, :1]).all()
+
+
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path):
+    """The pixels of these images are missing: they were not looked for."""
+    for name, size in {"a.png": (9000, 9000), "b.png": (15_000, 15_000), "c.png": (50, 50)}.items():
+        chunks = (b"IHDR", struct.pack(">II5B", *size, 8, 2, 0, 0, 0)), (b"IDAT", b"")
+        parts = (struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = open_source(tmp_path)
+        with pytest.raises(ValueError, match="9000 x 9000 pixels; 1 to 67108864 are read"):
+            source.read(0)
+        with pytest.raises(ValueError, match="more than 67108864 pixels, the most that are read"):
+            source.read(1)
+        with pytest.raises(ValueError, match="50 x 50 pixels; 1 to 2499 are read"):
+            open_source(tmp_path, most_pixels=2499).read(2)
+        Image.new("RGB", (50, 50)).save(tmp_path / "c.png")
+        assert open_source(tmp_path, most_pixels=2500).read(2).shape == (50, 50, 3)
+
+
+def test_a_large_image_is_converted_in_parts_to_the_same_pixels(monkeypatch):
+    monkeypatch.setattr(stored, "_STRIP", 1000)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (123, 77, 3), dtype=np.uint8))
+    for mode in ("RGB", "L", "LA", "RGBA", "P", "PA", "CMYK", "YCbCr", "1"):
+        data = io.BytesIO()
+        changed = image.convert("P").convert("PA") if mode == "PA" else image.convert(mode)
+        changed.save(data, "TIFF" if mode in ("CMYK", "YCbCr", "PA") else "PNG")
+        with Image.open(io.BytesIO(data.getvalue())) as whole:
+            assert np.array_equal(decode(data.getvalue()), np.array(whole.convert("RGB"))), mode
+
+
+def test_what_is_no_file_of_an_image_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with open(tmp_path / "vast.png", "wb") as file:
+        file.truncate(2**40)
+    source = ImageFolder(tmp_path)
+    reasons = {
+        "pipe": "no regular file",
+        "endless": "no regular file",
+        "script": "no image",
+        "vast": "1099511627776 bytes",
+    }
+    for index, name in enumerate(source.names):
+        with pytest.raises((OSError, ValueError), match=reasons[name.removesuffix(".png")]):
+            source.read(index)

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..checks import sentence
+from .lists import write_rows
 from .reading import REPORT_FILE, describe_error
 from .shards import INDEX_SUFFIX, TarShards
 from .sources import open_source
-from .stored import Source, StoredImages
+from .stored import MOST_PIXELS, Source, StoredImages
 
 _PER_TASK = 64  # images that a thread gets at a time
 
@@ -56,8 +57,8 @@ def check_images(source: StoredImages, out: Path, workers: int) -> CheckResult:
     out.mkdir(parents=True, exist_ok=True)
     clean = out / f"clean{INDEX_SUFFIX if isinstance(source, TarShards) else '.txt'}"
     report, bad_indices = out / REPORT_FILE, {b.index for b in bad}
-    _write(clean, [source.line(index) for index in range(len(source)) if index not in bad_indices])
-    _write(report, [f"{source.name(b.index)}\t{b.reason}" for b in bad])
+    write_rows(clean, (source.row(index) for index in range(len(source)) if index not in bad_indices))
+    write_rows(report, ((source.name(b.index), b.reason) for b in bad))
     return CheckResult(len(source), tuple(bad), clean, report)
 
 
@@ -80,15 +81,12 @@ def _read_error(source: Source, index: int) -> BadImage | None:
     return None
 
 
-def _write(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
-
-
 def check_data(
     path: Annotated[Path, tyro.conf.Positional],
     out: Path = Path("data_check"),
     workers: int = os.cpu_count() or 1,
     most_bad: float = 0.01,
+    most_pixels: int = MOST_PIXELS,
 ) -> None:
     """Reads every image once; writes a list of the good images and a report with each bad image and the reason.
 
@@ -99,8 +97,9 @@ def check_data(
         out: folder for clean.txt (clean.index for shards), which Data.path takes, and bad_files.tsv.
         workers: threads.
         most_bad: share of bad images that is accepted.
+        most_pixels: an image of more pixels is bad, as in a run whose Data.most_pixels is this.
     """
-    result = check_images(open_source(path), out, workers)
+    result = check_images(open_source(path, most_pixels), out, workers)
     print(f"{len(result.bad)} of {result.images} images are bad; report: {result.report}; clean: {result.clean}")
     if result.bad_share > most_bad:
         rule = f"check_data: at most {most_bad:.2%} of the images may be bad"

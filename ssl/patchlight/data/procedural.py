@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check, sentence
 from .random_numbers import PROCEDURAL, random_uniform
-from .stored import as_ppm
+from .stored import MOST_PIXELS, as_ppm
 
 CLASSES = (
     "disk",
@@ -43,6 +43,7 @@ class ProceduralSource:
     """`count` images of size x size, drawn at construction (about a thousand per second) and kept as uint8."""
 
     classes: tuple[str, ...] = CLASSES
+    most_pixels = MOST_PIXELS
 
     def __init__(self, count: int = 4096, size: int = 96, seed: int = 0):
         check(
@@ -70,6 +71,9 @@ class ProceduralSource:
 
     def read(self, index: int) -> np.ndarray:
         return self.images[index]
+
+    def files(self) -> tuple[()]:
+        return ()
 
     def masks(self, indices: np.ndarray) -> np.ndarray:
         """The objects' masks of some images: [B, size, size] bool."""

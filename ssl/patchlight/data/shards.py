@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import os
 import tarfile
 import warnings
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..checks import check, sentence
+from .lists import read_rows
 from .stored import EXTENSIONS, StoredImages
 
 INDEX_SUFFIX = ".index"
 
 _SCANNERS = 8  # shards scanned at a time
+_MOST_HEADER = 2**20  # bytes that a header is read for, whatever it says itself
+_MOST_CLASS = 4096  # bytes of a class name
+_MOST_NAMED = 3  # damaged parts of a shard that a warning names
+_DIGITS = 18  # of a number in an index: it fits 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,9 @@ class TarShards(StoredImages):
             raise FileNotFoundError(sentence("TarShards: at least one image is needed", f"none in {path}", remedy))
         folder = path if path.is_dir() else path.parent
         class_names = [m.class_name for m in members if m.class_name]
+        if 0 < len(class_names) < len(members):
+            without = len(members) - len(class_names)
+            warnings.warn(f"TarShards: no classes are used, as {without} of {len(members)} images in {path} have none")
         names = [f"{Path(m.shard).name}/{m.name}" for m in members]
         super().__init__(names, class_names if len(class_names) == len(members) else None)
         self.shards = sorted({m.shard for m in members})
@@ -58,17 +69,15 @@ class TarShards(StoredImages):
 
     def encoded(self, index: int) -> bytes:
         shard, offset, size = self._place[index].tolist()
-        with open(self._paths[shard], "rb", buffering=0) as file:
-            file.seek(offset)
-            data = file.read(size)
-        if len(data) < size:
-            raise OSError(f"the shard ends early: {len(data)} of {size} bytes")
-        return data
+        return self.read_bytes(self._paths[shard], offset, size)
 
-    def line(self, index: int) -> str:
+    def files(self) -> list[Path]:
+        return self._paths
+
+    def row(self, index: int) -> list[str]:
         shard, offset, size = self._place[index].tolist()
         fields = [str(self._paths[shard].absolute()), str(offset), str(size), self.names[index].split("/", 1)[1]]
-        return "\t".join(fields + ([self.class_names[index]] if self.class_names else []))
+        return fields + ([self.class_names[index]] if self.class_names else [])
 
 
 def _shards_at(path: Path) -> list[Path]:
@@ -80,43 +89,162 @@ def _shards_at(path: Path) -> list[Path]:
 
 
 def _scan_all(shards: list[Path]) -> list[Member]:
+    members: list[Member] = []
     with ThreadPoolExecutor(_SCANNERS) as pool:
-        return [member for members in pool.map(_scan, shards) for member in members]
+        for shard, scan in zip(shards, pool.map(_scan, shards), strict=True):
+            members += scan.members
+            if scan.damage:
+                named = "; ".join(scan.damage[:_MOST_NAMED])
+                rest = len(scan.damage) - _MOST_NAMED
+                warnings.warn(
+                    f"TarShards: {shard} is damaged: {named}{f'; and {rest} more' if rest > 0 else ''};"
+                    f" {len(scan.members)} images of it are used"
+                )
+    return members
 
 
-def _scan(path: Path) -> list[Member]:
-    """The images of one shard. What follows a damaged header is left out with a warning."""
+@dataclass(slots=True)
+class _Scan:
+    """What was found in a shard."""
+
+    members: list[Member] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)  # what cannot be used, and why
+
+
+def _scan(path: Path) -> _Scan:
+    """The images of one shard. A sample whose class cannot be read is left out."""
+    scan = _Scan()
     images: dict[str, tarfile.TarInfo] = {}
     class_names: dict[str, str] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for entry in tar:
-                folder, _, file = entry.name.rpartition("/")
-                stem, _, ending = file.partition(".")
-                key = f"{folder}/{stem}"
-                if not entry.isreg() or file.startswith("."):
-                    continue
-                if ending == "cls":
-                    content = tar.extractfile(entry)
-                    assert content is not None  # as the entry is a regular file
-                    class_names[key] = content.read().decode().strip()
-                elif f".{ending.lower()}" in EXTENSIONS:
-                    if key in images:
-                        got = f"{images[key].name} and {entry.name} in {path}"
-                        remedy = "give each image a name of its own before the first dot"
-                        raise ValueError(sentence("TarShards: a sample must have one image", got, remedy))
+    without_class: set[str] = set()
+    with _Headers(path) as file:
+        for entry in _entries(file, scan.damage):
+            folder, _, name = entry.name.rpartition("/")
+            stem, _, ending = name.partition(".")
+            key, is_image = f"{folder}/{stem}", f".{ending.lower()}" in EXTENSIONS
+            if not entry.isreg() or name.startswith(".") or not (is_image or ending == "cls"):
+                continue
+            try:
+                _check_place(entry, file.length)
+                if is_image:
+                    _check_alone(entry, images.get(key), path)
                     images[key] = entry
-    except tarfile.TarError as error:
-        warnings.warn(f"TarShards: {path} is damaged ({error}); what follows its {len(images)} readable images is lost")
-    return [Member(path.name, e.offset_data, e.size, e.name, class_names.get(key)) for key, e in images.items()]
+                else:
+                    class_names[key] = _class_name(entry, file)
+            except OSError as error:
+                scan.damage.append(f"{entry.name!r} {error}")
+                if not is_image:
+                    without_class.add(key)
+    for key, image in images.items():
+        if key not in without_class:
+            place = path.name, image.offset_data, image.size, image.name
+            scan.members.append(Member(*place, class_names.get(key)))
+    return scan
+
+
+def _check_place(entry: tarfile.TarInfo, length: int) -> None:
+    if entry.issparse():
+        raise OSError("is stored with holes, which is not read")
+    if (rest := length - entry.offset_data) < entry.size:
+        raise OSError(f"says that it has {entry.size} bytes, where {max(0, rest)} are left")
+
+
+def _check_alone(entry: tarfile.TarInfo, other: tarfile.TarInfo | None, path: Path) -> None:
+    if other is not None:
+        remedy = "give each image a name of its own before the first dot"
+        got = f"{other.name} and {entry.name} in {path}"
+        raise ValueError(sentence("TarShards: a sample must have one image", got, remedy))
+
+
+def _class_name(entry: tarfile.TarInfo, file: _Headers) -> str:
+    if entry.size > _MOST_CLASS:
+        raise OSError(f"has {entry.size} bytes, too many for a class")
+    content = os.pread(file.fileno(), entry.size, entry.offset_data)
+    try:
+        return content.decode().strip()
+    except UnicodeDecodeError:
+        raise OSError("is no UTF-8, so that the class is unknown") from None
+
+
+class _Headers(io.FileIO):
+    """A shard as tarfile reads its headers: a header that asks for more than the largest sensible one gets less."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.length = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(_MOST_HEADER if size is None or size < 0 else min(size, _MOST_HEADER))
+
+
+def _entries(file: _Headers, damage: list[str]) -> Iterator[tarfile.TarInfo]:
+    """The members of a shard in order. After damage, reading goes on at the next whole header, if there is one."""
+    start = 0
+    while True:
+        stop = yield from _entries_from(file, start)
+        if not stop.reason:
+            return
+        start = _next_header(file, stop.search_from)
+        goes_on = f"read on at byte {start}" if start >= 0 else "nothing readable follows"
+        damage.append(f"{stop.reason} at byte {stop.position}, {goes_on}")
+        if start < 0:
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """Where the members of a shard end."""
+
+    reason: str  # empty if that is the end of the shard
+    position: int
+    search_from: int  # a header after this may follow: the size of the last member may be wrong
+
+
+def _entries_from(file: _Headers, start: int) -> Generator[tarfile.TarInfo, None, _Stop]:
+    """The members from a header on, up to the end or to damage."""
+    position = start
+    search_from = start + tarfile.BLOCKSIZE
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for entry in tar:
+                if entry.size < 0 or tar.offset <= position:
+                    return _Stop("a size below zero", entry.offset, entry.offset + tarfile.BLOCKSIZE)
+                position, search_from = tar.offset, entry.offset_data
+                yield entry
+    except Exception as error:  # tarfile raises exceptions of many types for a damaged header
+        return _Stop(f"a header that cannot be read ({error})", position, search_from)
+    block = os.pread(file.fileno(), tarfile.BLOCKSIZE, position)
+    if block == bytes(tarfile.BLOCKSIZE):
+        return _Stop("", position, position)
+    return _Stop("a damaged header" if block else "no mark of the end, as if it were cut off", position, search_from)
+
+
+def _next_header(file: _Headers, start: int) -> int:
+    """Where the next whole header begins; -1 if there is none."""
+    start += -start % tarfile.BLOCKSIZE
+    for first in range(start, file.length, _MOST_HEADER):
+        part = os.pread(file.fileno(), _MOST_HEADER, first)
+        place = -1
+        while (place := part.find(b"ustar", place + 1)) >= 0:
+            block = part[(begin := place - place % tarfile.BLOCKSIZE) : begin + tarfile.BLOCKSIZE]
+            if place - begin == 257:  # where a header has this word
+                try:
+                    tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+                except (tarfile.HeaderError, ValueError):
+                    continue
+                return first + begin
+    return -1
 
 
 def _read_index(path: Path) -> list[Member]:
     if not path.is_file():
         raise FileNotFoundError(sentence("TarShards: the index must exist", path, "check the path"))
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(path)
     check(
-        len({len(row) for row in rows}) <= 1 and all(len(row) in (4, 5) for row in rows),
+        len({len(row) for row in rows}) <= 1
+        and all(len(row) in (4, 5) for row in rows)
+        and all(number.isdecimal() and len(number) <= _DIGITS for row in rows for number in row[1:3]),
         "TarShards: every line of an index must be shard, offset, size, name and, in all or none, class",
         f"something else in {path}",
         "write it again with python -m patchlight.data.check_data",

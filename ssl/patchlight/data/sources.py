@@ -7,8 +7,9 @@ import warnings
 from pathlib import Path
 
 from ..checks import check, sentence
+from .lists import read_rows
 from .shards import INDEX_SUFFIX, TarShards
-from .stored import EXTENSIONS, StoredImages
+from .stored import EXTENSIONS, MOST_PIXELS, StoredImages
 
 
 class Files(StoredImages):
@@ -22,11 +23,14 @@ class Files(StoredImages):
         return str(self.paths[index])
 
     def encoded(self, index: int) -> bytes:
-        return self.paths[index].read_bytes()
+        return self.read_bytes(self.paths[index])
 
-    def line(self, index: int) -> str:
+    def files(self) -> list[Path]:
+        return self.paths
+
+    def row(self, index: int) -> list[str]:
         path = str(self.paths[index].absolute())
-        return f"{path}\t{self.class_names[index]}" if self.class_names else path
+        return [path, self.class_names[index]] if self.class_names else [path]
 
 
 class ImageFolder(Files):
@@ -48,13 +52,16 @@ class ImageFolder(Files):
 
 
 class FileList(Files):
-    """A text file with one image path per line, relative to it or absolute, and optionally a tab and a class name."""
+    """A text file with one image path per line, relative to it or absolute, and optionally a tab and a class name.
+
+    Unusual names are quoted as `lists` says.
+    """
 
     def __init__(self, path: str | Path):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(sentence("FileList: the list must exist", path, "check the path"))
-        rows = [line.rstrip().split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = read_rows(path)
         check(len(rows) > 0, "FileList: at least one line is needed", f"an empty {path}", "write one path per line")
         check(
             len({len(row) for row in rows}) == 1 and len(rows[0]) <= 2,
@@ -66,12 +73,19 @@ class FileList(Files):
         super().__init__([path.parent / name for name in names], names, [row[1] for row in rows if len(row) == 2])
 
 
-def open_source(path: str | Path) -> StoredImages:
-    """Opens a folder of images, a folder of tar shards, a shard, an index of shards, or a list of files."""
+def open_source(path: str | Path, most_pixels: int = MOST_PIXELS) -> StoredImages:
+    """Opens a folder of images, a folder of tar shards, a shard, an index of shards, or a list of files.
+
+    most_pixels: an image that has more is not read.
+    """
     path = Path(path)
+    source: StoredImages
     if path.suffix in (".tar", INDEX_SUFFIX) or (path.is_dir() and any(path.glob("*.tar"))):
-        return TarShards(path)
-    return ImageFolder(path) if path.is_dir() else FileList(path)
+        source = TarShards(path)
+    else:
+        source = ImageFolder(path) if path.is_dir() else FileList(path)
+    source.most_pixels = most_pixels
+    return source
 
 
 def _image_names(root: Path) -> tuple[list[str], list[str]]:
