@@ -11,6 +11,8 @@ from .data.interface import MOST_BAD
 from .data.loaders import LOADERS
 from .data.masking import MaskRule
 from .data.policy import CropPolicy, dino_policy
+from .data.reading import TIMEOUT
+from .data.stored import MOST_PIXELS, PILLOWS_MOST_PIXELS
 from .objectives import OBJECTIVES, DinoOptions, ObjectiveOptions
 
 
@@ -103,6 +105,10 @@ class Data:
     """How many procedural images there are."""
     most_bad: float = MOST_BAD
     """Share of unreadable images at which a run stops; below it, others replace them and are counted in the log."""
+    most_pixels: int = MOST_PIXELS
+    """An image of more pixels counts as unreadable: it would take too much memory."""
+    timeout: float = TIMEOUT
+    """Seconds in which a worker must begin another image; else it is started anew, or with threads (dali) the run ends."""
 
     def __post_init__(self) -> None:
         check_choice("Data.loader", self.loader, LOADERS)
@@ -114,6 +120,13 @@ class Data:
             'set loader="dali"',
         )
         check(0 <= self.most_bad <= 1, "Data.most_bad must lie in [0, 1]", self.most_bad, "0.05 is usual")
+        check(
+            0 < self.most_pixels <= PILLOWS_MOST_PIXELS,
+            f"Data.most_pixels must lie in 1..{PILLOWS_MOST_PIXELS}, as Pillow opens no larger image",
+            self.most_pixels,
+            f"{MOST_PIXELS} is usual",
+        )
+        check(self.timeout > 0, "Data.timeout must be positive", self.timeout, f"{TIMEOUT:g} is usual")
         check(self.batch_per_rank > 0, "Data.batch_per_rank must be positive", self.batch_per_rank, "use 1 or more")
         check(self.workers >= 0, "Data.workers must not be negative", self.workers, "use 0 or more")
         check(

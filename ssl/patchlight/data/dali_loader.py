@@ -7,13 +7,12 @@ graph is built again and gets the same batch.
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import cast
 
 import numpy as np
@@ -21,15 +20,15 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..checks import sentence
 from ..records import Views
 from .dali_photometric import apply_photometric_in_dali
 from .interface import Loader, Position, host_tensors
 from .policy import CropPolicy, CropTable, sample_crops
-from .reading import Replacement, read_samples
-from .stored import Source, as_ppm, decode
+from .reading import Replacement, read_samples, wait_while_moving
+from .stored import Source, as_ppm, decode, open_image
 
 _PREFETCHED = 2  # batches that DALI processes ahead
 _USUAL_PIXELS = 512 * 512  # of a source image, for the first size of decoding buffers
@@ -47,6 +46,14 @@ class _Inputs:
     replacements: list[Replacement]
 
 
+@dataclass(slots=True)
+class _Progress:
+    """How far a thread has come with a batch."""
+
+    begun: int = 0  # images
+    image: int = -1  # the number of the last one
+
+
 class DaliLoader(Loader):
     """Decodes and cuts with DALI: on a GPU, with its JPEG decoder, if `device` is a GPU, else on the CPU.
 
@@ -60,9 +67,9 @@ class DaliLoader(Loader):
     def __init__(self, source: Source, policy: CropPolicy, batch: int, *rest, photometric: str = "op", **options):
         super().__init__(source, policy, batch, *rest, **options)
         self.photometric = photometric
-        self._pool = ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="patchlight-read")
-        self._to_read: Iterator[Future[_Inputs]] = iter(())
-        self._reading: deque[Future[_Inputs]] = deque()
+        self._pool: ThreadPool | None = None  # its threads do not keep Python from ending, should a read never end
+        self._to_read: Iterator[tuple[AsyncResult[_Inputs], _Progress]] = iter(())
+        self._reading: deque[tuple[AsyncResult[_Inputs], _Progress]] = deque()
         self._in_dali: deque[_Inputs] = deque()  # oldest first
         self._pipeline: Pipeline | None = None
 
@@ -78,6 +85,9 @@ class DaliLoader(Loader):
             )
             self._begin(start, decoded_by_pillow=lost)
             outputs = self._run()
+        except BaseException:
+            self._restart()  # what is read ahead is no longer what follows this position
+            raise
         inputs = self._in_dali.popleft()
         self._report(inputs.replacements)
         crops = iter(torch.from_dlpack(output.as_tensor()) for output in outputs)  # no copies
@@ -96,10 +106,15 @@ class DaliLoader(Loader):
     def _begin(self, start: Position, decoded_by_pillow: int = 0) -> None:
         """Reads ahead from a position, into a new pipeline; Pillow decodes the first so many batches."""
         self._restart()
-        schedule = enumerate(self._schedule(start))
+        pool = self._pool = ThreadPool(max(1, self.workers))
+
+        def submit(epoch: int, ids: np.ndarray, decode_here: bool) -> tuple[AsyncResult[_Inputs], _Progress]:
+            progress = _Progress()
+            return pool.apply_async(self._prepare, (epoch, ids, decode_here, progress)), progress
+
         self._to_read = (
-            self._pool.submit(self._prepare, position.epoch, ids, number < decoded_by_pillow)
-            for number, (position, ids) in schedule
+            submit(position.epoch, ids, number < decoded_by_pillow)
+            for number, (position, ids) in enumerate(self._schedule(start))
         )
         for _ in range(max(1, self.workers)):
             self._reading.append(next(self._to_read))
@@ -116,15 +131,22 @@ class DaliLoader(Loader):
     def _next_inputs(self) -> list:
         """DALI calls this when it starts on a batch."""
         self._reading.append(next(self._to_read))
-        inputs = self._reading.popleft().result()
+        result, progress = self._reading.popleft()
+        if not wait_while_moving(partial(_wait, result), lambda: progress.begun, self.timeout):
+            at = self.source.name(progress.image) if progress.image >= 0 else "the start of a batch"
+            got = f"none for {self.timeout:g} seconds at {at}"
+            remedy = "look at that file and its file system, or raise Data.timeout"
+            raise TimeoutError(sentence("dali loader: reading must get on by an image", got, remedy))
+        inputs = result.get()
         self._in_dali.append(inputs)
         return [inputs.files, *inputs.regions, *(inputs.photometric if self.photometric == "dali" else [])]
 
-    def _prepare(self, epoch: int, ids: np.ndarray, decode_here: bool) -> _Inputs:
-        samples = read_samples(self.source, self.seed, ids, partial(self._read, decode_here=decode_here))
-        sizes = np.array([size for _, size in samples.contents])
+    def _prepare(self, epoch: int, ids: np.ndarray, decode_here: bool, progress: _Progress) -> _Inputs:
+        read = partial(self._read, progress=progress, decode_here=decode_here)
+        samples = list(read_samples(self.source, self.seed, ids, read))
+        sizes = np.array([sample.content[1] for sample in samples])
         tables = sample_crops(self.policy, self.seed, epoch, ids, sizes)
-        tensors = {"ids": torch.from_numpy(samples.ids)}
+        tensors = {"ids": torch.tensor([sample.id for sample in samples])}
         for kind, table in tables.items():
             tensors |= host_tensors(kind, table)
         photometric = [view.numpy() for kind in tables for view in tensors[f"{kind}.photometric"]]
@@ -133,40 +155,46 @@ class DaliLoader(Loader):
         if self.device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         regions = [edge for table in tables.values() for edge in _regions(table)]
-        files = [file for file, _ in samples.contents]
-        return _Inputs(files, regions, photometric, tensors, samples.replacements)
+        files = [sample.content[0] for sample in samples]
+        replacements = [sample.replacement for sample in samples if sample.replacement]
+        return _Inputs(files, regions, photometric, tensors, replacements)
 
-    def _read(self, index: int, decode_here: bool) -> tuple[np.ndarray, tuple[int, int]]:
+    def _read(self, index: int, progress: _Progress, decode_here: bool) -> tuple[np.ndarray, tuple[int, int]]:
         """A file for DALI to decode, and the image's width and height. decode_here: Pillow decodes, to a plain file."""
-        data = self.source.encoded(index)
-        size = None if decode_here else size_for_dali(data)
+        progress.image, progress.begun = index, progress.begun + 1
+        data, most_pixels = self.source.encoded(index), self.source.most_pixels
+        size = None if decode_here else size_for_dali(data, most_pixels)
         if size is None:
-            image = decode(data)
+            image = decode(data, most_pixels)
             data, size = as_ppm(image), (image.shape[1], image.shape[0])
         return np.frombuffer(data, np.uint8), size
 
     def _restart(self) -> None:
-        for future in self._reading:
-            future.cancel()
+        if self._pool is not None:
+            self._pool.terminate()
         self._reading.clear()
         self._in_dali.clear()
-        self._pipeline, self._to_read = None, iter(())
+        self._pipeline, self._pool, self._to_read = None, None, iter(())
 
     def close(self) -> None:
         """Ends the threads."""
         self._restart()
-        self._pool.shutdown(cancel_futures=True)
 
 
-def size_for_dali(data: bytes) -> tuple[int, int] | None:
+def _wait(result: AsyncResult, seconds: float) -> bool:
+    result.wait(seconds)
+    return result.ready()
+
+
+def size_for_dali(data: bytes, most_pixels: int) -> tuple[int, int] | None:
     """Width and height if DALI decodes the file to the same pixels as Pillow for sure; None if Pillow must decode it.
 
     Files must be complete to the last byte, else DALI loses the whole batch.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data, most_pixels) as image:
             kind, mode, size = image.format, image.mode, image.size
-    except (UnidentifiedImageError, OSError):
+    except Exception:  # of any type for a damaged header; Pillow raises it again
         return None
     complete = {
         "JPEG": data[-64:].rstrip(b"\0").endswith(b"\xff\xd9"),

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from ..checks import check, sentence
 from ..records import Crops, Views
+from .contents import describe_changes, look_at
+from .lists import format_row
 from .photometric import apply_photometric, photometric_table
 from .policy import CropPolicy, CropTable
 from .random_numbers import ORDER, random_bits
-from .reading import Replacement
+from .reading import TIMEOUT, Replacement
 from .stored import Source
 
 MOST_BAD = 0.05  # share of unreadable images above which a run stops
@@ -58,11 +60,15 @@ class Loader(ABC):
         device: torch.device | str = "cpu",
         most_bad: float = MOST_BAD,
         report: Path | None = None,
+        timeout: float = TIMEOUT,
     ):
-        """workers: processes or threads that read ahead. report: the file that lists unreadable images, a line each."""
+        """workers: processes or threads that read ahead. report: the file that lists unreadable images, a line each.
+
+        timeout: seconds in which a worker must begin another image.
+        """
         self.source, self.policy, self.batch, self.seed = source, policy, batch, seed
         self.rank, self.world, self.workers, self.device = rank, world, workers, torch.device(device)
-        self.most_bad, self.report = most_bad, report
+        self.most_bad, self.report, self.timeout = most_bad, report, timeout
         self.stall_seconds = 0.0  # time that the last next() waited for data
         self.replaced = 0  # unreadable samples that were replaced, on this rank, since the run began
         self._bad: set[int] = set()  # samples found unreadable by this object
@@ -80,6 +86,8 @@ class Loader(ABC):
             f"{len(source)} images for {batch} images x {world} ranks",
             "use a smaller batch or more images",
         )
+        # One rank looks at the files: they are the same for all.
+        self._contents = look_at(source.files() if rank == 0 else ()).state()
 
     @property
     def global_batch(self) -> int:
@@ -99,6 +107,8 @@ class Loader(ABC):
     def __next__(self) -> Views:
         began = time.perf_counter()
         start = self._batch_start(self._position)
+        if start.epoch != self._position.epoch:
+            self._compare_contents("at the start of the last epoch")
         views = self._fetch(start)
         self.stall_seconds = time.perf_counter() - began
         self._position = Position(start.epoch, start.samples + self.global_batch)
@@ -145,8 +155,8 @@ class Loader(ABC):
             )
             if r.bad not in self._bad and self.report is not None:
                 self.report.parent.mkdir(parents=True, exist_ok=True)
-                with self.report.open("a", encoding="utf-8", errors="surrogateescape") as file:
-                    file.write(f"{name}\t{r.reason}\n")
+                with self.report.open("a", encoding="utf-8") as file:
+                    file.write(f"{format_row((name, r.reason))}\n")
             self._bad.add(r.bad)
         if len(self._bad) > self.most_bad * self.dataset_size:
             rule = f"{self.name} loader: at most {self.most_bad:.2%} of {self.dataset_size} images may be unreadable"
@@ -154,6 +164,17 @@ class Loader(ABC):
             got = f"{len(self._bad)} on rank {self.rank} alone, listed in {listed}"
             remedy = "run python -m patchlight.data.check_data and train on its clean list"
             raise RuntimeError(sentence(rule, got, remedy))
+
+    def _compare_contents(self, when: str) -> None:
+        """Says aloud if files have changed since then; from now on, compares with what they are now."""
+        if self.rank == 0:
+            now = look_at(self.source.files())
+            if changes := describe_changes(self._contents, now, self.source.files()):
+                warnings.warn(
+                    f"{self.name} loader: the data are not what they were {when}: {changes}. Training goes on with what"
+                    " the files hold now; restore them or start a new run if that is not meant."
+                )
+            self._contents = now.state()
 
     def _views(self, batch: dict[str, Tensor]) -> Views:
         """A batch of cut crops and their host_tensors as Views. Without a photometric table, crops are changed already."""
@@ -173,6 +194,7 @@ class Loader(ABC):
             "dataset_size": self.dataset_size,
             "fingerprint": self.source.fingerprint,
             "replaced": self.replaced,
+            "contents": self._contents,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -186,6 +208,9 @@ class Loader(ABC):
             )
         self._position = Position(state["epoch"], state["samples"])
         self.replaced = state["replaced"]
+        if "contents" in state:  # older checkpoints have none
+            self._contents = state["contents"]
+            self._compare_contents("when the run that is resumed looked at them")
         self._restart()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 Key = np.ndarray | int
 
-ORDER, CROPS, SUBSTITUTE, PROCEDURAL = range(4)  # the first key after the seed: the purpose of the number
+ORDER, CROPS, SUBSTITUTE, PROCEDURAL, CONTENTS = range(5)  # the first key after the seed: the purpose of the number
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from ..checks import sentence
 from .random_numbers import SUBSTITUTE, random_bits
-from .stored import Source
 
 MAX_SUBSTITUTES = 16  # so many unreadable samples in a row do not happen by chance
 
 REPORT_FILE = "bad_files.tsv"  # unreadable images, a line each: name, tab, reason
 
+TIMEOUT = 300.0  # seconds in which a reading worker must begin another image
+
+_LOOK = 0.5  # seconds between two looks at whether a worker gets on
+
 T = TypeVar("T")
+
+
+class Named(Protocol):
+    """Samples that have names."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The sample's name in messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +41,21 @@ class Replacement:
 
 
 @dataclass(frozen=True, slots=True)
-class Samples(Generic[T]):
-    """What was read for a batch of ids."""
+class Sample(Generic[T]):
+    """What was read for an id."""
 
-    contents: list[T]  # B of them
-    ids: np.ndarray  # [B] int64, of the samples read, substitutes included
-    replacements: list[Replacement]
+    content: T
+    id: int  # of what was read: the substitute's, if there is one
+    replacement: Replacement | None
 
 
-def read_samples(source: Source, seed: int, ids: np.ndarray, read: Callable[[int], T]) -> Samples[T]:
-    """Reads samples by number. The substitute of an unreadable sample depends on seed and id alone."""
-    contents: list[T] = []
-    ids_read: list[int] = []
-    replacements: list[Replacement] = []
+def read_samples(source: Named, seed: int, ids: np.ndarray, read: Callable[[int], T]) -> Iterator[Sample[T]]:
+    """Reads samples by number, one after the other. A substitute depends on the seed and the unreadable id alone."""
     for sample in ids.tolist():
         candidate, reason = sample, ""
         for attempt in range(MAX_SUBSTITUTES + 1):
             try:
-                contents.append(read(candidate))
+                content = read(candidate)
                 break
             except Exception as error:  # a damaged file can raise any exception in a decoder
                 reason = reason or describe_error(error)
@@ -54,12 +63,24 @@ def read_samples(source: Source, seed: int, ids: np.ndarray, read: Callable[[int
         else:
             rule = f"One of {MAX_SUBSTITUTES} substitutes must be readable"
             raise OSError(sentence(rule, f"none for {source.name(sample)} ({reason})", "repair the data"))
-        ids_read.append(candidate)
-        if reason:
-            replacements.append(Replacement(sample, candidate, reason))
-    return Samples(contents, np.array(ids_read, dtype=np.int64), replacements)
+        yield Sample(content, candidate, Replacement(sample, candidate, reason) if reason else None)
 
 
 def describe_error(error: Exception) -> str:
     """The error's type and message on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def wait_while_moving(wait: Callable[[float], bool], moved: Callable[[], int], timeout: float) -> bool:
+    """Waits until `wait` says that it is over; False if `moved` stays the same for `timeout` seconds.
+
+    Time is counted in short waits: a machine that was suspended, or a process that was stopped, does not count as waiting.
+    """
+    still, before = 0.0, moved()
+    while not wait(min(_LOOK, timeout)):
+        now = moved()
+        still = still + min(_LOOK, timeout) if now == before else 0.0
+        before = now
+        if still >= timeout:
+            return False
+    return True

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from ..records import Views
 from .interface import Loader, Position, host_tensors
 from .policy import IMAGENET_MEAN, IMAGENET_STD, CropPolicy, CropTable, sample_crops
-from .reading import Replacement, read_samples
+from .reading import Replacement, describe_error, read_samples
 from .stored import Images, Source
+from .workers import Workers
+
+_GROUP_BYTES = 3 * 2**23  # of decoded images, after which their crops are cut
 
 
 class TorchvisionLoader(Loader):
@@ -28,75 +32,98 @@ class TorchvisionLoader(Loader):
 
     def __init__(self, source: Source, policy: CropPolicy, batch: int, *rest, **options):
         super().__init__(source, policy, batch, *rest, **options)
-        self._dataset = _Batches(self.source, self.policy, self.seed)
-        self._ahead: Iterator | None = None
+        self._batches = _Batches(self.source, self.policy, self.batch, self.seed)
+        self._ahead: Workers | None = None
 
     def _fetch(self, start: Position) -> Views:
         if self.workers:
             if self._ahead is None:
                 self._ahead = self._read_ahead(start)
-            batch, replacements = next(self._ahead)
+            try:
+                batch, replacements = next(self._ahead)
+            except BaseException:
+                self._restart()  # what is read ahead is no longer what follows this position
+                raise
         else:
-            batch, replacements = self._dataset[start.epoch, self._ids(start)]
+            batch = self._batches.blank()
+            replacements = self._batches.read((start.epoch, self._ids(start)), batch, lambda image: None)
         self._report(replacements)
         return self._views(batch)
 
-    def _read_ahead(self, start: Position) -> Iterator:
-        loader = DataLoader(
-            self._dataset,
-            batch_size=None,  # an item is a whole batch already
-            sampler=_Schedule(self, start),
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        return iter(loader)
+    def _read_ahead(self, start: Position) -> Workers:
+        tasks = ((position.epoch, ids) for position, ids in self._schedule(start))
+        pin_memory = self.device.type == "cuda"
+        return Workers(self.name, self._batches, tasks, self.workers, self.timeout, pin_memory)
 
     def _restart(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
         self._ahead = None
 
     def close(self) -> None:
         """Ends the workers."""
-        self._ahead = None
+        self._restart()
 
 
-class _Schedule:
-    """The loader's schedule as a sampler, an object that a DataLoader can iterate."""
-
-    def __init__(self, loader: Loader, start: Position):
-        self.loader, self.start = loader, start
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        return ((position.epoch, ids) for position, ids in self.loader._schedule(self.start))
-
-
-class _Batches(Dataset):
+@dataclass(frozen=True)
+class _Batches:
     """From (epoch, ids) to a batch of crops on the CPU; this runs in the workers."""
 
-    def __init__(self, source: Source, policy: CropPolicy, seed: int):
-        self.source, self.policy, self.seed = source, policy, seed
+    source: Source
+    policy: CropPolicy
+    batch: int
+    seed: int
 
-    def __getitem__(self, item: tuple[int, np.ndarray]) -> tuple[dict[str, Tensor], list[Replacement]]:
-        epoch, ids = item
-        samples = read_samples(self.source, self.seed, ids, self.source.read)
-        sizes = np.array([(image.shape[1], image.shape[0]) for image in samples.contents])
-        tables = sample_crops(self.policy, self.seed, epoch, ids, sizes)
-        batch = {"ids": torch.from_numpy(samples.ids)}
-        for kind, table in tables.items():
-            batch |= host_tensors(kind, table) | {f"{kind}.pixels": cut(samples.contents, table)}
-        return batch, samples.replacements
+    def name(self, image: int) -> str:
+        return self.source.name(image)
+
+    def blank(self) -> dict[str, Tensor]:
+        """The tensors of a batch, in the sizes that any crops have."""
+        ids = np.zeros(self.batch, np.int64)
+        batch = {"ids": torch.from_numpy(ids)}
+        for kind, table in sample_crops(self.policy, 0, 0, ids, np.ones((self.batch, 2), np.int64)).items():
+            shape = *table.flip.shape, table.size, table.size, 3
+            batch |= host_tensors(kind, table) | {f"{kind}.pixels": torch.empty(shape, dtype=torch.uint8)}
+        return batch
+
+    def read(
+        self, task: tuple[int, np.ndarray], into: dict[str, Tensor], begin: Callable[[int], None]
+    ) -> list[Replacement]:
+        """Reads and cuts the images in groups, so that few of them are in memory at a time."""
+        epoch, ids = task
+
+        def read(image: int) -> np.ndarray:
+            begin(image)
+            return self.source.read(image)
+
+        replacements: list[Replacement] = []
+        images: list[np.ndarray] = []
+        for number, sample in enumerate(read_samples(self.source, self.seed, ids, read)):
+            images.append(sample.content)
+            into["ids"][number] = sample.id
+            replacements += [sample.replacement] if sample.replacement else []
+            if number == len(ids) - 1 or sum(image.size for image in images) >= _GROUP_BYTES:
+                part = slice(number + 1 - len(images), number + 1)
+                self._cut(epoch, ids[part], images, {k: t[:, part] for k, t in into.items() if k != "ids"})
+                images.clear()
+        return replacements
+
+    def _cut(self, epoch: int, ids: np.ndarray, images: list[np.ndarray], into: dict[str, Tensor]) -> None:
+        sizes = np.array([(image.shape[1], image.shape[0]) for image in images])
+        for kind, table in sample_crops(self.policy, self.seed, epoch, ids, sizes).items():
+            cut(images, table, into[f"{kind}.pixels"])
+            for name, tensor in host_tensors(kind, table).items():
+                into[name].copy_(tensor)
 
 
-def cut(images: list[np.ndarray], table: CropTable) -> Tensor:
-    """Cuts and resizes the table's boxes out of images [H, W, 3] uint8, and mirrors them: [V, B, S, S, 3] uint8."""
-    views, batch = table.flip.shape
-    out = torch.empty(views, batch, table.size, table.size, 3, dtype=torch.uint8)
+def cut(images: list[np.ndarray], table: CropTable, out: Tensor) -> None:
+    """Cuts and resizes the table's boxes out of images [H, W, 3] uint8, and mirrors them: out [V, B, S, S, 3] uint8."""
     for b, image in enumerate(images):
         tensor = torch.from_numpy(image).permute(2, 0, 1)  # channels last in memory, for which resizing is fastest
-        for v in range(views):
+        for v in range(len(out)):
             x, y, w, h = table.box[v, b].tolist()
             crop = resize(tensor[:, y : y + h, x : x + w], (table.size, table.size))
             out[v, b] = (crop.flip(-1) if table.flip[v, b] else crop).permute(1, 2, 0)
-    return out
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -115,14 +142,22 @@ def plain_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once and in order for evaluation: pixels [B, 3, size, size] normalized, ids [B] int64.
 
-    The shorter side is resized to `resize_to` (None: size * 256 / 224) and the center is cut out.
+    The shorter side is resized to `resize_to` (None: size * 256 / 224) and the center is cut out. Unreadable images are
+    left out, with a warning that names each.
     """
     shorter = resize_to or round(size * 256 / 224)
     shift, scale = (torch.tensor(c)[:, None, None] * 255 for c in (mean, std))
     for first in range(0, len(source), batch):
-        ids = torch.arange(first, min(first + batch, len(source)))
-        images = (torch.from_numpy(source.read(i)).permute(2, 0, 1) for i in ids.tolist())
-        pixels = torch.stack(
-            [tv.center_crop(tv.resize(i, [shorter], InterpolationMode.BICUBIC), [size]) for i in images]
-        )
-        yield ((pixels - shift) / scale).to(device), ids.to(device)
+        centers: dict[int, Tensor] = {}
+        for number in range(first, min(first + batch, len(source))):
+            try:
+                image = torch.from_numpy(source.read(number)).permute(2, 0, 1)
+            except Exception as error:  # a damaged file can raise any exception in a decoder
+                warnings.warn(
+                    f"evaluation: {source.name(number)} cannot be read ({describe_error(error)}); it is left out"
+                )
+                continue
+            centers[number] = tv.center_crop(tv.resize(image, [shorter], InterpolationMode.BICUBIC), [size])
+        if centers:
+            pixels, ids = torch.stack(list(centers.values())), torch.tensor(list(centers))
+            yield ((pixels - shift) / scale).to(device), ids.to(device)

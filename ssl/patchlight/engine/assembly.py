@@ -190,7 +190,9 @@ def freeze_patch_embed(arch: str, backbone: nn.Module) -> None:
 def build_loader(run: Run, mesh: Mesh) -> Loader:
     """The loader of a run, for this rank."""
     data, seed = run.data, run.parallel.seed
-    source = open_source(data.path) if data.path else ProceduralSource(data.procedural_images, seed=seed)
+    source = (
+        open_source(data.path, data.most_pixels) if data.path else ProceduralSource(data.procedural_images, seed=seed)
+    )
     return loaders.build_loader(
         data.loader,
         source,
@@ -204,6 +206,7 @@ def build_loader(run: Run, mesh: Mesh) -> Loader:
         device=mesh.device,
         most_bad=data.most_bad,
         report=Path(run.output.folder) / BAD_FILES,
+        timeout=data.timeout,
     )
 
 
