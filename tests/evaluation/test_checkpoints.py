@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from patchlight.data.procedural import ProceduralSource
 from patchlight.evaluation.checkpoints import open_checkpoint, run_folder_of
 from patchlight.evaluation.features import Reading, encode
+from patchlight.evaluation.images import Unreadable
 from patchlight.evaluation.probes.knn import KnnProtocol, accuracies, evaluate_knn, nearest_training_images
 from patchlight.evaluation.probes.labeled import open_labeled
 from patchlight.evaluation.ranks import Ranks, join_ranks
@@ -131,7 +132,7 @@ def knn_on_a_rank(path: str) -> tuple[np.ndarray, np.ndarray, dict[int, float]]:
     """Similarities and labels of the nearest, and accuracies; as arrays, which travel between processes."""
     with join_ranks("cpu") as mine:
         data = open_labeled("procedural", 45)
-        nearest = nearest_training_images(open_checkpoint(path, heads=2), data, 10, mine, Reading(8, workers=0))
+        nearest, _ = nearest_training_images(open_checkpoint(path, heads=2), data, 10, mine, Reading(8, workers=0))
         found = accuracies(nearest, torch.from_numpy(data.test.labels), KS, KnnProtocol.temperature, data.class_count)
         return nearest.similarity.numpy(), nearest.label.numpy(), found
 
@@ -164,21 +165,16 @@ def test_two_ranks_find_the_neighbors_that_one_finds(tmp_path):
 
 def encoded_on_a_rank(path: str) -> np.ndarray:
     with join_ranks("cpu") as mine:
-        return encode(
-            open_checkpoint(path, heads=2), ProceduralSource(11, 32), mine, Reading(4, workers=0), 24, 24
-        ).numpy()
+        encoder, source = open_checkpoint(path, heads=2), ProceduralSource(11, 32)
+        summaries, numbers = encode(encoder, source, mine, Reading(4, workers=0), 24, 24, Unreadable())
+        assert numbers.tolist() == list(range(11))
+        return summaries.numpy()
 
 
 def test_ranks_share_the_images_without_a_duplicate(tmp_path):
     torch.save(timm_vit().state_dict(), tmp_path / "vit.pth")
-    alone = encode(
-        open_checkpoint(str(tmp_path / "vit.pth"), heads=2),
-        ProceduralSource(11, 32),
-        CPU,
-        Reading(3, workers=0),
-        24,
-        24,
-    )
+    encoder, source = open_checkpoint(str(tmp_path / "vit.pth"), heads=2), ProceduralSource(11, 32)
+    alone, _ = encode(encoder, source, CPU, Reading(3, workers=0), 24, 24, Unreadable())
     assert len(np.unique(alone.numpy().round(4), axis=0)) == 11, "every image has its own features"
     for shared in on_processes(2, encoded_on_a_rank, str(tmp_path / "vit.pth")):
         assert abs(shared - alone.numpy()).max() < 1e-5

@@ -84,7 +84,7 @@ def test_streamed_knn_is_that_of_the_whole(run_folder):
     encoder, data = open_checkpoint(str(run_folder)), open_labeled("procedural", 64)
     protocol, reading = KnnProtocol(k=(3, 20)), Reading(batch=10, workers=0)
     streamed = evaluate_knn(encoder, data, protocol, CPU, reading)
-    train, test = (encode(encoder, part, CPU, reading, 16, 16) for part in (data.train, data.test))
+    train, test = (encode(encoder, p, CPU, reading, 16, 16, data.unreadable)[0] for p in (data.train, data.test))
     labels = [torch.from_numpy(part.labels) for part in (data.train, data.test)]
     assert streamed == {f"k{k}": v for k, v in knn_accuracy(train, labels[0], test, labels[1], (3, 20)).items()}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..checks import check
 from ..data.crop_picture import draw_crops as draw_crop_picture
 from ..data.procedural import ProceduralSource
 from ..data.stored import Source, Subset
@@ -94,11 +95,9 @@ class TeacherProbe:
     def _evaluate(self, teacher: Teacher, clock: Clock) -> dict[str, float]:
         accuracies: dict[str, float] = {}
         if self.labeled:
-            gallery, queries = (self._features(teacher, part) for part in (self.gallery, self.queries))
+            (gallery, gallery_labels), queries = (self._features(teacher, p) for p in (self.gallery, self.queries))
             k = [count for count in NEIGHBORS if count <= len(gallery)] or [len(gallery)]
-            found = knn_accuracy(
-                gallery, torch.from_numpy(self.gallery.labels), queries, torch.from_numpy(self.queries.labels), k
-            )
+            found = knn_accuracy(gallery, gallery_labels, *queries, k)
             accuracies = {f"k{count}": accuracy for count, accuracy in found.items()}
             if self.writes:
                 self.results.add({"step": clock.step, **accuracies})
@@ -106,9 +105,9 @@ class TeacherProbe:
             self._draw_attention(teacher, clock)
         return accuracies
 
-    def _features(self, teacher: Teacher, part: Subset) -> Tensor:
-        """The summary of each image, [n, D] on the CPU."""
-        rows = []
+    def _features(self, teacher: Teacher, part: LabeledImages) -> tuple[Tensor, Tensor]:
+        """The summaries of the readable images, [n, D] on the CPU, and their labels [n]."""
+        rows, numbers = [], []
         for pixels, ids in self._batches(part):
             batch = pixels.unsqueeze(0)  # one crop per image, for the teacher's own forward, which gathers its shards
             crops = Crops(
@@ -117,11 +116,15 @@ class TeacherProbe:
             with autocast(self.run.parallel.precision, self.device):
                 features = teacher(Views(crops, None, None, ids))
             rows.append(features.global_crops.summary[0].float().cpu())
-        return torch.cat(rows)
+            numbers.append(ids.cpu())
+        check(bool(rows), "The teacher's evaluation needs readable images", f"none of {len(part)}", "repair the data")
+        return torch.cat(rows), torch.from_numpy(part.labels)[torch.cat(numbers)]
 
     def _draw_attention(self, teacher: Teacher, clock: Clock) -> None:
         part = Subset(self.queries.source, self.queries.ids[:PICTURES])
-        pixels, _ = next(iter(self._batches(part)))
+        pixels, _ = next(self._batches(part), (None, None))
+        if pixels is None:  # none of them can be read, which was said
+            return
         backbone = teacher.backbone
         if self.run.model.summary == "cls":
             maps = class_attention_maps(backbone, backbone.blocks[-1], pixels)

@@ -40,7 +40,10 @@ def knn(
         encoder, data = checkpoint.open(ranks), open_labeled(images.data)
         metrics = evaluate_knn(encoder, data, protocol, ranks, images.reading)
         left_out = [k for k in protocol.k if f"k{k}" not in metrics]
-        notes = (f"k={left_out} left out: there are {len(data.train)} training images",) if left_out else ()
+        notes: tuple[str, ...] = (
+            (f"k={left_out} left out: there are {len(data.train)} training images",) if left_out else ()
+        )
+        notes = (*notes, *data.unreadable.notes(ranks))
         checkpoint.finish(build_result(encoder, "knn", data.name, protocol, metrics, notes), ranks)
 
 
@@ -53,7 +56,8 @@ def linear(
     with join_ranks(checkpoint.device) as ranks:
         encoder, data = checkpoint.open(ranks), open_labeled(images.data)
         metrics = evaluate_linear(encoder, data, protocol, ranks, images.reading)
-        checkpoint.finish(build_result(encoder, "linear", data.name, protocol, metrics), ranks)
+        notes = data.unreadable.notes(ranks)
+        checkpoint.finish(build_result(encoder, "linear", data.name, protocol, metrics, notes), ranks)
 
 
 def finetune(
@@ -88,7 +92,10 @@ def _finetune(
         encoder, data = checkpoint.open(ranks), open_labeled(images.data)
         train = choose_labels(data.train, share, names, protocol.seed)
         metrics = evaluate_finetune(encoder, train, data, protocol, ranks, images.reading)
-        notes = (f"{len(train)} of {len(data.train)} labels, {'listed in ' + names if names else 'drawn'}",)
+        notes = (
+            f"{len(train)} of {len(data.train)} labels, {'listed in ' + names if names else 'drawn'}",
+            *data.unreadable.notes(ranks),
+        )
         checkpoint.finish(build_result(encoder, task, data.name, protocol, metrics, notes), ranks)
 
 
@@ -151,7 +158,8 @@ def segment(
         encoder, scenes = checkpoint.open(ranks), open_scenes(layout, data, train_list)
         result = evaluate_segment(encoder, scenes, protocol, ranks, reading)
         task, absent = TASKS[type(protocol)], result.absent
-        notes = (f"{len(absent)} classes are in no test scene: {list(absent)[:20]}",) if absent else ()
+        notes: tuple[str, ...] = (f"{len(absent)} classes are in no test scene: {list(absent)[:20]}",) if absent else ()
+        notes = (*notes, *scenes.unreadable.notes(ranks))
         if ranks.rank == 0:
             folder = checkpoint.folder / f"{task}-{scenes.name}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +198,11 @@ def relations(
         encoder = checkpoint.open(ranks)
         result = evaluate_relations(encoder, open_images(data), protocol, ranks)
         left_out = result.left_out
-        notes = (f"{left_out} pairs of views have no common part and were left out",) if left_out else ()
+        notes: tuple[str, ...] = (
+            (f"{left_out} pairs of views have no common part and were left out",) if left_out else ()
+        )
+        if result.replaced:
+            notes = (*notes, f"{result.replaced} images could not be read; others took their place")
         if ranks.rank == 0:
             checkpoint.save_sheets("relations", {"relations": result.sheet}, f"Self-relations of {encoder.name}")
         checkpoint.finish(build_result(encoder, "relations", data, protocol, result.metrics, notes), ranks)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .encoder import Encoder, autocast
-from .images import CenterCrops, Images
+from .images import CenterCrops, Images, Unreadable, check_some, readable
 from .progress import progress
 from .ranks import Ranks
 
@@ -30,12 +30,19 @@ class Reading:
 
 @torch.no_grad()
 def encode_batches(
-    encoder: Encoder, source: Images, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
+    encoder: Encoder,
+    source: Images,
+    ranks: Ranks,
+    reading: Reading,
+    resize_to: int,
+    size: int,
+    unreadable: Unreadable,
+    title: str = "features",
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """(summaries [B, D] fp32 on the device, numbers [B] in the source) of this rank's share of the images."""
+    """(summaries [B, D] fp32 on the device, numbers [B] in the source) of the readable images of this rank's share."""
     crops = CenterCrops(source, ranks.share(len(source)), size, resize_to)
     loader = DataLoader(crops, reading.batch, num_workers=reading.workers, pin_memory=ranks.device.type == "cuda")
-    for images, numbers in progress(loader, title, ranks):
+    for images, numbers in readable(progress(loader, title, ranks), source, unreadable):
         pixels = encoder.normalize(images.to(ranks.device, non_blocking=True))
         with autocast(ranks.device, reading.precision):
             summary = encoder(pixels).summary
@@ -43,13 +50,20 @@ def encode_batches(
 
 
 def encode(
-    encoder: Encoder, source: Images, ranks: Ranks, reading: Reading, resize_to: int, size: int, title: str = "features"
-) -> Tensor:
-    """Summaries [n, D] fp32 of all images in their order, on the CPU of every rank."""
-    batches = encode_batches(encoder, source, ranks, reading, resize_to, size, title)
-    mine = [(summary.cpu(), numbers) for summary, numbers in batches]
-    out = torch.empty(len(source), encoder.width)
-    for part in ranks.gather(mine):
-        for summary, numbers in part:
-            out[numbers] = summary
-    return out
+    encoder: Encoder,
+    source: Images,
+    ranks: Ranks,
+    reading: Reading,
+    resize_to: int,
+    size: int,
+    unreadable: Unreadable,
+    title: str = "features",
+) -> tuple[Tensor, Tensor]:
+    """Of all readable images in their order, on the CPU of every rank: summaries [n, D] fp32, numbers in the source [n]."""
+    batches = encode_batches(encoder, source, ranks, reading, resize_to, size, unreadable, title)
+    mine = [(summary.cpu(), torch.from_numpy(numbers)) for summary, numbers in batches]
+    parts = [pair for part in ranks.gather(mine) for pair in part]
+    check_some(len(parts), source)
+    summaries, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = numbers.argsort()
+    return summaries[order], numbers[order]

@@ -1,6 +1,9 @@
-"""Images that an evaluation reads: opened by a path, and their centers cut out."""
+"""Images that an evaluation reads: opened by a path, and their centers cut out; and those that could not be read."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sized
 
 import numpy as np
 import torch
@@ -9,10 +12,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from ..checks import sentence
+from ..checks import check
 from ..data.procedural import ProceduralSource
+from ..data.reading import describe_error
 from ..data.sources import open_source
 from ..data.stored import Images, Source
+from .ranks import Ranks
 
 PROCEDURAL = "procedural"  # in place of a path: images that are drawn instead of read
 
@@ -22,8 +27,35 @@ def open_images(path: str, procedural_images: int = 512) -> Source:
     return ProceduralSource(procedural_images, seed=1) if path == PROCEDURAL else open_source(path)
 
 
+class Unreadable:
+    """The images of an evaluation that could not be read: named when they are found, counted in the result's notes.
+
+    Where a model is tested, and in k-NN, they are left out with their labels. Where it is trained, another image takes the
+    place, with its own label.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}  # by name, of those that this process found
+
+    def add(self, name: str, reason: str) -> None:
+        if name not in self.reasons:
+            warnings.warn(f"evaluation: {name} cannot be read ({reason}); it is left out, or replaced in training")
+        self.reasons[name] = reason
+
+    def notes(self, ranks: Ranks) -> tuple[str, ...]:
+        """A note for the result, if there are any. All ranks must call this."""
+        found = {name: reason for part in ranks.gather(self.reasons) for name, reason in part.items()}
+        if not found:
+            return ()
+        name, reason = next(iter(sorted(found.items())))
+        return (f"{len(found)} images could not be read and were left out, or replaced in training: {name} ({reason})",)
+
+
 class CenterCrops(Dataset):
-    """uint8 [3, size, size] and its number: the shorter side resized (bicubic, antialiased) and the center cut out."""
+    """uint8 [3, size, size], its number, and why it could not be read: empty, as a rule.
+
+    The shorter side is resized (bicubic, antialiased) and the center cut out.
+    """
 
     def __init__(self, source: Images, ids: np.ndarray, size: int, resize_to: int) -> None:
         self.source, self.ids, self.size, self.resize_to = source, ids, size, resize_to
@@ -31,16 +63,32 @@ class CenterCrops(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+    def __getitem__(self, item: int) -> tuple[Tensor, int, str]:
         number = int(self.ids[item])
         try:
             image = torch.from_numpy(self.source.read(number)).permute(2, 0, 1)
         except Exception as error:  # decoders raise errors of any type for a damaged file
-            got = f"{type(error).__name__}: {error} for {self.source.name(number)}"
-            raise OSError(
-                sentence("Every image of an evaluation must be readable", got, "repair or remove it")
-            ) from error
-        return tv.center_crop(tv.resize(image, [self.resize_to], InterpolationMode.BICUBIC), [self.size]), number
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), number, describe_error(error)
+        return tv.center_crop(tv.resize(image, [self.resize_to], InterpolationMode.BICUBIC), [self.size]), number, ""
+
+
+def readable(
+    batches: Iterable[tuple[Tensor, Tensor, list[str]]], source: Images, unreadable: Unreadable
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of CenterCrops without those that could not be read: images and numbers."""
+    for images, numbers, reasons in batches:
+        good = [row for row, reason in enumerate(reasons) if not reason]
+        for number, reason in zip(numbers.tolist(), reasons, strict=True):
+            if reason:
+                unreadable.add(source.name(number), reason)
+        if good:
+            whole = len(good) == len(reasons)
+            yield (images, numbers) if whole else (images[good], numbers[good])
+
+
+def check_some(count: float, images: Sized) -> None:
+    """Raises if no image could be read."""
+    check(count > 0, "An evaluation needs readable images", f"none of {len(images)}", "look at the warnings above")
 
 
 def resize_side(size: int, whole: bool) -> int:

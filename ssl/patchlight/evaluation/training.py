@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..checks import check
+from ..data.reading import Named, read_samples
 from .encoder import EvaluatedBackbone
+from .images import Unreadable
 from .ranks import Ranks
 
 
@@ -43,9 +45,46 @@ class Batches(Sampler[list[int]]):
                 yield order[first : first + share].tolist()
 
 
-def training_loader(data: Dataset, batches: Batches, workers: int, device: torch.device) -> DataLoader:
-    """Batches over all epochs from one set of workers."""
-    return DataLoader(data, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda")
+class TrainingData(Named, Protocol):
+    """Images, or scenes, that are read and changed at random."""
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor | int]: ...
+
+
+class TrainingBatches:
+    """Batches over all epochs from one set of workers. Another sample, drawn by seed, takes the place of an unreadable one."""
+
+    def __init__(self, data: TrainingData, loader: DataLoader, unreadable: Unreadable) -> None:
+        self.data, self.loader, self.unreadable = data, loader, unreadable
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for sample, numbers, reasons in self.loader:
+            for number, reason in zip(numbers.tolist(), reasons, strict=True):
+                if reason:
+                    self.unreadable.add(self.data.name(number), reason)
+            yield sample
+
+
+class _Replacing(Dataset):
+    """(a sample, -1, ""), or (its substitute, the number of the unreadable one, why)."""
+
+    def __init__(self, data: TrainingData, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, item: int) -> tuple[tuple[Tensor, Tensor | int], int, str]:
+        sample = next(read_samples(self.data, self.seed, np.array([item]), self.data.__getitem__))
+        return (sample.content, *((item, sample.replacement.reason) if sample.replacement else (-1, "")))
+
+
+def training_loader(
+    data: TrainingData, batches: Batches, workers: int, device: torch.device, unreadable: Unreadable
+) -> TrainingBatches:
+    replacing, pin_memory = _Replacing(data, batches.seed), device.type == "cuda"
+    loader = DataLoader(replacing, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+    return TrainingBatches(data, loader, unreadable)
 
 
 def cosine_rate(step: int, total: int, peak: float, end: float = 0.0, warmup: int = 0) -> float:

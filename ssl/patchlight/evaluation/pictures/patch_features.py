@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ...checks import check
 from ...heads.summary import ClassAttentionSummary
 from ..encoder import Encoder
-from ..images import CenterCrops, Images, resize_side
+from ..images import CenterCrops, Images, Unreadable, check_some, readable, resize_side
 from ..sheets import tile
 from .attention import class_attention_maps, draw_attention, query_attention_maps, summary_attention_maps
 from .heat import heat_picture, to_picture
@@ -58,7 +59,9 @@ def draw_pictures(
     size = (protocol.size or encoder.input_format.image_size) // encoder.patch_size * encoder.patch_size
     ids = np.linspace(0, len(source) - 1, min(protocol.images, len(source))).round().astype(int)
     crops = CenterCrops(source, ids, size, resize_side(size, whole))
-    batch = torch.stack([crops[i][0] for i in range(len(ids))])
+    batches = [images for images, _ in readable(DataLoader(crops, len(ids)), source, Unreadable())]
+    check_some(len(batches), crops)
+    batch = batches[0]
     pixels = encoder.normalize(batch.to(device))
     encoded = encoder(pixels)
     images, grid = batch.permute(0, 2, 3, 1).numpy(), encoded.grid

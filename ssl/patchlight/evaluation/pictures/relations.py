@@ -89,6 +89,7 @@ class RelationResult:
 
     metrics: dict[str, float]
     left_out: int  # pairs of views without a common part
+    replaced: int  # images that could not be read: others took their place
     sheet: Image.Image
 
 
@@ -128,7 +129,8 @@ def evaluate_relations(
     assert sheet is not None  # there was at least one round
     done = len(rounds) * batch * ranks.world
     metrics = {"spatial difference": spatial_sum / pairs, "channel difference": channel_sum / pairs}
-    return RelationResult(metrics, done - int(pairs), sheet)
+    replaced = int(ranks.sum(torch.tensor(float(loader.replaced), device=ranks.device)))
+    return RelationResult(metrics, done - int(pairs), replaced, sheet)
 
 
 def draw_relations(encoder: Encoder, crops: Crops, rows: Tensor, a: Tensor, b: Tensor, points: int) -> Image.Image:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..features import Reading
-from ..images import CenterCrops, resize_side
+from ..images import CenterCrops, check_some, readable, resize_side
 from ..ranks import Ranks
 from .labeled import LabeledData, LabeledImages
 
@@ -23,6 +23,9 @@ class TrainingImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
         return self.change(self.images.read(item)), int(self.images.labels[item])
@@ -37,17 +40,20 @@ def count_test_images(
     ranks: Ranks,
     reading: Reading,
 ) -> Tensor:
-    """`count_correct` of each classifier over the test images of all ranks, [classifiers, 3].
+    """`count_correct` of each classifier over the readable test images of all ranks, [classifiers, 3].
 
     classify: logits [B, C] of each classifier for images [B, 3, size, size] uint8.
     """
     counts = torch.zeros(classifiers, 3, dtype=torch.float64)
     crops = CenterCrops(data.test, ranks.share(len(data.test)), size, resize_side(size, data.whole))
     all_labels = torch.from_numpy(data.test.labels)
-    for images, numbers in DataLoader(crops, reading.batch, num_workers=reading.workers):
+    batches = DataLoader(crops, reading.batch, num_workers=reading.workers)
+    for images, numbers in readable(batches, data.test, data.unreadable):
         labels = all_labels[numbers].to(ranks.device)
         counts += torch.stack([count_correct(logits, labels) for logits in classify(images)])
-    return ranks.sum(counts)
+    counts = ranks.sum(counts)
+    check_some(float(counts[0, -1]), data.test)
+    return counts
 
 
 def count_correct(logits: Tensor, labels: Tensor, k: tuple[int, ...] = (1, 5)) -> Tensor:

@@ -183,7 +183,8 @@ def evaluate_finetune(
     groups = layer_groups(encoder.backbone, model.others(), protocol.layer_decay, protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=protocol.rate)
     mixing = MixingLoss(protocol, data.class_count)
-    loader = training_loader(TrainingImages(train, Augment(protocol, size, encoder)), batches, reading.workers, device)
+    images = TrainingImages(train, Augment(protocol, size, encoder))
+    loader = training_loader(images, batches, reading.workers, device, data.unreadable)
     warmup = protocol.warmup_epochs * batches.steps_per_epoch
     model.train()
     for step, (pixels, labels) in enumerate(progress(loader, "fine-tuning", ranks)):

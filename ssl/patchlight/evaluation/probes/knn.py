@@ -118,25 +118,26 @@ def evaluate_knn(
     ks = [k for k in protocol.k if k <= len(data.train)]
     got = f"{protocol.k} for {len(data.train)}"
     check(bool(ks), "k must not exceed the number of training images", got, "use a smaller k or more images")
-    nearest = nearest_training_images(encoder, data, max(ks), ranks, reading, protocol.size)
-    by_k = accuracies(nearest, torch.from_numpy(data.test.labels), ks, protocol.temperature, data.class_count)
+    nearest, labels = nearest_training_images(encoder, data, max(ks), ranks, reading, protocol.size)
+    by_k = accuracies(nearest, labels, ks, protocol.temperature, data.class_count)
     return {f"k{k}": accuracy for k, accuracy in by_k.items()}
 
 
 def nearest_training_images(
     encoder: Encoder, data: LabeledData, k: int, ranks: Ranks, reading: Reading, size: int | None = None
-) -> Neighbors:
-    """Of each test image. The training images' features are compared batch by batch and not kept.
+) -> tuple[Neighbors, Tensor]:
+    """Of each readable test image, with its label. The training images' features are compared batch by batch and not kept.
 
     Every rank compares all test images with its share of the training images; then the ranks merge their neighbors.
     """
     size = size or encoder.input_format.image_size
     sizes = resize_side(size, data.whole), size
-    queries = encode(encoder, data.test, ranks, reading, *sizes, title="test images").to(ranks.device)
-    nearest, labels = NearestNeighbors(queries, k), torch.from_numpy(data.train.labels)
+    queries, tested = encode(encoder, data.test, ranks, reading, *sizes, data.unreadable, "test images")
+    nearest, labels = NearestNeighbors(queries.to(ranks.device), k), torch.from_numpy(data.train.labels)
     pieces: list[tuple[Tensor, Tensor]] = []
     waiting = 0
-    for summary, numbers in encode_batches(encoder, data.train, ranks, reading, *sizes, title="training images"):
+    training = encode_batches(encoder, data.train, ranks, reading, *sizes, data.unreadable, "training images")
+    for summary, numbers in training:
         pieces.append((summary, labels[numbers]))
         waiting += len(numbers)
         if waiting >= BANK:
@@ -146,7 +147,7 @@ def nearest_training_images(
         nearest.add(*(torch.cat(column) for column in zip(*pieces, strict=True)))
     mine = Neighbors(nearest.similarity.cpu(), nearest.label.cpu())
     nearest.merge(other for rank, other in enumerate(ranks.gather(mine)) if rank != ranks.rank)
-    return nearest.result()
+    return nearest.result(), torch.from_numpy(data.test.labels)[tested]
 
 
 def vote(neighbors: Neighbors, k: int, temperature: float, classes: int) -> Tensor:
@@ -156,6 +157,7 @@ def vote(neighbors: Neighbors, k: int, temperature: float, classes: int) -> Tens
         neighbors.similarity[:, :k].split(QUERIES), neighbors.label[:, :k].split(QUERIES), strict=True
     ):
         votes = torch.zeros(len(label), classes, device=label.device)
+        label = label.clamp(min=0)  # where the bank had fewer than k images: these have no weight
         winners.append(votes.scatter_add_(1, label, (similarity / temperature).exp()).argmax(1))
     return torch.cat(winners)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ...checks import sentence
+from ...data.lists import read_rows
 from ...data.procedural import ProceduralSource
 from ...data.sources import FileList, Files, ImageFolder
 from ...data.stored import Images, Subset
-from ..images import PROCEDURAL
+from ..images import PROCEDURAL, Unreadable
 
 _IMAGENET = (1000, 50_000)  # classes, images of its validation set
 
@@ -32,6 +33,7 @@ class LabeledData:
     train: LabeledImages
     test: LabeledImages
     whole: bool  # whether test images are used whole: objects reach the border, so nothing may be cut off
+    unreadable: Unreadable = field(default_factory=Unreadable)  # images of both parts
 
     @property
     def class_count(self) -> int:
@@ -105,7 +107,7 @@ def choose_labels(part: LabeledImages, share: float, names: str = "", seed: int 
 
 def _listed(part: LabeledImages, path: Path) -> np.ndarray:
     """Numbers of the images that a list names."""
-    wanted = {Path(line).name for line in path.read_text().split()}
+    wanted = {Path(row[0]).name for row in read_rows(path)}
     keep = np.array([i for i in range(len(part)) if Path(part.name(i)).name in wanted], dtype=np.int64)
     if len(keep) != len(wanted):
         rule = "Every name of a label list must be among the training images"

@@ -102,7 +102,9 @@ def evaluate_linear(
     batches = Batches(len(data.train), protocol.batch, protocol.epochs, ranks, protocol.seed)
     groups = [{"params": head.parameters(), "lr_scale": rate} for head, rate in zip(heads, protocol.rates, strict=True)]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=protocol.momentum)
-    loader = training_loader(TrainingImages(data.train, RandomCrop(size)), batches, reading.workers, device)
+    loader = training_loader(
+        TrainingImages(data.train, RandomCrop(size)), batches, reading.workers, device, data.unreadable
+    )
     for step, (images, labels) in enumerate(progress(loader, "linear probe", ranks)):
         set_rate(optimizer, cosine_rate(step, len(batches), batches.batch / 256))
         labels = labels.to(device)

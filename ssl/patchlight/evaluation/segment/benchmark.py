@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...checks import check
+from ...data.reading import describe_error
 from ..encoder import Encoder, autocast, set_drop_path
 from ..features import Reading
 from ..progress import progress
@@ -72,7 +74,8 @@ def _train(model: Segmenter, data: Scenes, protocol: SegmentProtocol, ranks: Ran
     groups = layer_groups(encoder.backbone, model.others(), protocol.layer_decay, protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups)
     rate_of = {"poly": poly_rate, "cosine": cosine_rate}[protocol.schedule]
-    loader = training_loader(TrainingScenes(data.train, protocol), batches, reading.workers, device)
+    scenes = TrainingScenes(data.train, protocol)
+    loader = training_loader(scenes, batches, reading.workers, device, data.unreadable)
     model.train()
     encoder.train(not protocol.frozen)
     steps = progress(range(protocol.steps), "segmentation", ranks)
@@ -88,12 +91,17 @@ def _test(model: Segmenter, data: Scenes, protocol: SegmentProtocol, ranks: Rank
     confusion = torch.zeros(data.classes, data.classes, dtype=torch.int64)
     pictures: list[ScenePicture] = []
     for number in progress(ranks.share(len(data.test)), "test scenes", ranks):
-        scene = data.test.read(int(number))
+        try:
+            scene = data.test.read(int(number))
+        except OSError as error:
+            data.unreadable.add(data.test.name(int(number)), describe_error(error))
+            continue
         predicted = predict(model, scene.image, protocol, ranks.device, reading.precision)
         confusion += confusion_of(torch.from_numpy(scene.classes), torch.from_numpy(predicted), data.classes)
         if len(pictures) < _PICTURES:
             pictures.append(ScenePicture(scene.image, predicted, scene.classes))
     confusion = ranks.sum(confusion.to(ranks.device)).cpu()
+    check(bool(confusion.any()), "Segmentation needs readable test scenes", "none", "look at the warnings above")
     absent = (confusion.sum(1) == 0).nonzero()[:, 0].tolist()
     return SegmentResult(scores_of(confusion), tuple(absent), tuple(pictures))
 

@@ -23,6 +23,9 @@ class TrainingScenes(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
         scene, crop = self.source.read(item), self.protocol.crop
         image = tv_tensors.Image(torch.from_numpy(scene.image).permute(2, 0, 1))

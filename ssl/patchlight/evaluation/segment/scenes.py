@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from ...checks import check, check_choice, sentence
 from ...data.procedural import CLASSES, ProceduralSource
 from ...data.stored import EXTENSIONS, decode
-from ..images import PROCEDURAL
+from ..images import PROCEDURAL, Unreadable
 
 IGNORE = -1  # the class of pixels that are neither trained on nor scored
 Pairs = tuple[tuple[Path, Path], ...]  # an image and its mask
@@ -47,7 +47,7 @@ class SceneFiles:
             image = decode(image_path.read_bytes())
             with Image.open(mask_path) as mask:
                 stored = np.array(mask)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file can raise any exception in a decoder
             rule = "Images and masks must be readable"
             raise OSError(sentence(rule, f"{error} for {image_path}", "repair it")) from error
         classes = self.classes_of(stored)
@@ -94,6 +94,7 @@ class Scenes:
     name: str
     train: SceneSource
     test: SceneSource
+    unreadable: Unreadable = field(default_factory=Unreadable)  # of both parts
 
     @property
     def classes(self) -> int:
@@ -117,7 +118,8 @@ def open_scenes(layout: str, root: str = "", train_list: str = "train", procedur
     else:
         parts = [_pair_folders(path / p, path / f"{p}-segmentation") for p in ("train-semi", "validation")]
         classes_of, classes = _imagenet_s, 1 + len({image.parent.name for image, _ in parts[0]})
-    return Scenes(layout, *(SceneFiles(pairs, classes_of, classes) for pairs in parts))
+    train_files, test_files = (SceneFiles(pairs, classes_of, classes) for pairs in parts)
+    return Scenes(layout, train_files, test_files)
 
 
 def _pair_folders(images: Path, masks: Path) -> Pairs:
