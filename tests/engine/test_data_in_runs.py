@@ -7,6 +7,7 @@ import pytest
 import torch
 from data.pictures import write_pictures
 from engine.tiny_run import tiny_run
+from PIL import Image
 
 from patchlight.data.loaders import dali_is_there
 from patchlight.engine.assembly import build_trainer, train
@@ -74,3 +75,43 @@ def test_a_stopped_run_continues_with_the_same_images(images, tmp_path):
     for (left, pixels), (right, again) in zip(before + ids(second, 4), whole, strict=True):
         assert torch.equal(left, right)
         assert torch.equal(pixels, again)
+
+
+def test_a_labeled_folder_with_bad_files_is_evaluated_without_them(tmp_path):
+    names = [f"{'ab'[number % 2]}/{number:02}.jpg" for number in range(40)]
+    write_pictures(tmp_path / "images", names)
+    for name in names[:3]:
+        (tmp_path / "images" / name).write_bytes(b"")
+    folder = tmp_path / "run"
+    output = {"folder": str(folder), "evaluate_every": 4}
+    with pytest.warns(UserWarning, match="cannot be read") as warned:
+        train(run_over(tmp_path / "images", folder, "torchvision", output=output, data={"most_bad": 0.2}))
+    left_out = {
+        name for name in names for w in warned if f"{name} cannot be read" in (s := str(w.message)) and "left out" in s
+    }
+    assert left_out == set(names[:3])
+    lines = [json.loads(line) for line in (folder / "knn.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 4, 8]
+    assert all(0 <= line["k10"] <= 1 for line in lines)
+
+
+def test_a_run_that_is_resumed_names_changed_files(images, tmp_path):
+    first = build_trainer(run_over(images, tmp_path / "run", "torchvision", data={"workers": 0}))
+    first.step()
+    first.save()
+    first.checkpoints.finish()
+    (images / "07.jpg").write_bytes((images / "08.jpg").read_bytes())
+    run = run_over(images, tmp_path / "run", "torchvision", data={"workers": 0})
+    second = build_trainer(replace(run, output=replace(run.output, resume=True)))
+    with pytest.warns(UserWarning, match=r"not what they were .* of 32 files .* such as .*07.jpg"):
+        second.begin()
+
+
+@pytest.mark.parametrize("loader", ["torchvision", pytest.param("dali", marks=needs_dali)])
+def test_an_image_of_too_many_pixels_is_replaced(images, tmp_path, loader):
+    Image.new("RGB", (300, 200)).save(images / "09.jpg")
+    folder = tmp_path / "run"
+    output = {"folder": str(folder), "evaluate_every": 0}
+    train(run_over(images, folder, loader, output=output, data={"most_pixels": 50_000, "most_bad": 0.2}))
+    reasons = dict(line.split("\t") for line in (folder / "bad_files.tsv").read_text().splitlines())
+    assert reasons[str(images / "09.jpg")] == "ValueError: the image has 300 x 200 pixels; 1 to 50000 are read"

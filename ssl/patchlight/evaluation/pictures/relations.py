@@ -106,7 +106,8 @@ def evaluate_relations(
     count = min(protocol.images, len(source))
     batch = min(batch, count // ranks.world)
     check(batch > 0, "Every rank needs an image", f"{count} images for {ranks.world} ranks", "use fewer ranks")
-    loader = TorchvisionLoader(source, policy, batch, protocol.seed, ranks.rank, ranks.world, device=ranks.device)
+    own = protocol.seed, ranks.rank, ranks.world
+    loader = TorchvisionLoader(source, policy, batch, *own, device=ranks.device, most_bad=1.0)
     sums, sheet = torch.zeros(3, dtype=torch.float64), None
     rounds = range(count // (batch * ranks.world))
     for _ in progress(rounds, "pairs of views", ranks):
