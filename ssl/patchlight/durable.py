@@ -41,13 +41,13 @@ def move(old: Path, new: Path) -> None:
     sync_folder(new.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file at once: a reader, also after a loss of power, gets the whole old text or the whole new one."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file at once: a reader, also after a loss of power, gets the whole old content or the whole new one."""
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with durable_file(temporary) as file:
-            file.write(text.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
         move(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
 import signal
 import warnings
@@ -12,8 +10,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -167,31 +163,6 @@ def check_fits(modules: dict[str, nn.Module], stored: Mapping[str, StoredTensor]
             f"A checkpoint must hold this model exactly, got {len(missing)} tensors missing and {len(wrong)} of another "
             f"shape in {path}, such as {(missing + wrong)[0]}; restore the settings it was made with."
         )
-
-
-def blank_random_state(stored: Mapping[str, StoredTensor], rank: int) -> dict[str, Tensor]:
-    """Empty tensors to load this rank's random state into."""
-    prefix = f"random.rank{rank}."
-    found = {name.removeprefix(prefix): entry for name, entry in stored.items() if name.startswith(prefix)}
-    return {name: torch.empty(entry.shape, dtype=torch.uint8) for name, entry in found.items()}
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """All random number generators of this process, as tensors."""
-    name, keys, *rest = cast("tuple", np.random.get_state())  # noqa: NPY002 libraries use the global generator
-    host = json.dumps([random.getstate(), [name, keys.tolist(), *rest]]).encode()
-    state = {"torch": torch.get_rng_state(), "host": torch.frombuffer(bytearray(host), dtype=torch.uint8)}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """The inverse of `random_state`."""
-    (version, words, gauss), numpy_state = json.loads(bytes(state["host"].tolist()))
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(numpy_state))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def timm_weights(branch: Branch) -> dict[str, Tensor]:

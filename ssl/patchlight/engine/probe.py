@@ -15,6 +15,7 @@ from ..data.crop_picture import draw_crops as draw_crop_picture
 from ..data.procedural import ProceduralSource
 from ..data.stored import Source, Subset
 from ..data.torchvision_loader import plain_batches
+from ..durable import write_whole
 from ..evaluation.pictures.attention import class_attention_maps, draw_attention, summary_attention_maps
 from ..evaluation.probes.knn import knn_accuracy
 from ..evaluation.probes.labeled import LabeledImages
@@ -22,7 +23,7 @@ from ..records import Clock, Crops, Views
 from ..report.console import warn
 from ..report.log_file import LogFile, number
 from ..report.outlet import Outlet
-from ..report.run_folder import KNN_FILE, PICTURES_FOLDER, write_whole
+from ..report.run_folder import KNN_FILE, PICTURES_FOLDER
 from ..run import Run
 from .branches import Teacher
 from .parallel import Mesh

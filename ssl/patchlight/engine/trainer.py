@@ -15,22 +15,21 @@ from rich.console import Console
 from torch import Tensor
 
 from ..checkpoint.folder import load_tensors, read_facts, stored_tensors
+from ..checkpoint.random_state import blank_random_state, random_state, set_random_state
 from ..checks import check
 from ..data.interface import Loader
+from ..durable import write_whole
 from ..process import FolderLock
 from ..records import Clock, Views
 from ..report.console import print_sentence
-from ..report.run_folder import RUN_FILE, write_whole
+from ..report.run_folder import RUN_FILE
 from ..run import Run
 from .batches import Batches
 from .checkpoint import (
     Checkpoints,
     StopRequest,
-    blank_random_state,
     check_fits,
     check_same_run,
-    random_state,
-    set_random_state,
     timm_weights,
 )
 from .device_step import DeviceStep

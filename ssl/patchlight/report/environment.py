@@ -17,7 +17,8 @@ import torch
 
 from patchlight_kernels import __version__
 
-from .run_folder import ENVIRONMENT_FILE, write_whole
+from ..durable import write_whole
+from .run_folder import ENVIRONMENT_FILE
 
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
 

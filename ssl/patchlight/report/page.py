@@ -8,6 +8,7 @@ from datetime import timedelta
 from html import escape
 from pathlib import Path
 
+from ..durable import write_whole
 from .charts import legend, line_chart, percent, short
 from .console import is_term
 from .log_file import number
@@ -19,7 +20,6 @@ from .run_folder import (
     REPORT_FILE,
     RUN_FILE,
     read_json,
-    write_whole,
 )
 from .run_summary import LogSummary, RunSummary
 from .series import Series

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..durable import write_whole
 from .outlet import Outlet
 from .page import build_report
-from .run_folder import REPORT_FILE, write_whole
+from .run_folder import REPORT_FILE
 from .run_summary import RunSummary
 
 PAGE_SECONDS, MOST_PAGE_SECONDS = 20.0, 600.0  # between two pages, which take a hundredth of the time if they can
