@@ -22,7 +22,7 @@ def teacher(path, heads=None):
         raise FileNotFoundError(f"teacher: path must be a file, got {path}, which is none; check the path.")
     try:
         model = _model(path, heads)
-    except HeadsError:
+    except _HeadsError:
         raise
     except Exception as error:  # a file that is damaged, or of another library, can be wrong in any way
         reason = (str(error).strip() or "no reason").splitlines()[0].rstrip(":.")
@@ -39,7 +39,7 @@ def teacher(path, heads=None):
     return model.eval()
 
 
-class HeadsError(ValueError):
+class _HeadsError(ValueError):
     """The number of heads is not known."""
 
 
@@ -68,7 +68,7 @@ def _vit(weights, heads):
     if heads is None:
         heads, rest = divmod(width, 64)
         if rest:
-            raise HeadsError(
+            raise _HeadsError(
                 f"teacher: heads must be given where 64 does not divide the width, got {width}; pass heads."
             )
     class_token = "cls_token" in weights

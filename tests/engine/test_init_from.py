@@ -245,6 +245,21 @@ def test_a_network_with_more_or_fewer_parts_is_refused(weights, sentence, tmp_pa
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
 
+def test_heads_decoders_and_predictors_of_any_name_may_be_left_out(tmp_path):
+    names = [
+        "head.0.weight",
+        "head_dist.bias",
+        "fc_norm.weight",
+        "projection_head.0.bias",
+        "prototypes.weight",
+        "predictor.x",
+    ]
+    names += ["decoder_blocks.0.norm1.bias", "attn_pool.q.weight", "queue1"]
+    student, _ = build_branches(Model("vit_tiny", **MODEL), [])
+    more = {name: torch.ones(3) for name in names}
+    assert init_from(student, saved({**timm_vit().state_dict(), **more}, tmp_path)).unused == names
+
+
 def test_a_vit_without_class_token_starts_a_model_without_one(tmp_path):
     vit = timm_vit(class_token=False, global_pool="avg", fc_norm=False)
     student, _ = build_branches(Model("vit_tiny", summary="mean", **MODEL), [])

@@ -41,7 +41,7 @@ FIRST_WEIGHTS = ("patch_embed.proj.weight", "conv1.weight")  # every backbone ha
 # What decides whether a model computes what a file's network does. All other tensors must be in both.
 # Names beside a backbone in a file: heads, decoders and predictors, which may be left out ...
 BESIDE = re.compile(
-    r"(head\w*|fc|fc_norm|norm2|query_block|attn_pool|pre_logits|classifier|optimizer|queue\w*"
+    r"(head\w*|fc|fc_norm|norm2|query_block|attn_pool|pre_logits|classifier|prototypes|last_layer|optimizer|queue\w*"
     r"|\w*(decoder|projector|projection|predictor|sere)\w*)(\.|$)"
 )
 MAY_LEAVE_OUT = "cls_token"  # of a backbone, by a model whose summary of an image is another
