@@ -248,8 +248,9 @@ class Parallel:
     """Processes over which one copy of the model is sharded (FSDP2)."""
     accumulate: int = 1
     """Batches whose gradients make one optimizer step; teacher, centers and schedules change once per step."""
-    precision: str = "bf16"
-    """bf16, fp16 (with loss scaling) or fp32: the format of the forward pass; parameters stay fp32."""
+    precision: str = "auto"
+    """The format of the forward pass: bf16, fp16 (with loss scaling), fp32, or auto: bf16 where the hardware multiplies it, else
+    fp32. Parameters stay fp32."""
     graph: str = "auto"
     """The whole step as one CUDA graph: on, off, or auto: where it can be; the run says which it is, and why."""
     residual: str = "fp32"
@@ -264,7 +265,7 @@ class Parallel:
     """Seed of weights, data order, crops and masks."""
 
     def __post_init__(self) -> None:
-        check_choice("Parallel.precision", self.precision, ("bf16", "fp16", "fp32"))
+        check_choice("Parallel.precision", self.precision, ("auto", "bf16", "fp16", "fp32"))
         check_choice("Parallel.graph", self.graph, ("auto", "on", "off"))
         check_choice("Parallel.residual", self.residual, ("fp32", "16bit"))
         check_choice("Parallel.compile", self.compile, ("auto", "on", "off"))

@@ -54,7 +54,7 @@ PARTS = (Model, Objectives, Data, Optim, Schedule, Parallel, Output, Run)
             lambda: Schedule(steps_per_epoch=0),
             r"steps_per_epoch must be a whole number in \[1, .* got 0; the default is None",
         ),
-        (lambda: Parallel(precision="fp8"), r"Parallel.precision must be one of bf16, fp16, fp32, got 'fp8'"),
+        (lambda: Parallel(precision="fp8"), r"Parallel.precision must be one of auto, bf16, fp16, fp32, got 'fp8'"),
         (lambda: Parallel(accumulate=0), r"Parallel.accumulate must be a whole number in \[1, 2\^53\), got 0"),
         (lambda: Output(keep=0), r"Output.keep must be a whole number in \[1, 2\^53\), got 0"),
         (lambda: Model(patch_size=0), r"Model.patch_size must be a whole number in \[1, .* got 0"),

@@ -39,7 +39,7 @@ from .metrics import Metrics
 from .optim import Update
 from .pairing import check_pairing
 from .parallel import Mesh, choose_compiled, compile_objectives, parallelize, processes
-from .precision import DTYPES, build_scaler
+from .precision import DTYPES, build_scaler, choose_precision
 from .probe import TeacherProbe
 from .schedules import rates_at
 from .step_values import StepValues
@@ -68,6 +68,8 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of a run; without a mesh, for one process. Tests pass a loader or metrics that replace the run's."""
     mesh = mesh or Mesh(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    precision, precision_reason = choose_precision(run.parallel.precision, mesh.device)
+    run = replace(run, parallel=replace(run.parallel, precision=precision))
     loader_reason = ""
     if loader is None:
         choice = loaders.choose_loader(run.data.loader, mesh.device)
@@ -109,6 +111,7 @@ def build_trainer(
         recorder,
         {
             "loader": (run.data.loader, loader_reason),
+            "precision": (precision, precision_reason),
             "step": step_reason,
             "branches": ("compiled" if compiled else "not compiled", compile_reason),
         },

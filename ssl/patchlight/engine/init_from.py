@@ -12,6 +12,7 @@ from torch import Tensor
 from ..backbones.fitting import fit_weight, shape_text
 from ..backbones.published import MAY_LEAVE_OUT, MAY_START_ANEW, read_published
 from ..checks import check
+from ..report.console import table_of_names
 from .branches import Student
 
 NOT_WANTED = ("heads.", "predictors.")  # every objective has its own
@@ -30,12 +31,12 @@ class Taken:
 
     def table(self) -> Table:
         """A row per kind, with the first names."""
-        table = Table("", "tensors", "such as", title=f"{self.file.name}: layout of {self.layout}")
+        rows = []
         for kind in ("loaded", "reshaped", "missing", "unused"):
             names = getattr(self, kind)
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            table.add_row(kind, str(len(names)), ", ".join(names[:8]) + more)
-        return table
+            rows.append((kind, len(names), ", ".join(names[:8]) + more))
+        return table_of_names(f"{self.file.name}: layout of {self.layout}", ("", "tensors", "such as"), rows)
 
 
 @torch.no_grad()

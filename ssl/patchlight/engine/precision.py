@@ -8,11 +8,26 @@ with 16-bit shards it would also round the norms' weights, and a sharded run wou
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+CPU_INFO = Path("/proc/cpuinfo")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(precision: str, device: torch.device, cpu_info: Path = CPU_INFO) -> tuple[str, str]:
+    """The format of a run's forward pass, and why."""
+    if precision != "auto":
+        return precision, f'Parallel.precision="{precision}"'
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = bool({"amx_bf16", "avx512_bf16"} & set(cpu_info.read_text().split())) if cpu_info.exists() else False
+    if fast:
+        return "bf16", f"this {'GPU' if device.type == 'cuda' else 'CPU'} multiplies bf16"
+    return "fp32", f"this {'GPU' if device.type == 'cuda' else 'CPU'} multiplies no bf16; emulated, it is slower"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

@@ -84,9 +84,13 @@ class Trainer:
             if self.probe is not None and self.look_is_due() and self.mesh.any(self.probe.lacks(self.clock)):
                 found = self.evaluate_teacher()
                 self.first_probe = found if self.clock.step == 0 else self.first_probe
-            stopped = self.train(request)
-            self.checkpoints.finish()
-            self.metrics.close()
+            try:
+                stopped = self.train(request)
+                self.checkpoints.finish()
+            finally:
+                if self.probe is not None:
+                    self.probe.close()
+                self.metrics.close()
         if stopped:
             self.say(f"Stopped by {stopped} after step {self.clock.step}; continue with Output.resume=True.")
 
@@ -212,6 +216,8 @@ class Trainer:
         """Continues from a checkpoint, which any number of processes may have written."""
         facts, stored = read_facts(path), stored_tensors(path)
         check_same_run(facts["run"], json.loads(json.dumps(self.run.to_dict())), path)
+        if change := self.run.batch_change(facts["run"], facts["processes"], self.mesh.world):
+            self.say(f"note: {change}")
         check_fits({"student": self.student, "teacher": self.teacher, "objectives": self.objectives}, stored, path)
         rank, world = self.mesh.rank, self.mesh.world
         state: dict[str, Any] = {**self.tensors(), "optimizer": self.update.blank_state(stored)}
