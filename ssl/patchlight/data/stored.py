@@ -162,7 +162,8 @@ def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> np.ndarray:
         rows = max(1, _STRIP // image.width)
         for top in range(0, image.height, rows):  # Pillow keeps four bytes per pixel, and copies to convert
             bottom = min(image.height, top + rows)
-            pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)).convert("RGB"))
+            part = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
+            pixels[top:bottom] = np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
         return pixels
 
 
