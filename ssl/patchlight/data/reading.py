@@ -50,20 +50,23 @@ class Sample(Generic[T]):
 
 
 def read_samples(source: Named, seed: int, ids: np.ndarray, read: Callable[[int], T]) -> Iterator[Sample[T]]:
-    """Reads samples by number, one after the other. A substitute depends on the seed and the unreadable id alone."""
+    """Reads samples by number, one after the other, and keeps none."""
     for sample in ids.tolist():
-        candidate, reason = sample, ""
-        for attempt in range(MAX_SUBSTITUTES + 1):
-            try:
-                content = read(candidate)
-                break
-            except Exception as error:  # a damaged file can raise any exception in a decoder
-                reason = reason or describe_error(error)
-            candidate = int(random_bits(seed, SUBSTITUTE, sample, attempt)[0] % np.uint64(len(source)))
-        else:
-            rule = f"One of {MAX_SUBSTITUTES} substitutes must be readable"
-            raise OSError(sentence(rule, f"none for {source.name(sample)} ({reason})", "repair the data"))
-        yield Sample(content, candidate, Replacement(sample, candidate, reason) if reason else None)
+        yield read_sample(source, seed, sample, read)
+
+
+def read_sample(source: Named, seed: int, sample: int, read: Callable[[int], T]) -> Sample[T]:
+    """Reads a sample, or a substitute, which depends on the seed and the unreadable sample alone."""
+    candidate, reason = sample, ""
+    for attempt in range(MAX_SUBSTITUTES + 1):
+        try:
+            content = read(candidate)
+            return Sample(content, candidate, Replacement(sample, candidate, reason) if reason else None)
+        except Exception as error:  # a damaged file can raise any exception in a decoder
+            reason = reason or describe_error(error)
+        candidate = int(random_bits(seed, SUBSTITUTE, sample, attempt)[0] % np.uint64(len(source)))
+    rule = f"One of {MAX_SUBSTITUTES} substitutes must be readable"
+    raise OSError(sentence(rule, f"none for {source.name(sample)} ({reason})", "repair the data"))
 
 
 def describe_error(error: Exception) -> str:

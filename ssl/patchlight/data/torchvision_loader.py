@@ -98,7 +98,9 @@ class _Batches:
 
         replacements: list[Replacement] = []
         images: list[np.ndarray] = []
-        for number, sample in enumerate(read_samples(self.source, self.seed, ids, read)):
+        samples = read_samples(self.source, self.seed, ids, read)
+        for number in range(len(ids)):
+            sample = next(samples)
             images.append(sample.content)
             into["ids"][number] = sample.id
             replacements += [sample.replacement] if sample.replacement else []
@@ -106,6 +108,7 @@ class _Batches:
                 part = slice(number + 1 - len(images), number + 1)
                 self._cut(epoch, ids[part], images, {k: t[:, part] for k, t in into.items() if k != "ids"})
                 images.clear()
+            del sample  # or it would be in memory while the next one is read
         return replacements
 
     def _cut(self, epoch: int, ids: np.ndarray, images: list[np.ndarray], into: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..checks import check
-from ..data.reading import Named, read_samples
+from ..data.reading import Named, read_sample
 from .encoder import EvaluatedBackbone
 from .images import Unreadable
 from .ranks import Ranks
@@ -75,7 +75,7 @@ class _Replacing(Dataset):
         self.data, self.seed = data, seed
 
     def __getitem__(self, item: int) -> tuple[tuple[Tensor, Tensor | int], int, str]:
-        sample = next(read_samples(self.data, self.seed, np.array([item]), self.data.__getitem__))
+        sample = read_sample(self.data, self.seed, item, self.data.__getitem__)
         return (sample.content, *((item, sample.replacement.reason) if sample.replacement else (-1, "")))
 
 
