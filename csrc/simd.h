@@ -37,25 +37,23 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-// The conversions below are integer arithmetic and exact steps in fp32, so the compiler may regroup them. torch's own
-// multiply by 2^112 and then 2^-110 to find what overflows, which regrouped is no overflow. They vectorize without F16C.
+// The conversions are integer arithmetic and single steps in fp32, so the compiler has nothing to regroup. torch's own
+// multiplies by 2^112 and then by 2^-110 to find what overflows, which regrouped finds nothing. They vectorize without F16C.
 
+// A multiplication by 2^112 moves the exponent.
 inline float half_to_float(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  const uint32_t normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7f800000u;
-  const uint32_t subnormal = float_to_bits(float(int32_t(magnitude)) * 0x1p-24f);
-  const uint32_t bits = magnitude >= 0x7c00u ? special : magnitude >= 0x400u ? normal : subnormal;
+  const uint32_t magnitude = (half & 0x7fffu) << 13;
+  const uint32_t finite_max = 0x7bffu << 13;
+  uint32_t bits = float_to_bits(bits_to_float(magnitude) * 0x1p112f);
+  bits = magnitude > finite_max ? magnitude | 0x7f800000u : bits;  // inf and NaN keep their payload
   return bits_to_float(bits | (uint32_t(half & 0x8000u) << 16));
 }
 
-// To nearest, ties to even.
+// To nearest, ties to even. One unit in the last place of 0.5 is the least subnormal half, so an addition rounds to those.
 inline uint16_t float_to_half(float value) {
   const uint32_t magnitude = float_to_bits(value) & 0x7fffffffu, sign = float_to_bits(value) >> 16 & 0x8000u;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;  // 65520 becomes inf
-  const float units = bits_to_float(magnitude < 0x38800000u ? magnitude : 0u) * 0x1p24f;  // of the least subnormal half
-  const int32_t whole = int32_t(units);
-  const float rest = units - float(whole);
-  const uint32_t subnormal = uint32_t(whole + (rest > 0.5f || (rest == 0.5f && (whole & 1))));
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x47800000u ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
