@@ -214,7 +214,7 @@ WRONG = {
     "no raw token": ({"raw": 0}, ValueError, "raw must be between 1 and the 9 tokens, got 0"),
     "too many": ({"raw": 10}, ValueError, "raw must be between 1 and the 9 tokens, got 10"),
     "half a token": ({"raw": 4.5}, TypeError, "raw must be a Python integer, got float"),
-    "a tensor": ({"raw": torch.tensor(5)}, TypeError, "raw must be a Python integer, got Tensor"),
+    "a tensor": ({"raw": torch.tensor(5)}, TypeError, "raw must be a Python integer, got torch.Tensor"),
     "reading": ({"query_keys": "none"}, ValueError, r"one of \('all', 'raw'\), got 'none'"),
     "part of a crop": ({"crop": 3}, ValueError, "divide the 4 queries, got 3"),
     "no crop": ({"crop": 0}, ValueError, "divide the 4 queries, got 0"),
