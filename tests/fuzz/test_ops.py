@@ -248,4 +248,4 @@ def attempt(draws: Draws) -> None:
 
 
 def test_random_arguments():
-    fuzz(attempt, at_least=40)
+    fuzz(attempt)
