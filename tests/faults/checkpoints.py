@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import torch
 from faults.tiny import Truth, steps_in
 from safetensors.torch import load_file
 
-try:
-    from patchlight.checkpoint.folder import verify
-except ImportError:
-    def verify(path):
-        return [] if (path / "facts.json").exists() and (path/".metadata").exists() else [f"{path} incomplete"]
+from patchlight.checkpoint import folder
+
+
+def verify(path: Path, seconds: int = 20) -> list[str]:
+    """`patchlight.checkpoint.folder.verify`, which must not wait for ever."""
+
+    def too_late(*_: object) -> None:
+        raise TimeoutError(f"verify waits for ever at {path}")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(seconds)
+    try:
+        return folder.verify(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def wrong_checkpoints(run_folder: Path, truth: Truth) -> list[str]:
@@ -20,15 +32,16 @@ def wrong_checkpoints(run_folder: Path, truth: Truth) -> list[str]:
     wrong = []
     for step in steps_in(run_folder):
         path = run_folder / "checkpoints" / f"step-{step:08d}"
-        wrong += verify(path)
-        if not wrong and truth.step_folder(step).exists():
-            wrong += [f"{path.name}/{name} has other tensors" for name in different_files(path, truth.step_folder(step))]
+        damage = verify(path)
+        wrong += damage
+        if not damage and truth.step_folder(step).exists():
+            wrong += [f"{path.name}/{name} has other tensors" for name in different(path, truth.step_folder(step))]
     return wrong
 
 
-def different_files(a: Path, b: Path) -> list[str]:
+def different(a: Path, b: Path) -> list[str]:
     """Files of tensors that are not equal in two checkpoints."""
-    names = {path.name for folder in (a, b) for path in folder.glob("*.safetensors")}
+    names = {path.name for place in (a, b) for path in place.glob("*.safetensors")}
     return sorted(name for name in names if not _equal(a / name, b / name))
 
 

@@ -62,7 +62,11 @@ def unseen(run_folder: Path, broken: set[int]) -> list[str]:
     """Where `verify` is wrong: damage that it does not see, or sees where there is none."""
     wrong = []
     for step in STEPS_KEPT:
-        found = verify(run_folder / "checkpoints" / f"step-{step:08d}")
+        try:
+            found = verify(run_folder / "checkpoints" / f"step-{step:08d}")
+        except Exception as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+            continue
         if bool(found) != (step in broken):
             wrong.append(f"verify says {found} of step {step}")
     return wrong

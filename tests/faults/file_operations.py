@@ -77,7 +77,7 @@ class Record(Listener):
 
 _os: dict[str, Callable] = {}  # the functions that are replaced
 _NAMES = ("open", "write", "fsync", "fdatasync", "ftruncate", "rename", "replace", "link", "unlink", "remove")
-_NAMES += ("rmdir", "mkdir")
+_NAMES += ("rmdir", "mkdir", "truncate", "pwrite")
 
 
 def watch(folder: Path, listener: Listener) -> None:
@@ -156,6 +156,13 @@ class _Watcher:
             offset = found.st_size if appends else os.lseek(fd, 0, os.SEEK_CUR)
             return self.tell(Operation("write", name, "", found.st_ino, offset, data), call)
 
+    def pwrite(self, fd, data, offset):
+        name = self.below(fd)
+        if name is None:
+            return _os["pwrite"](fd, data, offset)
+        operation = Operation("write", name, "", os.fstat(fd).st_ino, offset, bytes(data))
+        return self.tell(operation, lambda: _os["pwrite"](fd, data, offset))
+
     def _of_descriptor(self, call: Callable, name: str, fd, *rest):
         descriptor = fd if isinstance(fd, int) else fd.fileno()
         path = self.below(descriptor)
@@ -172,6 +179,15 @@ class _Watcher:
 
     def ftruncate(self, fd, length):
         return self._of_descriptor(_os["ftruncate"], "truncate", fd, length)
+
+    def truncate(self, path, length):
+        if isinstance(path, int):
+            return self.ftruncate(path, length)
+        name = self.below(path)
+        if name is None:
+            return _os["truncate"](path, length)
+        operation = Operation("truncate", name, "", os.stat(path).st_ino, length)
+        return self.tell(operation, lambda: _os["truncate"](path, length))
 
     def _of_two(self, name: str, operation: str, source, target, options):
         paths = self.below(source, options.get("src_dir_fd")), self.below(target, options.get("dst_dir_fd"))
