@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,19 +14,30 @@ from safetensors.torch import load_file
 from patchlight.checkpoint import folder
 
 
-def verify(path: Path, seconds: int = 20) -> list[str]:
-    """`patchlight.checkpoint.folder.verify`, which must not wait for ever."""
+class HangsError(BaseException):
+    """Something waits for ever. Not an Exception, which a reader may take for damage."""
+
+
+@contextmanager
+def in_time(seconds: int = 20) -> Iterator[None]:
+    """Raises HangsError in a block that takes longer."""
 
     def too_late(*_: object) -> None:
-        raise TimeoutError(f"verify waits for ever at {path}")
+        raise HangsError(f"no end in {seconds} s")
 
     before = signal.signal(signal.SIGALRM, too_late)
     signal.alarm(seconds)
     try:
-        return folder.verify(path)
+        yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def verify(path: Path) -> list[str]:
+    """`patchlight.checkpoint.folder.verify`, which must not wait for ever."""
+    with in_time():
+        return folder.verify(path)
 
 
 def wrong_checkpoints(run_folder: Path, truth: Truth) -> list[str]:

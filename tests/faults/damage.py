@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from faults.checkpoints import verify
+from faults.checkpoints import HangsError, verify
 from faults.child import Plan
 from faults.tiny import Outcome, Truth, resumed, run_to_end, small_run, truth_of
 
@@ -64,7 +64,7 @@ def unseen(run_folder: Path, broken: set[int]) -> list[str]:
     for step in STEPS_KEPT:
         try:
             found = verify(run_folder / "checkpoints" / f"step-{step:08d}")
-        except Exception as error:
+        except (Exception, HangsError) as error:
             wrong.append(f"{type(error).__name__}: {error}")
             continue
         if bool(found) != (step in broken):
@@ -82,7 +82,9 @@ def wrong_resume(ended, truth: Truth, whole: int | None) -> list[str]:
     states = [truth.states[line["step"]].get(line["rank"]) == line["fingerprint"] for line in begun]
     wrong += ["loaded wrong bytes"] if not all(states) else []
     if whole is None:
-        wrong += [] if ended.code and "patchlight:" in ended.output else ["no error sentence, though no checkpoint is whole"]
+        wrong += (
+            [] if ended.code and "patchlight:" in ended.output else ["no error sentence, though no checkpoint is whole"]
+        )
     elif not begun:
         wrong.append(f"did not resume: {ended.output.strip()[-200:]}")
     return wrong

@@ -119,10 +119,14 @@ class _Watcher:
                     fcntl.flock(self.listener.file, fcntl.LOCK_UN)
                 raise
             if operation.name in ("create", "mkdir"):
-                found = os.fstat(result) if operation.name == "create" else os.stat(os.path.join(self.root, operation.path))
+                found = (
+                    os.fstat(result) if operation.name == "create" else os.stat(os.path.join(self.root, operation.path))
+                )
                 operation = Operation(operation.name, operation.path, inode=found.st_ino)
             elif operation.name == "write":
-                operation = Operation("write", operation.path, "", operation.inode, operation.offset, operation.data[:result])
+                operation = Operation(
+                    "write", operation.path, "", operation.inode, operation.offset, operation.data[:result]
+                )
             self.listener.after(operation)
             return result
 
@@ -226,7 +230,9 @@ class _Watcher:
             return _os["mkdir"](path, mode, dir_fd=dir_fd)
         return self.tell(Operation("mkdir", found), lambda: _os["mkdir"](path, mode, dir_fd=dir_fd))
 
-    def io_open(self, file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
+    def io_open(
+        self, file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None
+    ):
         """open(), with a raw file whose writes are seen; reading is left to Python."""
         kinds = set(mode)
         if not kinds & set("wax+") or self.below(file) is None:

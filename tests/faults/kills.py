@@ -89,7 +89,9 @@ class Chain:
         wrong += wrong_checkpoints(self.run_folder, self.truth)
         if self.over:
             here, there = lines_of(self.run_folder), lines_of(self.truth.folder)
-            wrong += [] if here == there else [f"metrics.jsonl has {len(set(here) & set(there))} right of {len(here)} lines"]
+            wrong += (
+                [] if here == there else [f"metrics.jsonl has {len(set(here) & set(there))} right of {len(here)} lines"]
+            )
         return "; ".join(wrong[:3])
 
 

@@ -52,11 +52,15 @@ def tries(rng: np.random.Generator, workspace: Path, count: int) -> Iterator[Out
         sealed = (path / "manifest.json").exists() and not verify(path)
         lost += ["a traceback"] if "Traceback" in ended.output and not sealed else []
         lost += ["no error"] if not states and not ended.code else []
-        lost += ["loaded wrong bytes"] if any(truth.states[s["step"]].get(0) != s["fingerprint"] for s in states) else []
+        lost += (
+            ["loaded wrong bytes"] if any(truth.states[s["step"]].get(0) != s["fingerprint"] for s in states) else []
+        )
         lost += read_elsewhere(folder / "copy", canary)
         if not lost:
             shutil.rmtree(folder)
-        result = f"resumed at {ended.step('began')}" if states else f"refused: {ended.output.strip().splitlines()[-1][:100]}"
+        result = (
+            f"resumed at {ended.step('began')}" if states else f"refused: {ended.output.strip().splitlines()[-1][:100]}"
+        )
         yield Outcome(f"{kind} {what}", result, "; ".join(lost))
 
 

@@ -39,7 +39,9 @@ class File:
         if kind == "lost":
             return self.synced
         if kind == "zeros":  # the size was written, the data not
-            return self.contents([(offset, None if data is None else bytes(len(data))) for offset, data in self.changes])
+            return self.contents(
+                [(offset, None if data is None else bytes(len(data))) for offset, data in self.changes]
+            )
         some = self.changes[: rng.integers(len(self.changes) + 1)]
         if some and some[-1][1]:
             offset, data = some[-1]

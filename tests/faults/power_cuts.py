@@ -56,7 +56,10 @@ def record_run(name: str, folder: Path, truth: Truth) -> tuple[list, list[str]]:
 
 def cut(rng: np.random.Generator, folder: Path, name: str, truth: Truth, record: list) -> Outcome:
     """Leaves what a disk may hold when the power ends at a random operation, and resumes."""
-    disk, reported, moment = Disk(), 0, int(rng.integers(1, len(record)))
+    # Most cuts fall where something could be lost.
+    moments = [n for n, part in enumerate(record, 1) if isinstance(part, tuple) or part.path.startswith("checkpoints")]
+    moment = int(rng.choice(moments) if rng.random() < 0.8 else rng.integers(1, len(record)))
+    disk, reported = Disk(), 0
     for operation in record[:moment]:
         if isinstance(operation, tuple):
             reported = operation[1]
@@ -70,7 +73,9 @@ def cut(rng: np.random.Generator, folder: Path, name: str, truth: Truth, record:
         shutil.rmtree(folder)
     last = record[moment - 1]
     where = "a report" if isinstance(last, tuple) else f"{last.name} {last.path}"
-    return Outcome(f"{name}: cut after {where}", f"{reported} was complete, began at {ended.step('began')}", "; ".join(lost))
+    return Outcome(
+        f"{name}: cut after {where}", f"{reported} was complete, began at {ended.step('began')}", "; ".join(lost)
+    )
 
 
 def wrong_after_cut(ended: Ended, truth: Truth, run_folder: Path, reported: int) -> list[str]:

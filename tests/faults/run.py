@@ -6,13 +6,13 @@ import argparse
 import importlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
-os.environ.setdefault("TRITON_INTERPRET", "1")  # as in tests/conftest.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROWS = {  # and how often each is tried
@@ -32,21 +32,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="for the runs; kept if something was lost")
     arguments = parser.parse_args()
+    if unknown := set(arguments.rows) - set(ROWS):
+        parser.error(f"ROW must be one of {', '.join(ROWS)}, got {', '.join(sorted(unknown))}")
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(parents=True, exist_ok=True)
+    import numpy as np
     from faults.tally import Tally
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes of a try end too
     tally = Tally()
-    for name in arguments.rows:
-        if name not in ROWS:
-            parser.error(f"ROW must be one of {', '.join(ROWS)}, got {name}")
-        tally.begin(name, arguments.tries or ROWS[name])
-        import numpy as np
-
-        rng = np.random.default_rng([arguments.seed, list(ROWS).index(name)])
-        for outcome in importlib.import_module(f"faults.{name}").tries(rng, folder, tally.planned):
-            tally.add(outcome)
-    tally.print_table()
+    try:
+        for name in arguments.rows:
+            tally.begin(name, arguments.tries or ROWS[name])
+            rng = np.random.default_rng([arguments.seed, list(ROWS).index(name)])
+            for outcome in importlib.import_module(f"faults.{name}").tries(rng, folder, tally.planned):
+                tally.add(outcome)
+    finally:
+        tally.print_table()
     if tally.lost:
         print(f"The files are in {folder}.")
     elif arguments.folder is None:

@@ -32,7 +32,13 @@ class Tally:
         outcomes = self.rows[self.name]
         outcomes.append(outcome)
         self.seconds[self.name] = time.perf_counter() - self.began
-        state = f"LOST: {outcome.lost}" if outcome.lost else f"skipped: {outcome.skipped}" if outcome.skipped else "survived"
+        state = (
+            f"LOST: {outcome.lost}"
+            if outcome.lost
+            else f"skipped: {outcome.skipped}"
+            if outcome.skipped
+            else "survived"
+        )
         line = f"{self.name} {len(outcomes)}/{self.planned}  {outcome.what}  {outcome.result}  {state}"
         print(line.replace("\n", " "), flush=True)
 

@@ -108,7 +108,9 @@ def truth_of(workspace: Path, run: Run, processes: int = 1, fault=None) -> Truth
             truth.states[line["step"]][line["rank"]] = line["fingerprint"]
         if line["event"] == "operations":
             truth.operations[line["rank"]] = line["count"]
-    complete = ended and set(truth.states.get(run.schedule.epochs * run.schedule.steps_per_epoch, {})) == set(range(processes))
+    complete = ended and set(truth.states.get(run.schedule.epochs * run.schedule.steps_per_epoch, {})) == set(
+        range(processes)
+    )
     assert complete, f"the run fails without a fault:\n{output_of(place / 'notes')[-3000:]}"
     _truths[key] = truth
     return truth

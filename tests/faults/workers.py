@@ -41,7 +41,11 @@ def tries(rng: np.random.Generator, workspace: Path, count: int) -> Iterator[Out
 
 
 def worker_run(folder: Path):
-    return small_run(folder, data={"workers": 2} | ({"timeout": TIMEOUT} if hasattr(Data, "timeout") else {}), output={"save_every": 6})
+    return small_run(
+        folder,
+        data={"workers": 2} | ({"timeout": TIMEOUT} if hasattr(Data, "timeout") else {}),
+        output={"save_every": 6},
+    )
 
 
 def _try(rng: np.random.Generator, folder: Path, truth: Truth, kind: str) -> Outcome:
