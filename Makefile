@@ -22,7 +22,7 @@ endif
 # A line for each package that is fetched, so that nobody waits without a sign; none for those that are there.
 TELL = | { grep --line-buffered -E "Collecting|Downloading|Building|Successfully|error|ERROR" || true; }
 
-.PHONY: demo test test-matrix bench lint sanitize doctor build clean
+.PHONY: demo test test-matrix faults fuzz bench lint sanitize doctor build clean
 
 demo: $(READY)  ## pretrains a small ViT on procedural images; report, pictures and checkpoint in runs/demo-*
 	$(PY) train.py demo --output.folder runs/demo-$(shell date +%Y%m%d-%H%M%S)
@@ -32,6 +32,12 @@ test: $(READY)  ## every test that this machine can run
 
 test-matrix: $(READY)  ## the tests on other instruction sets, other versions of torch and other seeds; MATRIX="seeds avx2" picks
 	$(PY) tests/matrix.py $(MATRIX)
+
+faults: $(READY)  ## kills, damage, full disks and power cuts in real runs; fails if anything is lost; FAULTS="kills:50 damage" picks
+	$(PY) tests/faults/run.py $(FAULTS)
+
+fuzz: $(READY)  ## the fuzz tests for long, SECONDS=600 each
+	PATCHLIGHT_FUZZ_SECONDS=$(or $(SECONDS),600) $(PY) -m pytest -n $(WORKERS) --dist worksteal --timeout 0 tests/fuzz
 
 bench: $(READY)  ## every op at every size for this machine, tables and plots in bench/out
 	$(PY) -m bench ops

@@ -15,7 +15,8 @@ from faults.tiny import Ended, Outcome, Truth, resumed, run_to_end, small_run, t
 
 STEPS = 12
 FOREVER = 10**9
-NEEDED = ("checkpoints", "run.json")  # files without which a run cannot be continued; it may go on without the others
+# What a run cannot do without; it goes on without the others.
+NEEDED = re.compile(r"\w+ (\.|checkpoints.*|\.?run\.(json|lock).*)")
 
 
 def tries(rng: np.random.Generator, workspace: Path, count: int) -> Iterator[Outcome]:
@@ -51,7 +52,7 @@ def refuse(folder: Path, name: str, truth: Truth, full: Full, kind: str) -> Outc
     """A run in which an operation fails, then room is made, and it is resumed."""
     ended = run_to_end(Plan(disk_run(folder / "run", name), folder / "notes", full))
     refused = full.found.read_text() if full.found.exists() else ""
-    needed = full.count == FOREVER or any(f" {part}" in refused for part in (*NEEDED, ".")) or ".run.json" in refused
+    needed = full.count == FOREVER or NEEDED.fullmatch(refused) is not None
     lost = wrong_end(ended, truth, folder / "run", needed) if refused else ["the operation did not happen"]
     lost += wrong_resume(folder, name, truth) if ended.step("ended") != STEPS or lost else []
     if not lost:

@@ -1,4 +1,4 @@
-"""Injects faults into runs on this machine and says what was lost: python tests/faults/run.py [ROW ...] [--tries N] [--seed S]."""
+"""Injects faults into small runs and says what was lost: python tests/faults/run.py [ROW ...] [--tries N] [--seed S]."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ ROWS = {  # and how often each is tried
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("rows", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}; kills:5 is five of kills")
     parser.add_argument("--tries", type=int, help="of each row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="for the runs; kept if something was lost")
     arguments = parser.parse_args()
-    if unknown := set(arguments.rows) - set(ROWS):
-        parser.error(f"ROW must be one of {', '.join(ROWS)}, got {', '.join(sorted(unknown))}")
+    rows = {}
+    for row in arguments.rows:
+        name, _, tries = row.partition(":")
+        if name not in ROWS:
+            parser.error(f"ROW must be one of {', '.join(ROWS)}, got {name}")
+        rows[name] = int(tries or arguments.tries or ROWS[name])
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(parents=True, exist_ok=True)
     import numpy as np
@@ -42,8 +46,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes of a try end too
     tally = Tally()
     try:
-        for name in arguments.rows:
-            tally.begin(name, arguments.tries or ROWS[name])
+        for name, tries in rows.items():
+            tally.begin(name, tries)
             rng = np.random.default_rng([arguments.seed, list(ROWS).index(name)])
             for outcome in importlib.import_module(f"faults.{name}").tries(rng, folder, tally.planned):
                 tally.add(outcome)

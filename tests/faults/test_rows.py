@@ -1,36 +1,31 @@
 """A few faults of each row, and checks of what injects them; `make faults` tries hundreds."""
 
-import importlib
-import multiprocessing
-import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from faults import run
-from faults.child import Kill
-from faults.file_operations import Count, Operation, Record, watch
+from faults.file_operations import Operation
 from faults.power import Disk, differences, read_record, write_tree
 from faults.tally import Tally
 from faults.tiny import Outcome
 from parity import SEED
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+FAULTS = Path(__file__).parent
 FEW = {"kills": 4, "damage": 12, "pickles": 6, "full_disk": 6, "power_cuts": 6, "workers": 4}
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.mark.parametrize("row", FEW)
-def test_nothing_is_lost(row, workspace):
-    tries = importlib.import_module(f"faults.{row}").tries
-    outcomes = list(tries(np.random.default_rng(SEED), workspace, FEW[row]))
-    assert len(outcomes) >= FEW[row]
-    assert [f"{outcome.what}: {outcome.lost}" for outcome in outcomes if outcome.lost] == []
+def test_nothing_is_lost(tmp_path):
+    """In a process of its own, whose processes are forked from one that has imported everything."""
+    rows = [f"{name}:{tries}" for name, tries in FEW.items()]
+    command = [sys.executable, FAULTS / "run.py", *rows, "--seed", str(SEED), "--folder", tmp_path / "faults"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (
+        "\n".join(line for line in done.stdout.splitlines() if "survived" not in line) + done.stderr
+    )
 
 
 def test_every_row_is_tried_here():
@@ -49,44 +44,13 @@ def test_a_loss_is_counted_and_named(capsys):
     assert [cell.strip() for cell in printed.splitlines()[-2].split("│")[1:-2]] == ["kills", "2", "1", "1", "1"]
 
 
-def write_many_ways(folder: Path, listed: Path) -> None:
-    """Every call that changes files, in a process of its own, whose functions it replaces."""
-    folder.mkdir()
-    watch(folder, Record(listed))
-    (folder / "text.txt").write_text("text")
-    (folder / "bytes").write_bytes(bytes(range(256)) * 100)
-    with (folder / "text.txt").open("a") as file:
-        file.write(" and more")
-    with (folder / "bytes").open("r+b") as file:
-        file.seek(100)
-        file.write(b"in between")
-        file.truncate(20_000)
-    (folder / "inside" / "deep").mkdir(parents=True)
-    descriptor = os.open(folder / "inside/file", os.O_WRONLY | os.O_CREAT)
-    os.write(descriptor, b"0123456789")
-    os.ftruncate(descriptor, 7)
-    os.pwrite(descriptor, b"ab", 2)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    os.truncate(folder / "inside/file", 5)
-    (folder / "inside/file").rename(folder / "inside/renamed")
-    os.link(folder / "inside/renamed", folder / "linked")
-    (folder / "inside/deep/gone").write_text("gone")
-    (folder / "inside/deep/gone").unlink()
-    (folder / "inside/deep").rmdir()
-    (folder / "text.txt").write_text("new")
-    (folder.parent / "outside").write_text("unseen")
-
-
-def in_a_process(work, *arguments) -> int:
-    process = multiprocessing.get_context("forkserver").Process(target=work, args=arguments)
-    process.start()
-    process.join()
-    return process.exitcode
+def run_script(*arguments) -> int:
+    """A process of its own, as the functions that write are replaced in it."""
+    return subprocess.run([sys.executable, FAULTS / "every_write.py", *map(str, arguments)]).returncode
 
 
 def test_every_way_to_write_is_seen(tmp_path):
-    assert in_a_process(write_many_ways, tmp_path / "run", tmp_path / "record") == 0
+    assert run_script(tmp_path / "run", tmp_path / "record") == 0
     disk = Disk()
     for operation in read_record(tmp_path / "record"):
         disk.apply(operation)
@@ -98,15 +62,8 @@ def test_every_way_to_write_is_seen(tmp_path):
     assert sorted(unseen) == ["linked", "renamed", "unseen"]  # a link has two names
 
 
-def die_at_the_third(folder: Path) -> None:
-    folder.mkdir()
-    watch(folder, Count(3, lambda _: Kill(0, 3, "rank", 9).now()))
-    for number in range(5):
-        (folder / f"{number}").touch()
-
-
 def test_a_kill_comes_before_the_operation_that_it_aims_at(tmp_path):
-    assert in_a_process(die_at_the_third, tmp_path / "run") == -9
+    assert run_script(tmp_path / "run") == -9
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["0", "1"]
 
 

@@ -38,7 +38,7 @@ class Outcome:
 
 def small_run(folder: Path, configuration: str = "1 process", steps: int = STEPS, keep: int = 2, **parts) -> Run:
     """60 steps with a log line each and 20 saves, in two seconds."""
-    processes, shards, asynchronous = CONFIGURATIONS[configuration]
+    _, shards, asynchronous = CONFIGURATIONS[configuration]
     output = {"folder": str(folder), "save_every": SAVE_EVERY, "log_every": 1, "keep": keep, "evaluate_every": 0}
     output |= {"save_async": asynchronous} | parts.pop("output", {})
     model = {"image_size": 16, "patch_size": 4, "drop_path": 0.2, "sizes": {"width": 20, "depth": 2, "heads": 2}}
