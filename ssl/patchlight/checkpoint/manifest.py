@@ -83,8 +83,11 @@ class Manifest:
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """The manifest of a checkpoint; raises DamagedError if it is not what was written."""
+        path = folder / MANIFEST
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise damaged(folder, f"a {MANIFEST} that is no file")
         try:
-            whole = json.loads((folder / MANIFEST).read_bytes())
+            whole = json.loads(path.read_bytes())
             content = whole["content"]
             if whole["checksum"] != checksum(_canonical(content)):
                 raise damaged(folder, f"a {MANIFEST} whose checksum is wrong")
