@@ -25,7 +25,7 @@ from faults.tiny import (
     wrong_states,
 )
 
-from patchlight.run import Data
+from patchlight.run import Run
 
 STEPS = 60
 TIMEOUT = 2.0  # Data.timeout
@@ -40,12 +40,8 @@ def tries(rng: np.random.Generator, workspace: Path, count: int) -> Iterator[Out
         yield _try(rng, workspace / f"workers-{number}", truth, kind)
 
 
-def worker_run(folder: Path):
-    return small_run(
-        folder,
-        data={"workers": 2} | ({"timeout": TIMEOUT} if hasattr(Data, "timeout") else {}),
-        output={"save_every": 6},
-    )
+def worker_run(folder: Path) -> Run:
+    return small_run(folder, data={"workers": 2, "timeout": TIMEOUT}, output={"save_every": 6})
 
 
 def _try(rng: np.random.Generator, folder: Path, truth: Truth, kind: str) -> Outcome:
