@@ -6,6 +6,7 @@ import errno
 import faulthandler
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -196,6 +197,7 @@ class Notes:
 def train(plan: Plan, rank: int) -> None:
     """Trains as train.py does, up to the sentences of its errors; ends the process."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # Linux's, in place of that of this child
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     for descriptor in (1, 2):

@@ -98,11 +98,10 @@ def truth_of(workspace: Path, run: Run, processes: int = 1, fault=None) -> Truth
     place = workspace / f"truth-{len(_truths)}"
     shutil.rmtree(place, ignore_errors=True)
     run = replace(run, output=replace(run.output, folder=str(place / "run"), keep=1000))
-    began = time.perf_counter()
     launched = Launched(Plan(run, place / "notes", fault or Counted(), every_step=True), processes)
     ended = launched.ended()
     launched.end()
-    truth = Truth(run, processes, seconds=time.perf_counter() - began)
+    truth = Truth(run, processes, seconds=time.perf_counter() - launched.began)
     for line in read_notes(place / "notes"):
         if "fingerprint" in line:
             truth.states[line["step"]][line["rank"]] = line["fingerprint"]

@@ -46,19 +46,25 @@ def worker_run(folder: Path) -> Run:
 
 def _try(rng: np.random.Generator, folder: Path, truth: Truth, kind: str) -> Outcome:
     run = worker_run(folder / "run")
-    launched = Launched(Plan(run, folder / "notes"))
-    delay = rng.uniform(0.1, truth.seconds)
+    launched = Launched(Plan(run, folder / "notes", every_step=True))
+    step = int(rng.integers(1, STEPS - 10))
     try:
-        launched.launcher.join(delay)
+        while (
+            launched.launcher.is_alive()
+            and sum(line["event"] == "step" for line in read_notes(folder / "notes")) < step
+        ):
+            launched.launcher.join(0.002)
         workers = [pid for pid in members(launched.session) if pid not in launched.pids and not keeps_books(pid)]
-        victims = list(workers) if kind == "kill all" else [rng.choice(workers)] if workers else []
+        if not workers:
+            return Outcome(f"{kind} after step {step}", lost="there are no workers")
+        victims = list(workers) if kind == "kill all" else [rng.choice(workers)]
         victims = launched.pids if kind == "kill the trainer" else victims
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
         if kind == "kill the trainer":
             launched.launcher.join()
-            return _resume_at_once(folder, truth, f"{kind} after {delay:.2f} s", launched)
+            return _resume_at_once(folder, truth, f"{kind} after step {step}", launched)
         began = time.perf_counter()
         launched.launcher.join(LIMIT)
         took = time.perf_counter() - began
@@ -74,8 +80,8 @@ def _try(rng: np.random.Generator, folder: Path, truth: Truth, kind: str) -> Out
         lost += _rest(folder, truth)
     if not lost:
         shutil.rmtree(folder)
-    what = f"{kind}: {len(victims)} of {len(workers)} workers after {delay:.2f} s"
-    said = "said so" if "worker" in output else "said nothing"
+    what = f"{kind}: {len(victims)} of {len(workers)} workers after step {step}"
+    said = "said so" if "worker" in output.split("The first step took")[-1] else "said nothing"
     return Outcome(what, f"{'went on' if went_on else 'ended'} in {took:.1f} s, {said}", "; ".join(lost))
 
 
