@@ -54,10 +54,16 @@ class FolderLock:
 
 
 def end_with_launcher() -> None:
-    """Asks Linux for SIGTERM when the launcher of this process ends, so that no rank goes on unseen."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+    """Asks for SIGTERM when torchrun ends, so that no rank goes on unseen."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGTERM)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Asks Linux for a signal when the parent of this process ends, also when it is killed."""
+    if sys.platform != "linux":
         return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it ended before the request
-        os.kill(os.getpid(), signal.SIGTERM)
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it ended before the request
+        os.kill(os.getpid(), number)

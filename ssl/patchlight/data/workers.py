@@ -8,7 +8,6 @@ from the start, so that whatever happens to it is seen where its batch is awaite
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import multiprocessing.connection
 import pickle
@@ -24,12 +23,12 @@ import torch
 from torch import Tensor
 
 from ..checks import sentence
+from ..process import end_with_parent
 from .reading import Replacement, describe_error, wait_while_moving
 
 MOST_STARTS = 4  # of a worker for the same batch
 
 _SLOTS = 2  # batches that a worker reads ahead
-_PR_SET_PDEATHSIG = 1  # a signal that a process gets when its parent ends
 
 Task = Any  # what a batch is read from: picklable
 
@@ -174,7 +173,7 @@ def _work(reads: ReadsBatches, slots: list[dict[str, Tensor]], progress: Tensor,
     """A worker process: answers tasks until the training process is gone."""
     for request in (signal.SIGINT, signal.SIGTERM):  # for the training process, which ends its workers
         signal.signal(request, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     torch.set_num_threads(1)
 
     def begin(image: int) -> None:
