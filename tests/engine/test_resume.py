@@ -27,7 +27,8 @@ from patchlight.engine.checkpoint import StopRequest
 from patchlight.engine.parallel import processes
 from patchlight.engine.probe import TeacherProbe
 from patchlight.process import FolderLock, end_with_launcher
-from patchlight.report.run_folder import KNN_FILE, read_lines
+from patchlight.report.log_file import read_lines
+from patchlight.report.run_folder import KNN_FILE
 
 
 def saving_run(folder: Path, **parts):
