@@ -23,7 +23,7 @@ from faults.tiny import (
 )
 
 STEPS = 24
-NAMES = ("1 process", "1 process async", "2 shards", "2 shards async")
+NAMES = ("1 process", "2 shards async", "1 process async", "2 shards")
 _records: dict[tuple[Path, str], list] = {}
 
 

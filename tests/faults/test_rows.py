@@ -15,7 +15,7 @@ from parity import SEED
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 FAULTS = Path(__file__).parent
-FEW = {"kills": 4, "damage": 12, "pickles": 6, "full_disk": 6, "power_cuts": 6, "workers": 4}
+FEW = {"kills": 3, "damage": 12, "pickles": 6, "full_disk": 4, "power_cuts": 2, "workers": 3}
 
 
 def test_nothing_is_lost(tmp_path):

@@ -16,13 +16,13 @@ from faults.launcher import PATIENCE, Launched
 from patchlight.run import Run
 
 STEPS, SAVE_EVERY = 60, 3
-CONFIGURATIONS = {  # processes, shards, asynchronous
+CONFIGURATIONS = {  # processes, shards, asynchronous; a few tries take the first ones
     "1 process": (1, 1, False),
-    "1 process async": (1, 1, True),
+    "2 shards async": (2, 2, True),
     "2 replicas": (2, 1, False),
+    "1 process async": (1, 1, True),
     "2 replicas async": (2, 1, True),
     "2 shards": (2, 2, False),
-    "2 shards async": (2, 2, True),
 }
 
 
