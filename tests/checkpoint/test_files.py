@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from patchlight.checkpoint import folder
 from patchlight.checkpoint.__main__ import check_checkpoint
 from patchlight.checkpoint.folder import complete, delete_old, load_tensors, read_facts, set_aside, verify
-from patchlight.checkpoint.manifest import MANIFEST, DamagedError, Manifest, NewerFormatError
+from patchlight.checkpoint.manifest import MANIFEST, DamagedError, Manifest, NewerFormatError, Piece, checksum
 from patchlight.checkpoint.tensors import DTYPES, TensorWriter
 from patchlight.durable import write_whole
 
@@ -24,6 +25,7 @@ STATE = {
     "optimizer": {"step": torch.tensor(3.5), "empty": torch.empty(0, 7), "transposed": torch.rand(5, 8).T},
     "[/b] name": {"é\n": torch.rand(2)},
 }
+FACTS = {"run": {}, "loader": {}, "processes": 1}
 FILES = (MANIFEST, "facts.json", "teacher.safetensors", "rank-0000.safetensors")
 
 
@@ -34,7 +36,7 @@ def save(parent: Path, step: int = 7, keep: int = 5, state: dict = STATE) -> Pat
     partial.mkdir(parents=True)
 
     def finish(tensors):
-        folder.write_rest(partial, step, {"clock": {"step": step}}, {"weight": torch.rand(4, 4)}, tensors)
+        folder.write_rest(partial, step, FACTS | {"clock": {"step": step}}, {"weight": torch.rand(4, 4)}, tensors)
         folder.publish(partial, path)
         delete_old(parent, keep)
 
@@ -55,7 +57,7 @@ def test_what_is_written_is_read(tmp_path):
     for part, tensors in STATE.items():
         for name, tensor in tensors.items():
             assert torch.equal(found[part][name], tensor), (part, name)
-    assert read_facts(path) == {"clock": {"step": 7}}
+    assert read_facts(path) == FACTS | {"clock": {"step": 7}}
 
 
 def test_a_part_of_it_is_read(tmp_path):
@@ -125,7 +127,7 @@ def test_damage_is_named_and_never_loaded(damage, file, tmp_path):
     assert str(path) in wrong[0]
     found = blank(STATE)
     try:
-        assert read_facts(path) == {"clock": {"step": 7}}
+        assert read_facts(path) == FACTS | {"clock": {"step": 7}}
         load_tensors(path, found)
     except (DamagedError, OSError):
         return
@@ -205,6 +207,44 @@ def test_a_manifest_names_files_of_its_own_folder_only(tmp_path):
     Manifest(7, {"../other": ()}).write(path)
     (wrong,) = verify(path)
     assert "no plain file name" in wrong
+
+
+FORGED = {
+    "another piece": lambda t: replace(t, chunks=(replace(t.chunks[0], piece=99),)),
+    "the header": lambda t: replace(t, chunks=(replace(t.chunks[0], piece=0),)),
+    "another file": lambda t: replace(t, chunks=(replace(t.chunks[0], file="none"),)),
+    "another type": lambda t: replace(t, dtype="F64"),
+    "no type": lambda t: replace(t, dtype="F7"),
+    "another shape": lambda t: replace(t, chunks=(replace(t.chunks[0], sizes=(2, 2)),)),
+    "a smaller tensor": lambda t: replace(t, shape=(1, 1)),
+    "before its start": lambda t: replace(t, chunks=(replace(t.chunks[0], offsets=(-1, 0)),)),
+}
+
+
+@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED)
+def test_a_manifest_with_a_right_checksum_and_wrong_places_is_named(forge, tmp_path):
+    path = save(tmp_path)
+    manifest = Manifest.read(path)
+    name = "student.F32"
+    replace(manifest, tensors=manifest.tensors | {name: forge(manifest.tensors[name])}).write(path)
+    (wrong,) = verify(path)
+    assert "manifest.json that cannot be read" in wrong
+    with pytest.raises(DamagedError):
+        load_tensors(path, blank(STATE))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "{}", "[" * 200_000, '{"clock": 5, "run": {}, "loader": {}, "processes": 1}']
+)
+def test_facts_that_no_run_has_written_are_named(text, tmp_path):
+    path = save(tmp_path)
+    (path / "facts.json").write_text(text)
+    manifest = Manifest.read(path)
+    piece = Piece(0, len(text), checksum(text.encode()))
+    replace(manifest, files=manifest.files | {"facts.json": (piece,)}).write(path)
+    assert verify(path) == []
+    with pytest.raises(DamagedError, match=r"facts\.json that no run has written"):
+        read_facts(path)
 
 
 def test_the_command_lists_checkpoints_and_fails_for_damage(tmp_path, capsys):

@@ -160,7 +160,7 @@ def test_functions_and_classes_are_short(path):
 
 
 def test_the_engine_is_short():
-    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "ssl/patchlight/engine").glob("*.py")) < 2900
+    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "ssl/patchlight/engine").glob("*.py")) < 3000
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ssl/patchlight/objectives").glob("*.py")), ids=lambda path: path.name)

@@ -18,6 +18,7 @@ from .manifest import DamagedError, Manifest, StoredTensor, damaged, find_damage
 from .tensors import TensorReader, Tensors, write_tensors
 
 FACTS = "facts.json"  # clock, run, loader position: also for people to read
+FACT_KINDS = {"clock": dict, "run": dict, "loader": dict, "processes": int}
 TEACHER = "teacher.safetensors"  # the backbone under timm's names
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -97,7 +98,16 @@ def read_file(path: Path, name: str) -> bytes:
 
 def read_facts(path: Path) -> dict[str, Any]:
     """The facts of a checkpoint."""
-    return json.loads(read_file(path, FACTS))
+    try:
+        facts = json.loads(read_file(path, FACTS))
+        if all(isinstance(facts[name], kind) for name, kind in FACT_KINDS.items()):
+            return facts
+        wrong = "facts of other kinds"
+    except DamagedError:
+        raise
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    raise damaged(path, f"a {FACTS} that no run has written ({wrong})")
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ..durable import durable_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of all files of a checkpoint; grows when an older version cannot read them
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _AT_A_TIME = 1 << 24  # bytes that are checked at a time
 
 
@@ -102,12 +104,14 @@ class Manifest:
             files = {
                 _plain(name): tuple(Piece(*piece) for piece in pieces) for name, pieces in content["files"].items()
             }
-            return cls(content["step"], files, {name: _tensor(*entry) for name, entry in content["tensors"].items()})
+            tensors = {name: _tensor(*entry) for name, entry in content["tensors"].items()}
+            _check_places(tensors, files)
+            return cls(int(content["step"]), files, tensors)
         except FileNotFoundError as error:
             raise damaged(folder, f"no {MANIFEST}") from error
         except (DamagedError, NewerFormatError):
             raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise damaged(folder, f"a {MANIFEST} that cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -120,6 +124,19 @@ def _plain(name: str) -> str:
 def _tensor(dtype: str, shape: list[int], chunks: list[list[Any]]) -> StoredTensor:
     found = (Chunk(tuple(offsets), tuple(sizes), file, piece) for offsets, sizes, file, piece in chunks)
     return StoredTensor(dtype, tuple(shape), tuple(found))
+
+
+def _check_places(tensors: dict[str, StoredTensor], files: dict[str, tuple[Piece, ...]]) -> None:
+    """A ValueError or LookupError unless each chunk has a piece of its size, inside of its tensor."""
+    for name, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            ends = (offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            inside = all(end <= side for end, side in zip(ends, tensor.shape, strict=True))
+            length = math.prod(chunk.sizes) * ITEM_BYTES[tensor.dtype]
+            if not inside or min((*chunk.offsets, *chunk.sizes, chunk.piece, 0)) < 0:
+                raise ValueError(f"a chunk of {name} lies outside of it")
+            if files[chunk.file][chunk.piece].length != length:
+                raise ValueError(f"a chunk of {name} has other than {length} bytes")
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

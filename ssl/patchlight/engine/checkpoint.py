@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from ..checkpoint.manifest import StoredTensor
 from ..checkpoint.tensors import Tensors, TensorWriter
 from ..checks import check
 from ..durable import make_folder
+from ..process import FolderLock
 from .branches import Branch
 from .parallel import Mesh
 
@@ -176,6 +178,20 @@ def timm_weights(branch: Branch) -> dict[str, Tensor]:
         weights |= {f"norm.{n}": t for n, t in getattr(branch.summary, "norm", nn.Identity()).state_dict().items()}
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in weights.items()}
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.items()}
+
+
+@contextmanager
+def locked(folder: Path, mesh: Mesh, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds a run's folder for its processes; an error on each of them if another run does."""
+    lock = FolderLock(folder, say) if mesh.rank == 0 else None
+    try:
+        other = mesh.gather([lock.other if lock else ""])[0][0]
+        rule = f"One run at a time may write into {folder}"
+        check(not other, rule, f"another one ({other})", "wait for its end or stop it, or choose another folder")
+        yield
+    finally:
+        if lock:
+            lock.release()
 
 
 class StopRequest:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from torch import Tensor
 
 from ..checkpoint.folder import load_tensors, read_facts, stored_tensors
 from ..checkpoint.random_state import blank_random_state, random_state, set_random_state
-from ..checks import check
 from ..data.interface import Loader
 from ..durable import write_whole
-from ..process import FolderLock
 from ..records import Clock, Views
 from ..report.console import print_sentence
 from ..report.run_folder import RUN_FILE
@@ -30,6 +27,7 @@ from .checkpoint import (
     StopRequest,
     check_fits,
     check_same_run,
+    locked,
     timm_weights,
 )
 from .device_step import DeviceStep
@@ -77,7 +75,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Trains to the end, or until SIGTERM or Ctrl-C; writes a checkpoint in all cases."""
-        with self.locked(), StopRequest() as request:
+        with locked(self.folder, self.mesh, self.say), StopRequest() as request:
             self.begin()
             if self.clock.step >= self.clock.total:
                 self.say(f"Nothing left to do: {self.clock.step} of {self.clock.total} steps are done.")
@@ -114,19 +112,6 @@ class Trainer:
             if self.look_is_due() and not stopped:  # if it is stopped, the resumed run takes this look
                 self.evaluate_teacher()
         return stopped
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run's folder; an error on every rank if another run does."""
-        lock = FolderLock(self.folder, self.say) if self.mesh.rank == 0 else None
-        try:
-            other = self.mesh.gather([lock.other if lock else ""])[0][0]
-            rule = f"One run at a time may write into {self.folder}"
-            check(not other, rule, f"another one ({other})", "wait for its end or stop it, or choose another folder")
-            yield
-        finally:
-            if lock:
-                lock.release()
 
     def look_is_due(self) -> bool:
         """Whether the teacher is evaluated at this step."""
