@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from faults.checkpoints import wrong_checkpoints
 from faults.child import Kill, Plan
-from faults.launcher import PATIENCE, Launched
+from faults.launcher import KILLED, PATIENCE, Launched
 from faults.tiny import (
     CONFIGURATIONS,
     STEPS,
@@ -68,6 +68,7 @@ class Chain:
         ended = [line["rank"] for line in seen if line["event"] == "ended" and line["step"] == STEPS]
         self.over = len(ended) == processes
         lost = self._loss(seen, notes) if in_time else f"processes went on for {TO_END} s"
+        lost = lost or ("a process went on after SIGTERM" if launched.launcher.exitcode == KILLED else "")
         what = f"{self.name}: {shot or 'no kill'}" if not self.over else f"{self.name}: end after {self.kills} kills"
         if shot is None and not self.over and not lost:
             lost = f"did not end: {output_of(notes)[-300:]}"

@@ -14,6 +14,7 @@ from faults.child import Plan, train
 
 PATIENCE = 60.0  # seconds after which a run hangs that nobody disturbs
 GRACE = 30.0  # seconds that a launcher gives its processes after SIGTERM, as torchrun does
+KILLED = 2  # exit code of a launcher that had to kill one of them then
 PRELOADED = ["patchlight.recipes.command", "patchlight.engine.probe", "patchlight.data.torchvision_loader"]
 PRELOADED += ["torch.utils.tensorboard"]
 
@@ -131,7 +132,7 @@ def _wait_for(pids: list[int]) -> int:
         elif ending and time.perf_counter() > ending + GRACE:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
-            ending, code = float("inf"), 2  # it did not end by itself
+            ending, code = float("inf"), KILLED
         else:
             time.sleep(0.005)
     return code
