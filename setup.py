@@ -2,7 +2,8 @@
 
 The C++ library is always built. The CUDA library is built if nvcc is found, for the GPUs of this machine (in a wheel: for all
 wanted architectures). Neither uses Python's or torch's unstable symbols, so one build serves every Python and every torch >=
-2.11. If a build fails, a message says so and the pure-Python install works.
+2.11. If a build fails, a message says so and the pure-Python install works; pip hides the message, so the first operation that
+needed the library says it again (`patchlight_kernels/extension.py`).
 
     python setup.py build_ext --inplace              # what this machine needs, only what changed
     PATCHLIGHT_CUDA_ARCHS=all python setup.py ...    # every wanted architecture, with a GPU or without
@@ -15,17 +16,24 @@ For tests: `python setup.py cpu_level --level 1|3|4 --output FILE` builds the C+
 """
 
 import contextlib
-import fcntl
-import logging
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+if sys.platform != "linux":
+    raise SystemExit(
+        f"patchlight: needs Linux, got {sys.platform}; on Windows use WSL 2, elsewhere a container with Linux."
+    )
+
+import fcntl
 
 from setuptools import Command, Extension, find_namespace_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -41,12 +49,23 @@ MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassocia
 WANTED_ARCHS = ("80", "90a", "100")
 
 
-def torch_flags() -> tuple[list[str], list[str]]:
-    """Include flags and link flags of the installed torch."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a missing GPU is reported below
-    from torch.utils.cpp_extension import include_paths, library_paths
+def torch_folder() -> Path:
+    """Where torch is installed. pip's isolated build cannot import it, but its Python still knows the environment's folders."""
+    spec = importlib.util.find_spec("torch")
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    folders += [Path(sysconfig.get_path(kind), "torch") for kind in ("platlib", "purelib")]
+    for folder in folders:
+        if (folder / "include").is_dir():
+            return folder
+    raise RuntimeError(
+        f"no torch found in {folders[-1].parent}; install torch, then patchlight with --no-build-isolation"
+    )
 
-    return [f"-I{p}" for p in include_paths()], [f"-L{p}" for p in library_paths()]
+
+def torch_flags() -> tuple[list[str], list[str]]:
+    """Include flags and link flags of the installed torch, which is not imported."""
+    include = torch_folder() / "include"
+    return [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"], [f"-L{include.parent / 'lib'}"]
 
 
 def compiler() -> str:
@@ -292,7 +311,12 @@ class CudaAll(Command):
 
 
 class AnyPython(bdist_wheel):
-    """The libraries have no Python ABI: one wheel per platform."""
+    """The libraries have no Python ABI: one wheel per platform. It has nothing that an earlier build left."""
+
+    def run(self) -> None:
+        for name in ("patchlight", "patchlight_kernels"):
+            shutil.rmtree(Path(self.get_finalized_command("build").build_lib, name), ignore_errors=True)
+        super().run()
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -306,7 +330,7 @@ setup(
     packages=[
         name  # the folder of an op has no __init__.py
         for top in ("ssl", "kernels")
-        for name in find_namespace_packages(top, include=["patchlight*"], exclude=["*.__pycache__"])
+        for name in find_namespace_packages(top, include=["patchlight*"], exclude=["*.__pycache__", "*.lib"])
     ],
     package_dir={"patchlight": "ssl/patchlight", "patchlight_kernels": "kernels/patchlight_kernels"},
     ext_modules=[Extension("patchlight_kernels.lib.native", sources=[])],  # only so that setuptools calls build_ext

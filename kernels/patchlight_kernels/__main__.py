@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -82,6 +83,7 @@ def doctor() -> None:
     choices = Table(
         "op", "on", "implementation", "state", title="which implementation of each op runs, preferred first"
     )
+    warnings.simplefilter("ignore")  # of a missing library, which the table names
     for spec in registry.specs():
         case = spec.benches[0]
         for device in devices:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,13 @@ import torch
 
 FOLDER = Path(os.environ.get("PATCHLIGHT_LIBRARIES") or Path(__file__).parent / "lib")
 NAMES = {"cpp": "libpatchlight_cpu.so", "cuda": "libpatchlight_cuda.so"}
-REMEDY = "build it with `make build` (or `python setup.py build_ext --inplace`)"
+IN_CHECKOUT = (Path(__file__).parents[2] / "csrc").is_dir()
+REMEDY = (
+    "build it with `make build` (or `python setup.py build_ext --inplace`)"
+    if IN_CHECKOUT
+    else "install patchlight from its sources, with torch and g++ there: "
+    "`pip install -v --no-build-isolation --no-deps --force-reinstall SOURCES`"
+)
 
 
 @cache
@@ -32,6 +39,12 @@ def missing(kind: str) -> str | None:
     except OSError as error:
         return f"{path.name} does not load ({error}); re{REMEDY}"
     return None
+
+
+@cache
+def tell_slower(reason: str) -> None:
+    """Says once that the CPU has to do without the C++ library: pip hides what a build says of it."""
+    warnings.warn(f"patchlight_kernels: operations on the CPU run in PyTorch, slower: {reason}.")
 
 
 def missing_function(kind: str, function: str) -> str | None:

@@ -79,7 +79,10 @@ def no_cpu_library(tensor: torch.Tensor, function: str) -> str | None:
     """Why the C++ library's `function` cannot take this tensor."""
     if tensor.device.type != "cpu":
         return f"the tensors are on {tensor.device.type}, not on the CPU"
-    return extension.missing_function("cpp", function)
+    reason = extension.missing_function("cpp", function)
+    if reason:
+        extension.tell_slower(reason)
+    return reason
 
 
 def no_triton(tensor: torch.Tensor) -> str | None:

@@ -73,9 +73,9 @@ def test_imports_without(absent):
 
 
 def copy_sources(folder: Path) -> None:
-    """Copies what a build reads, without what is built already."""
+    """Copies what a build reads, with its times, without what is built already."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / name)
+        shutil.copy2(ROOT / name, folder / name)
     for name in ("csrc", "kernels", "ssl"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True

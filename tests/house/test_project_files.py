@@ -94,7 +94,8 @@ def test_python_versions_are_the_same_everywhere():
 
 
 def test_the_least_versions_of_packages_are_the_same_everywhere():
-    needed = dict(re.match(r"([\w-]+)>=([\d.]+)", text).groups() for text in PROJECT["dependencies"])
+    texts = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["train"]
+    needed = dict(re.match(r"([\w-]+)>=([\d.]+)", text).groups() for text in texts)
     rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \|", SUPPORT, re.MULTILINE)
     assert {name: least for name, least in rows if name != "Python"} == needed
     major, minor = (int(part) for part in needed["torch"].split("."))
