@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,7 @@ def test_without_libraries_everything_still_runs(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "reference runs" in result.stdout
     assert "is not built; build it with `make build`" in result.stdout
+    assert result.stderr.count("operations on the CPU run in PyTorch, slower: libpatchlight_cpu.so is not built") == 1
 
 
 @pytest.mark.parametrize("absent", ["triton", "nvidia.dali", "timm", "torchvision", "matplotlib"])
@@ -89,6 +92,23 @@ def test_an_install_has_every_file(tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     files = lambda top: {p.relative_to(top) for p in top.rglob("*") if p.suffix in (".py", ".md", ".typed", ".csv")}
     assert files(tmp_path / "installed") == files(tmp_path / "ssl") | files(tmp_path / "kernels")
+
+
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_other_systems_are_refused(system):
+    result = python(f"import runpy, sys; sys.platform = {system!r}; runpy.run_path('setup.py')")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"patchlight: needs Linux, got {system}; on Windows use WSL 2")
+
+
+def test_the_page_about_installing_has_every_option_and_names_extras_that_exist():
+    page, setup = (ROOT / "docs/install.md").read_text(), (ROOT / "setup.py").read_text()
+    options = set(re.findall(r'environ\.get\("(\w+)"', setup))
+    assert options == set(re.findall(r"^\| `(\w+)=", page, re.MULTILINE))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"(?:\.|patchlight|\*\.whl\)?)\[([\w,]+)\]", page + (ROOT / "README.md").read_text())
+    assert len(named) >= 4
+    assert {extra for text in named for extra in text.split(",")} <= extras.keys()
 
 
 def program(folder: Path, name: str, *lines: str) -> Path:

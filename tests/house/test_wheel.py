@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -69,10 +70,11 @@ class Place:
         command, ours = self.command(*arguments)
         return run(command, cwd, {**ours, **environment})
 
-    def files(self) -> dict[str, bytes]:
-        """Everything that was installed, but for notes that pip makes."""
-        paths = [path for name in ("patchlight", "patchlight_kernels") for path in (self.packages / name).rglob("*.*")]
-        return {str(p.relative_to(self.packages)): p.read_bytes() for p in paths if p.is_file() and p.suffix != ".pyc"}
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Everything of the two packages in this folder."""
+    paths = [path for name in ("patchlight", "patchlight_kernels") for path in (folder / name).rglob("*.*")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.is_file() and p.suffix != ".pyc"}
 
 
 def without_the_repository() -> dict[str, str]:
@@ -111,14 +113,22 @@ def checkout(folder: Path) -> Path:
     for name in ("MANIFEST.in", "CHANGELOG.md", "CITATION.cff", "Makefile", "train.py", "hubconf.py"):
         shutil.copy2(ROOT / name, folder / name)
     shutil.copytree(ROOT / "docs", folder / "docs")
-    copy_objects(folder)
+    copy_objects(ROOT, folder)
     return folder
 
 
-def copy_objects(folder: Path) -> None:
+def leave_behind(source: Path) -> None:
+    """What earlier builds may have left: a file that the packages no longer have, a library for some GPU."""
+    earlier = source / f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    for file in (earlier / "patchlight/gone.py", source / "kernels/patchlight_kernels/lib/libpatchlight_cuda.so"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def copy_objects(source: Path, folder: Path) -> None:
     """With their times, so that setup.py still sees which are older than their sources."""
-    if (ROOT / OBJECTS).is_dir():
-        shutil.copytree(ROOT / OBJECTS, folder / OBJECTS, ignore=shutil.ignore_patterns("*.lock", "*.partial"))
+    if (source / OBJECTS).is_dir():
+        shutil.copytree(source / OBJECTS, folder / OBJECTS, ignore=shutil.ignore_patterns("*.lock", "*.partial"))
 
 
 def empty_environment(folder: Path, *wanted: str) -> Place:
@@ -154,6 +164,7 @@ class Built:
 def build(folder: Path) -> None:
     """An isolated build of a wheel; a source distribution, which is compiled in place; both are installed."""
     source = checkout(folder / "checkout")
+    leave_behind(source)
     parts = folder / "setuptools"
     parts.mkdir()
     installed_setuptools(parts)
@@ -164,7 +175,7 @@ def build(folder: Path) -> None:
     with tarfile.open(Built(folder).sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
     (unpacked,) = (folder / "unpacked").iterdir()
-    copy_objects(unpacked)
+    copy_objects(source, unpacked)
     (unpacked / OBJECTS / "library.cpp.o").unlink(missing_ok=True)  # at least this one is compiled from the archive
     installed = {
         "wheel": empty_environment(folder / "wheel", str(Built(folder).wheel)),
@@ -201,17 +212,16 @@ def place(request, built) -> Place:
     return built.place(request.param)
 
 
-def package_files() -> set[str]:
-    """Every file of the two packages in the repository, but for what was compiled."""
-    tops = (ROOT / "ssl", ROOT / "kernels")
-    found = {p.relative_to(top) for top in tops for p in top.rglob("*.*") if p.is_file() and p.suffix != ".egg-info"}
-    return {str(p) for p in found if p.suffix not in (".pyc", ".so") and "egg-info" not in str(p)}
-
-
 def test_an_install_has_every_file_and_the_library(place):
-    assert set(place.files()) == package_files() | {LIBRARY}
-    for name in ("patchlight_kernels/measured.csv", "patchlight/py.typed", "patchlight/evaluation/paper_numbers.toml"):
-        assert place.files()[name] == (ROOT / ("ssl" if name[10] == "/" else "kernels") / name).read_bytes()
+    """Those of folders without an __init__.py too, and those that are not Python; nothing of earlier builds."""
+    installed, ours = files_in(place.packages), files_in(ROOT / "ssl") | files_in(ROOT / "kernels")
+    assert installed.keys() == {name for name in ours if not name.endswith(".so")} | {LIBRARY}
+    assert not [name for name in installed.keys() - {LIBRARY} if installed[name] != ours[name]]
+    assert {
+        "patchlight_kernels/measured.csv",
+        "patchlight/py.typed",
+        "patchlight/evaluation/paper_numbers.toml",
+    } <= ours.keys()
 
 
 def test_the_archive_of_sources_has_what_is_compiled_and_nothing_that_was(built):
