@@ -30,7 +30,7 @@ OFFLINE = ("--no-deps", "--no-index", "--disable-pip-version-check")
 OBJECTS = Path("build/objects/cpp")
 LIBRARY = "patchlight_kernels/lib/libpatchlight_cpu.so"
 TRAINING_ONLY = ("timm", "nvidia.dali", "tyro", "xxhash", "safetensors", "torchvision")
-TRAIN = "from patchlight.recipes.command import main; main()"
+TRAIN = ("-c", "from patchlight.recipes.command import main; main()")  # and a recipe
 EVERY_OP = f"""
 import sys
 sys.modules.update(dict.fromkeys({(*TRAINING_ONLY, "rich")!r}))  # importing one of them fails
@@ -273,7 +273,7 @@ def test_a_build_that_finds_no_torch_says_so(built, tmp_path):
 
 
 def test_an_archive_of_sources_trains(built, tmp_path):
-    said = built.place("sdist").python("-c", TRAIN, "debug", "--output.folder", "run", cwd=tmp_path).stdout
+    said = built.place("sdist").python(*TRAIN, "debug", "--output.folder", "run", cwd=tmp_path).stdout
     assert "Report: run/report.html" in said
 
 
@@ -287,7 +287,7 @@ def photographs(folder: Path, count: int) -> None:
 
 def interrupt_after_a_step(place: Place, arguments: list[str], cwd: Path) -> str:
     """Trains until the first line of numbers, presses Ctrl-C, and returns everything that was printed."""
-    command, environment = place.command("-u", "-c", TRAIN, *arguments)
+    command, environment = place.command("-u", *TRAIN, *arguments)
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
@@ -314,7 +314,7 @@ def test_from_the_wheel_alone_train_stop_resume_evaluate_and_load_into_timm(buil
     stopped = steps(tmp_path)
     assert 1 <= stopped[-1] < 50
 
-    said = place.python("-c", TRAIN, "debug", *data, *rest, "--output.resume", cwd=tmp_path).stdout
+    said = place.python(*TRAIN, "debug", *data, *rest, "--output.resume", cwd=tmp_path).stdout
     assert "Report: run/report.html" in said
     assert steps(tmp_path) == list(range(1, 51))
 
