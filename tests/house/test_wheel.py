@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -248,6 +249,14 @@ def test_every_op_runs_without_what_only_training_needs(place, tmp_path):
     assert all(Path(file).is_relative_to(place.packages) for file in first.split())
     ops = {path.parent.name for path in (ROOT / "kernels").rglob("op.py")}
     assert dict(line.split() for line in lines) == dict.fromkeys(ops, "cpp")
+
+
+def test_the_kernels_need_few_packages(built):
+    """The others come with patchlight[train]."""
+    (metadata,) = built.place("wheel").packages.glob("patchlight-*.dist-info/METADATA")
+    needed = [line for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist:")]
+    names = {re.match(r"Requires-Dist: ([\w-]+)", line)[1] for line in needed if "extra ==" not in line}
+    assert names == {"torch", "triton", "numpy", "rich"}
 
 
 def test_without_its_library_an_install_says_how_to_get_it(built, tmp_path):
