@@ -1,6 +1,6 @@
-"""Trains a recipe: `python train.py RECIPE [--field value ...]`, or the same behind `torchrun --nproc-per-node N`.
+"""Trains a recipe: `python train.py RECIPE [--setting value ...]`, or the same behind `torchrun --nproc-per-node N`.
 
-`python train.py --help` lists the recipes, `python train.py RECIPE --help` every field.
+It is `patchlight train`. `--help` lists the recipes, `RECIPE --help` what people change, `RECIPE --help-all` every setting.
 """
 
 from patchlight.recipes.command import main

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import tyro
 
@@ -12,7 +13,7 @@ from .cost import command as cost
 from .gpu import command as gpu
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") -> None:
     tyro.extras.subcommand_cli_from_dict(
         {
             "ops": ops.measure_ops,
@@ -27,8 +28,8 @@ def main() -> None:
             "report": report.draw,
             "readme": report.publish,
         },
-        prog="python -m bench",
-        args=sys.argv[1:],
+        prog=prog,
+        args=sys.argv[1:] if arguments is None else list(arguments),
     )
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Console
@@ -94,11 +94,21 @@ def doctor() -> None:
     console.print(choices)
 
 
-def main() -> None:
-    if sys.argv[1:] != ["doctor"]:
-        raise SystemExit("usage: python -m patchlight_kernels doctor")
+def main(arguments: Sequence[str], prog: str = "patchlight doctor") -> None:
+    """Prints everything; takes no arguments."""
+    if list(arguments) in (["-h"], ["--help"]):
+        print(f"usage: {prog}\n\n{__doc__.split(': ', 1)[1].capitalize()}")
+        return
+    if arguments:
+        print(f"{prog}: {prog} takes no words, got {' '.join(arguments)}; leave them out.", file=sys.stderr)
+        raise SystemExit(2)
     doctor()
 
 
 if __name__ == "__main__":
-    main()
+    command = "python -m patchlight_kernels"
+    if sys.argv[1:2] != ["doctor"]:
+        got = " ".join(sys.argv[1:]) or "nothing"
+        print(f"{command}: The command must be doctor, got {got}; write {command} doctor.", file=sys.stderr)
+        raise SystemExit(2)
+    main(sys.argv[2:], f"{command} doctor")

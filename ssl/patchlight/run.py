@@ -14,6 +14,7 @@ from .data.policy import CropPolicy, dino_policy
 from .data.reading import TIMEOUT
 from .data.stored import MOST_PIXELS, PILLOWS_MOST_PIXELS
 from .objectives import OBJECTIVES, DinoOptions, ObjectiveOptions
+from .values import Reader, nearest
 
 
 @dataclass(frozen=True)
@@ -358,3 +359,22 @@ class Run:
         pairs = zip(self.objectives.options, plain["objectives"]["options"], strict=True)
         plain["objectives"]["options"] = [{"kind": type(options).__name__, **values} for options, values in pairs]
         return plain
+
+    @staticmethod
+    def from_dict(plain: dict, source: str = "Run.from_dict") -> Run:
+        """The run that `to_dict` described. What is not in it has its default; what no run has is an error."""
+        return run_reader(source).read(Run, plain)
+
+
+def run_reader(source: str) -> Reader:
+    """Reads what `Run.to_dict` gives; source: its name in messages."""
+
+    def class_of(kind: type, values: dict, where: str) -> type:
+        if kind is not ObjectiveOptions:
+            return kind
+        name = str(values.pop("kind", "nothing"))
+        remedy = nearest(name, list(OBJECTIVES), "register it, or use one of them")
+        check(name in OBJECTIVES, f"{where}.kind must be one of {', '.join(OBJECTIVES)}", name, remedy)
+        return OBJECTIVES[name]
+
+    return Reader(source, class_of)

@@ -253,13 +253,13 @@ def test_the_command_lists_checkpoints_and_fails_for_damage(tmp_path, capsys):
     check_checkpoint(tmp_path)
     assert capsys.readouterr().out.count("whole, 3 files, 14 tensors") == 2
     flip(path / "facts.json")
-    with pytest.raises(SystemExit, match="1 of 2 checkpoints are damaged"):
+    with pytest.raises(ValueError, match="got 1 of 2 damaged"):
         check_checkpoint(tmp_path)
     assert "step-00000002: A checkpoint must be as it was written, got facts.json" in capsys.readouterr().out
     (path / MANIFEST).unlink()
-    with pytest.raises(SystemExit, match="1 of 1"):
+    with pytest.raises(ValueError, match="1 of 1"):
         check_checkpoint(path)
-    with pytest.raises(SystemExit, match="holds none"):
+    with pytest.raises(FileNotFoundError, match="holds none"):
         check_checkpoint(tmp_path / "nowhere")
 
 

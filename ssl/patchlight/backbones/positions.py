@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check
+from ..compiled import constant_when_compiled
 
 BASE = 10000.0
 
@@ -66,7 +67,7 @@ def resize_table(table: Tensor, source: tuple[int, int], target: tuple[int, int]
         return (matrix @ exact.squeeze(0)).unsqueeze(0).to(table.dtype)
 
 
-@torch.compiler.assume_constant_result  # a compiled forward keeps the matrix as a constant
+@constant_when_compiled  # a compiled forward keeps the matrix as a constant
 def resize_matrix(
     source: tuple[int, int], target: tuple[int, int], resize: str, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
-from ..checks import sentence
+from ..checks import check, sentence
+from ..usage import POSITIONAL, call
 from .folder import complete, verify
 from .manifest import MANIFEST, Manifest
 
 
-def check_checkpoint(path: Annotated[Path, tyro.conf.Positional]) -> None:
+def check_checkpoint(path: Annotated[Path, POSITIONAL]) -> None:
     """Reads every byte of a checkpoint, or of all checkpoints of a run, and says which are as they were written.
 
     Ends with an error if one is not.
@@ -31,12 +32,12 @@ def check_checkpoint(path: Annotated[Path, tyro.conf.Positional]) -> None:
         manifest = Manifest.read(checkpoint)
         size = sum(piece.length for pieces in manifest.files.values() for piece in pieces)
         print(f"{checkpoint.name}: whole, {len(manifest.files)} files, {len(manifest.tensors)} tensors, {size:,} bytes")
-    if damaged:
-        raise SystemExit(f"{damaged} of {len(checkpoints)} checkpoints are damaged.")
+    got, remedy = f"{damaged} of {len(checkpoints)} damaged", "a run resumes from the newest whole one"
+    check(not damaged, "All checkpoints must be as they were written", got, remedy)
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoints that a path stands for, oldest first; a SystemExit if there are none."""
+    """The checkpoints that a path stands for, oldest first; an error if there are none."""
     if (path / MANIFEST).exists():
         return [path]
     found = complete(path / "checkpoints") or complete(path)
@@ -44,9 +45,13 @@ def checkpoints_at(path: Path) -> list[Path]:
         return [path]  # without a manifest
     if not found:
         rule, got = "check-checkpoint needs a run's folder or a checkpoint", f"{path}, which holds none"
-        raise SystemExit(sentence(rule, got, "pass the folder that Output.folder named"))
+        raise FileNotFoundError(sentence(rule, got, "pass the folder that --output.folder named"))
     return found
 
 
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m patchlight.checkpoint") -> None:
+    call(check_checkpoint, sys.argv[1:] if arguments is None else arguments, prog)
+
+
 if __name__ == "__main__":
-    tyro.cli(check_checkpoint)
+    main()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..checks import sentence
+from ..usage import POSITIONAL, call
 from .lists import write_rows
 from .reading import REPORT_FILE, describe_error
 from .shards import INDEX_SUFFIX, TarShards
@@ -82,7 +83,7 @@ def _read_error(source: Source, index: int) -> BadImage | None:
 
 
 def check_data(
-    path: Annotated[Path, tyro.conf.Positional],
+    path: Annotated[Path, POSITIONAL],
     out: Path = Path("data_check"),
     workers: int = os.cpu_count() or 1,
     most_bad: float = 0.01,
@@ -107,5 +108,9 @@ def check_data(
         raise SystemExit(sentence(rule, f"{result.bad_share:.2%}", remedy))
 
 
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m patchlight.data.check_data") -> None:
+    call(check_data, sys.argv[1:] if arguments is None else arguments, prog)
+
+
 if __name__ == "__main__":
-    tyro.cli(check_data)
+    main()

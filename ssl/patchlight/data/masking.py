@@ -18,6 +18,7 @@ from torch import Tensor
 from patchlight_kernels import block_masks
 
 from ..checks import check, check_choice
+from ..compiled import constant_when_compiled
 
 SHAPES = ("block", "random")
 MIN_ASPECT = 0.3  # blocks are between 0.3 and 1 / 0.3 times as high as they are wide
@@ -155,7 +156,7 @@ def _even_counts(ratios: tuple[tuple[float, float], ...], crops: int, number: in
     return tuple(counts)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _total_count(ratios: tuple[tuple[float, float], ...], crops: int, number: int) -> int:
     return sum(_even_counts(ratios, crops, number))
 
@@ -168,7 +169,7 @@ def _new_counts(ratios: tuple[tuple[float, float], ...], crops: int, number: int
 _cached_counts = lru_cache(maxsize=64)(_new_counts)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _kept_counts(ratios: tuple[tuple[float, float], ...], crops: int, number: int, device: torch.device) -> Tensor:
     """The same, copied once; a compiled step has it as a constant."""
     return _cached_counts(ratios, crops, number, device)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
-
-import tyro
 
 from ..data.procedural_video import write_davis
 from ..report.console import print_sentence
 from ..threads import limit_spinning
+from ..usage import Choice, call_one_of
 from .davis.benchmark import DavisProtocol, evaluate_davis
 from .davis.folder import DavisFolder
 from .features import Reading
@@ -26,7 +25,7 @@ from .probes.linear import LinearProtocol, evaluate_linear
 from .ranks import join_ranks
 from .results import build_result
 from .segment.benchmark import draw_segments, evaluate_segment
-from .segment.protocols import TASKS, ConvSegment, FpnSegment, LinearSegment, UperNetSegment
+from .segment.protocols import TASKS, ConvSegment, FpnSegment, LinearSegment, SegmentProtocol, UperNetSegment
 from .segment.scenes import open_scenes
 
 
@@ -129,17 +128,12 @@ def davis(
         checkpoint.finish(build_result(encoder, "davis", name, protocol, metrics, notes, failed, details), ranks)
 
 
-Head = (
-    Annotated[LinearSegment, tyro.conf.subcommand("linear", prefix_name=False)]
-    | Annotated[ConvSegment, tyro.conf.subcommand("conv", prefix_name=False)]
-    | Annotated[FpnSegment, tyro.conf.subcommand("fpn", prefix_name=False)]
-    | Annotated[UperNetSegment, tyro.conf.subcommand("upernet", prefix_name=False)]
-)
+HEADS = {"linear": LinearSegment, "conv": ConvSegment, "fpn": FpnSegment, "upernet": UperNetSegment}
 
 
 def segment(
     checkpoint: Checkpoint,
-    protocol: Annotated[Head, tyro.conf.arg(name="")],
+    protocol: Annotated[SegmentProtocol, Choice(HEADS)],
     layout: str = PROCEDURAL,
     data: str = "",
     train_list: str = "train",
@@ -226,14 +220,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def main() -> None:
-    try:
-        with limit_spinning(print_sentence):
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m patchlight.evaluation")
-    except (ValueError, OSError) as error:
-        if os.environ.get("PATCHLIGHT_TRACEBACK") == "1":
-            raise
-        raise SystemExit(f"patchlight: {error}") from None
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m patchlight.evaluation") -> None:
+    words = sys.argv[1:] if arguments is None else arguments
+    with limit_spinning(print_sentence):
+        call_one_of(COMMANDS, words, prog)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from PIL import Image
 
 from ..checks import check
 from ..report.console import print_sentence
 from ..report.environment import describe_environment
 from ..report.page import write_report
+from ..usage import FLAT
 from .checkpoints import open_checkpoint, run_folder_of
 from .encoder import Encoder
 from .features import Reading
@@ -83,5 +83,5 @@ class LabeledOptions:
     """How images are read."""
 
 
-Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]  # its options without a prefix
-Labeled = Annotated[LabeledOptions, tyro.conf.arg(name="")]
+Checkpoint = Annotated[CheckpointOptions, FLAT]  # its options without a prefix
+Labeled = Annotated[LabeledOptions, FLAT]

@@ -1,4 +1,5 @@
-"""The command line: a recipe by name, or a function of a file (`my_recipes.py:my_run`); any of its fields by flag."""
+"""The command line: a recipe by name, a function of a file (`my_recipes.py:my_run`), or a file of settings (`--config`);
+any of its settings by flag."""
 
 from __future__ import annotations
 
@@ -7,29 +8,88 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from ..checks import sentence
-from ..engine.assembly import train
-from ..engine.sentinels import TrainingError
+from ..checks import check, sentence
+from ..report.console import print_sentence
 from ..run import Run
+from ..usage import (
+    FAILED,
+    HELP,
+    HELP_ALL,
+    WRONG_USAGE,
+    Group,
+    Words,
+    check_first_word,
+    errors_in_words,
+    help_text,
+    list_text,
+)
 from . import RECIPES
+from .config_file import read_config
+from .papers import YOUR_IMAGES
+
+CONFIG, DRY_RUN = "--config", "--dry-run"
+USUAL = (
+    "--data.path", "--data.batch-per-rank", "--data.workers", "--model.arch", "--model.init-from", "--optim.base-lr",
+    "--schedule.epochs", "--parallel.accumulate", "--parallel.shard", "--parallel.precision", "--parallel.seed",
+    "--output.folder", "--output.resume", "--output.save-every", "--output.evaluate-every",
+)  # fmt: skip
+OTHER_HELP = f"""  {CONFIG} FILE                     Instead of a recipe: the run.json of a run, or the same as YAML.
+  {DRY_RUN}                         Builds everything, prints settings and cost, writes nothing, and stops.
+  {HELP_ALL}                        Every setting."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> Run:
-    """The run that the arguments describe; tyro prints help and errors."""
-    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not _is_from_launcher(a)]
-    recipes = dict(RECIPES)
-    if given and ".py:" in given[0]:
-        path, name = given[0].rsplit(":", 1)
-        recipes[name] = recipe_of_file(Path(path), name)
-        given[0] = name
-    described = {name: (inspect.getdoc(recipe) or "", recipe()) for name, recipe in recipes.items()}
-    return tyro.extras.overridable_config_cli(
-        described, prog="train.py", args=given, config=(tyro.conf.AvoidSubcommands,), use_underscores=False
-    )
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for: a run to start from, and the flags on top."""
+
+    start: Run
+    about: str
+    words: Sequence[str]
+    dry: bool
+    note: str = ""
+
+
+def parse(arguments: Sequence[str] | None = None, prog: str = "train.py") -> Run:
+    """The run that the arguments describe."""
+    asked = request(_words(arguments), prog)
+    group = Group.of_instance(asked.start)
+    with errors_in_words(prog, WRONG_USAGE, group):
+        return _run_of(asked, group)
+
+
+def request(words: Sequence[str], prog: str) -> Request:
+    """Takes apart what belongs to no setting: the recipe, the file of settings, --dry-run."""
+    with errors_in_words(prog, WRONG_USAGE):
+        rest = [word for word in words if word != DRY_RUN]
+        dry = len(rest) < len(words)
+        place = next((i for i, word in enumerate(rest) if word == CONFIG or word.startswith(f"{CONFIG}=")), None)
+        if place is None:
+            name, recipe = recipe_of(rest, prog)
+            return Request(made_by(name, recipe), inspect.getdoc(recipe) or "", rest[1:], dry)
+        _, equals, path = rest[place].partition("=")
+        path = path if equals else next(iter(rest[place + 1 :]), "")
+        check(path not in ("", *HELP), f"{CONFIG} needs a file", "nothing", f"write {CONFIG} runs/NAME/run.json")
+        rest = rest[:place] + rest[place + (1 if equals else 2) :]
+        named = next(iter(rest), "-")
+        rule, remedy = f"A run starts from a recipe or from {CONFIG}", "leave one out"
+        check(named.startswith("-"), rule, f"{named} and {path}", remedy)
+        run, note = read_config(Path(path))
+        return Request(run, f"The run of {path}.", rest, dry, note)
+
+
+def recipe_of(words: Sequence[str], prog: str) -> tuple[str, Callable[[], Run]]:
+    """The recipe that the first word names."""
+    first = words[0] if words else ""
+    if ".py:" in first:
+        path, name = first.rsplit(":", 1)
+        return first, recipe_of_file(Path(path), name)
+    rule, remedy = "A recipe in a file must be named", f"write {first}:NAME, the name of its function"
+    check(not first.endswith(".py"), rule, f"{first} alone", remedy)
+    check_first_word(words, "recipe", list(RECIPES), prog)
+    return first, RECIPES[first]
 
 
 def recipe_of_file(path: Path, name: str) -> Callable[[], Run]:
@@ -41,9 +101,41 @@ def recipe_of_file(path: Path, name: str) -> Callable[[], Run]:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == path.stem]
-    if name not in functions:
-        raise ValueError(sentence(f"{path} must have the recipe {name}", f"{functions}", "name one of its functions"))
+    remedy = f"name one of its functions: {', '.join(functions) or 'there are none'}"
+    check(name in functions, f"{path} must have the recipe that is named", name or "nothing", remedy)
     return getattr(module, name)
+
+
+def made_by(name: str, recipe: Callable[[], Run]) -> Run:
+    """What a recipe returns; an error if it is no run."""
+    needed = [p.name for p in inspect.signature(recipe).parameters.values() if p.default is p.empty]
+    check(not needed, f"The recipe {name} must work without arguments", ", ".join(needed), "give each a default")
+    run = recipe()
+    check(
+        isinstance(run, Run), f"The recipe {name} must return a Run", type(run).__name__, "return the Run that it makes"
+    )
+    return run
+
+
+def _run_of(asked: Request, group: Group) -> Run:
+    read = Words(group, asked.words, (CONFIG, DRY_RUN, HELP_ALL))
+    read.read()
+    check(not read.loose, "Every word must belong to a setting", " ".join(read.loose), "write --setting value")
+    for path, words in read.typed.items():
+        if path[:2] == ("data", "crops") and path[-1] == "count" and read.given[path] == 0:
+            kind = words.split()[0].rsplit(".", 2)[0]
+            raise ValueError(
+                sentence("There must be at least one crop of each rule", words, f"{kind} none has no such crops")
+            )
+    run = Run(**group.make(read.given, read.typed))
+    rule, got = "Data.path must be your own images for this recipe", f"{YOUR_IMAGES}, which stands for them"
+    check(asked.dry or run.data.path != YOUR_IMAGES, rule, got, "add --data.path FOLDER")
+    return run
+
+
+def _words(arguments: Sequence[str] | None) -> list[str]:
+    """The arguments without those of launchers."""
+    return [word for word in (sys.argv[1:] if arguments is None else arguments) if not _is_from_launcher(word)]
 
 
 def _is_from_launcher(argument: str) -> bool:
@@ -51,10 +143,31 @@ def _is_from_launcher(argument: str) -> bool:
     return argument.replace("_", "-").startswith("--local-rank")
 
 
-def main() -> None:
-    try:
-        train(parse())
-    except (ValueError, OSError, TrainingError) as error:
-        if os.environ.get("PATCHLIGHT_TRACEBACK") == "1":
-            raise
-        raise SystemExit(f"patchlight: {error}") from None
+def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> None:
+    words = _words(arguments)
+    if words and words[0] in (*HELP, HELP_ALL):
+        docs = {name: inspect.getdoc(recipe) or "" for name, recipe in RECIPES.items()}
+        print(list_text(prog, "RECIPE", docs), OTHER_HELP, sep="\n\n")
+        return
+    shown = {HELP_ALL: None, **dict.fromkeys(HELP, USUAL)}
+    asked_help = [word for word in words if word in shown]
+    asked = request([word for word in words if word not in shown], prog)
+    group = Group.of_instance(asked.start)
+    if asked_help:
+        print(help_text(group, f"{prog} {words[0]}", asked.about, shown[asked_help[-1]], OTHER_HELP))
+        return
+    with errors_in_words(prog, WRONG_USAGE, group):
+        run = _run_of(asked, group)
+    if asked.note and os.environ.get("RANK", "0") == "0":
+        print_sentence(asked.note)
+    from ..engine.sentinels import TrainingError
+
+    with errors_in_words(prog, FAILED, group, (TrainingError,)):
+        if asked.dry:
+            from .dry_run import dry_run
+
+            dry_run(run)
+        else:
+            from ..engine.assembly import train
+
+            train(run)
