@@ -3,7 +3,9 @@
 It is `patchlight train`. `--help` lists the recipes, `RECIPE --help` what people change, `RECIPE --help-all` every setting.
 """
 
-from patchlight.recipes.command import main
+import sys
+
+from patchlight.command import run
 
 if __name__ == "__main__":
-    main()
+    run("train", sys.argv[1:], "train.py")

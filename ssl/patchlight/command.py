@@ -34,8 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with errors_in_words("patchlight", WRONG_USAGE):
         check_first_word(words, "command", list(COMMANDS), "patchlight")
-        run = main_of(words[0])
-    run(words[1:], f"patchlight {words[0]}")
+    run(words[0], words[1:], f"patchlight {words[0]}")
+
+
+def run(name: str, words: Sequence[str], prog: str) -> None:
+    """Runs a command. prog: its name in help and messages."""
+    from .usage import WRONG_USAGE, errors_in_words
+
+    with errors_in_words(prog, WRONG_USAGE):  # the environment may be wrong too
+        function = main_of(name)
+    function(words, prog)
 
 
 def main_of(name: str) -> Callable[[Sequence[str], str], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import warnings
@@ -23,6 +24,7 @@ from ..checkpoint.tensors import Tensors, TensorWriter
 from ..checks import check
 from ..durable import make_folder
 from ..process import FolderLock
+from ..report.run_folder import METRICS_FILE
 from .branches import Branch
 from .parallel import Mesh
 
@@ -125,6 +127,16 @@ class Checkpoints:
             f"Checkpoint {path} could not be written, got {error or 'an error on another rank'}; make room or choose "
             f"another folder, then resume from {intact[-1] if intact else 'the start: there is no earlier one'}."
         ) from error
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """An error unless a run may write there. A start that failed has left no steps, so it may be tried again."""
+    trained = complete(folder / "checkpoints") or (folder / METRICS_FILE).exists()
+    remedy = "set Output.resume=True to continue it, or choose another folder"
+    check(resume or not trained, "A new run needs a folder of its own", f"{folder}, which holds a run", remedy)
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    writable = place.is_dir() and os.access(place, os.W_OK)
+    check(writable, "Output.folder must be a folder that can be written", folder, "choose another, or its permissions")
 
 
 def check_same_run(saved: dict, now: dict, path: Path) -> None:

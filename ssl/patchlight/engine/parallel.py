@@ -83,7 +83,7 @@ def processes(parallel: Parallel) -> Iterator[Mesh]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    replicate = world // parallel.shard if parallel.replicate is None else parallel.replicate
+    replicate = max(1, world // parallel.shard) if parallel.replicate is None else parallel.replicate
     if replicate * parallel.shard != world:
         raise ValueError(
             f"Parallel: replicate x shard must equal the number of processes, got {replicate} x {parallel.shard} for "

@@ -26,6 +26,7 @@ from .checkpoint import (
     Checkpoints,
     StopRequest,
     check_fits,
+    check_folder,
     check_same_run,
     locked,
     timm_weights,
@@ -164,11 +165,7 @@ class Trainer:
     def begin(self) -> None:
         """Starts anew or resumes, and prints the settings that follow from the batch."""
         resume = self.run.output.resume
-        if not resume and (self.checkpoints.all() or (self.folder / RUN_FILE).exists()):
-            raise ValueError(
-                f"A new run needs a folder of its own, got {self.folder}, which holds a run; "
-                "set Output.resume=True to continue it, or choose another folder."
-            )
+        check_folder(self.folder, resume)
         self.mesh.barrier()  # no rank writes into the folder before all have checked it
         if resume:
             newest = self.checkpoints.newest_whole(self.say)
@@ -176,8 +173,8 @@ class Trainer:
                 self.say(f"Nothing to resume in {self.folder}: starting anew.")
             else:
                 self.load(newest)
-            if self.probe is not None:
-                self.first_probe = self.probe.rewind(self.clock)
+        if self.probe is not None:
+            self.first_probe = self.probe.rewind(self.clock)
         if self.mesh.rank == 0:
             write_whole(self.folder / RUN_FILE, json.dumps(self.run.to_dict(), indent=1))
             Console().print(

@@ -158,6 +158,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> None
         return
     with errors_in_words(prog, WRONG_USAGE, group):
         run = _run_of(asked, group)
+        if not asked.dry:
+            from ..engine.checkpoint import check_folder
+
+            check_folder(Path(run.output.folder), run.output.resume)
     if asked.note and os.environ.get("RANK", "0") == "0":
         print_sentence(asked.note)
     from ..engine.sentinels import TrainingError
