@@ -134,7 +134,7 @@ class Data:
             bool(self.path) == (self.loader != "procedural"),
             "Data.path must be set for every loader except procedural, and empty for that one",
             f"path={self.path!r} with loader={self.loader!r}",
-            'pass the folder of images, or loader="procedural" and no path',
+            'set loader="auto" and a path for your images, or loader="procedural" and no path',
         )
 
 

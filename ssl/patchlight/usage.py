@@ -166,23 +166,33 @@ class Group:
                 for name, kind in self.kinds.items()}  # fmt: skip
 
     def in_typed_words(self, text: str) -> str:
-        """A message with the names of fields as they are typed: `Schedule.epochs` becomes `--schedule.epochs`."""
+        """A message with the names of fields as they are typed: `Schedule.epochs` becomes `--schedule.epochs`, and so does
+        `steps_per_epoch`, or `loader="dali"`, where only one class has a field of that name."""
         flags: dict[str, list[Setting]] = {}
         for setting in self.settings:
+            flags.setdefault(setting.path[-1], []).append(setting)
             for owner in setting.owner.__mro__ if setting.owner else ():
                 flags.setdefault(f"{owner.__name__}.{setting.path[-1]}", []).append(setting)
+        unique = {name: found[0] for name, found in flags.items() if len(found) == 1}
 
         def typed(match: re.Match) -> str:
-            name, value = match[1], match[2]
-            found = flags[name]
-            if len(found) > 1:  # of several groups: the part that they share
-                return match[0]
-            if value is None or (found[0].kind is bool and value == "True"):
-                return found[0].flag
-            return _negative(found[0].flag) if value == "False" else f"{found[0].flag} {value.strip(chr(34))}"
+            name, value = match["name"] or match["word"], match["value"]
+            setting = unique[name]
+            if value is None or (setting.kind is bool and value == "True"):
+                return setting.flag
+            bare = value.strip("\"'") or value
+            return _negative(setting.flag) if value == "False" else f"{setting.flag} {bare}"
 
-        names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
-        return re.sub(rf'\b({names})\b(?:=("[^"]*"|[\w.+/-]*\w))?', typed, text) if names else text
+        words = [name for name in unique if "." not in name]
+        names = _any_of([name for name in unique if "." in name or "_" in name])
+        value = r"(?:=(?P<value>\"[^\"]*\"|'[^']*'|[\w.+/-]*\w))?"
+        pattern = rf"(?<![\w.\-/\"'])(?:(?P<name>{names})|(?P<word>{_any_of(words)})(?==[\"']))(?!\w){value}"
+        return re.sub(pattern, typed, text)
+
+
+def _any_of(names: Sequence[str]) -> str:
+    """A pattern for one of the names; the longest that fits."""
+    return "|".join(sorted(map(re.escape, names), key=len, reverse=True)) or "(?!)"
 
 
 def _make(kind: Any, default: Any, path: tuple[str, ...], given: Mapping, typed: Mapping) -> Any:
