@@ -1,12 +1,14 @@
 """The command line: what is wrong with it is one sentence in the words that were typed, help is short and fast, and files of
 settings and dry runs mean what flags mean."""
 
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
@@ -216,6 +218,19 @@ def test_exit_codes_of_processes(place):
     doctor = run_process("-m", "patchlight_kernels", "docter")
     assert doctor.returncode == 2
     assert "got docter; write python -m patchlight_kernels doctor" in doctor.stderr
+
+
+def test_the_installed_command_is_this_one():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["patchlight"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("patchlight.command.__file__", str(tmp_path / "lib" / "patchlight" / "command.py"))
+    with pytest.raises(SystemExit):
+        main(["bench"])
+    assert "patchlight bench needs a checkout, got an installed package; clone" in capsys.readouterr().err
 
 
 def imported_by(*words) -> set[str]:
