@@ -99,7 +99,7 @@ WRONG = [
     ("train demo --output.resume maybe", "--output.resume must be true or false, got 'maybe'"),
     ("train demo --output.no-resume=yes", "--output.no-resume takes no value, got 'yes'"),
     ("train demo --output.keep 0", "--output.keep must be ... got 0"),
-    ("train demo --parallel.precision int8", "--parallel.precision must be one of bf16, fp16, fp32, got 'int8'"),
+    ("train demo --parallel.precision int8", "--parallel.precision must be one of ... bf16, fp16, fp32, got 'int8'"),
     ("train demo --parallel.shard 2", "start torchrun --nproc-per-node 2, or change shard"),
     ("train demo --parallel.replicate 0", "--parallel.replicate must be ... got 0"),
     ("train demo --parallel.graph on", "got the device is cpu"),

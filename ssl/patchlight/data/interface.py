@@ -162,7 +162,7 @@ class Loader(ABC):
             rule = f"{self.name} loader: at most {self.most_bad:.2%} of {self.dataset_size} images may be unreadable"
             listed = self.report or "the warnings above"
             got = f"{len(self._bad)} on rank {self.rank} alone, listed in {listed}"
-            remedy = "run python -m patchlight.data.check_data and train on its clean list"
+            remedy = "run patchlight check-data and train on its clean list"
             raise RuntimeError(sentence(rule, got, remedy))
 
     def _compare_contents(self, when: str) -> None:

@@ -247,6 +247,6 @@ def _read_index(path: Path) -> list[Member]:
         and all(number.isdecimal() and len(number) <= _DIGITS for row in rows for number in row[1:3]),
         "TarShards: every line of an index must be shard, offset, size, name and, in all or none, class",
         f"something else in {path}",
-        "write it again with python -m patchlight.data.check_data",
+        "write it again with patchlight check-data",
     )
     return [Member(r[0], int(r[1]), int(r[2]), r[3], r[4] if len(r) == 5 else None) for r in rows]

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..data.loaders import choose_loader
 from ..engine.assembly import build_clock, build_objectives, build_trainer
 from ..engine.cost import Cost
 from ..engine.graph import choose_recorder
@@ -22,6 +21,7 @@ from ..engine.metrics import Metrics
 from ..engine.parallel import Mesh, choose_compiled
 from ..engine.settings_table import settings_table
 from ..engine.trainer import Trainer
+from ..report.console import print_sentence
 from ..run import Run
 from .papers import YOUR_IMAGES
 
@@ -57,8 +57,11 @@ def dry_run(run: Run) -> None:
         finally:
             trainer.loader.close()
     console = Console()
-    choices = choices_of(run, Mesh(device, world=world), any(o.needs().masks for o in objectives.objectives()))
+    needs_masks = any(o.needs().masks for o in objectives.objectives())
+    choices = trainer.choices | choices_of(run, Mesh(device, world=world), needs_masks)
     console.print(settings_table(run, clock, world, trainer.loader.dataset_size, choices))
+    for doubt in run.optim.doubts(run.global_batch(world)):
+        print_sentence(doubt, console)
     console.print(cost_table(run, world, clock.total, trainer, measured))
     if stands_in:
         console.print(
@@ -81,15 +84,10 @@ def build_small(run: Run, mesh: Mesh, folder: str) -> Trainer:
 
 
 def choices_of(run: Run, mesh: Mesh, needs_masks: bool) -> dict[str, tuple[str, str]]:
-    """What the run itself would choose on this machine, and why; the measured steps are simpler."""
-    loader = choose_loader(run.data.loader, mesh.device)
+    """What the run itself would choose for its steps on this machine, and why; the measured steps are simpler."""
     recorder, step = choose_recorder(run, mesh, needs_masks)
     compiled, why = choose_compiled(run.parallel, recorder is not None)
-    return {
-        "loader": (loader.name, loader.why),
-        "step": step,
-        "branches": ("compiled" if compiled else "not compiled", why),
-    }
+    return {"step": step, "branches": ("compiled" if compiled else "not compiled", why)}
 
 
 def measure(trainer: Trainer) -> Measured:
