@@ -386,13 +386,18 @@ def errors_in_words(prog: str, code: int, group: Group | None = None, also: tupl
 
 
 def _sentence_of(error: Exception) -> str | None:
-    """The text of an error, if it is one of the project's sentences or the system's word on a file; else None."""
+    """The text of an error, if it is one of the project's sentences, the system's word on a file, or a package that is not
+    installed; else None."""
     if re.fullmatch(r"(?s).+, got .*; .+\.", str(error)):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return sentence(
             f"{error.filename} must be usable", error.strerror.lower(), "check the path and its permissions"
         )
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("patchlight"):
+        package = error.name.partition(".")[0]
+        remedy = "install it, or all that training needs with pip install 'patchlight[train]'"
+        return sentence(f"The package {package} must be installed", "a Python without it", remedy)
     return None
 
 

@@ -75,6 +75,16 @@ def test_imports_without(absent):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("words", [["train", "debug"], ["evaluate", "knn"]], ids=" ".join)
+def test_a_command_names_the_extra_that_it_lacks(words):
+    code = f"import sys; sys.modules['timm'] = None; from patchlight.command import main; main({words!r})"
+    result = python(code)
+    assert result.returncode == 2
+    told = "The package timm must be installed, got a Python without it; install it, or all that training needs with pip install"
+    assert f"{told} 'patchlight[train]'." in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def copy_sources(folder: Path) -> None:
     """Copies what a build reads, with its times, without what is built already."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
