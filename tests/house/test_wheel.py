@@ -31,7 +31,7 @@ OFFLINE = ("--no-deps", "--no-index", "--disable-pip-version-check")
 OBJECTS = Path("build/objects/cpp")
 LIBRARY = "patchlight_kernels/lib/libpatchlight_cpu.so"
 TRAINING_ONLY = ("timm", "nvidia.dali", "tyro", "xxhash", "safetensors", "torchvision")
-TRAIN = ("-c", "from patchlight.recipes.command import main; main()")  # and a recipe
+TRAIN = ("-m", "patchlight.command", "train")  # and a recipe
 EVERY_OP = f"""
 import sys
 sys.modules.update(dict.fromkeys({(*TRAINING_ONLY, "rich")!r}))  # importing one of them fails
@@ -137,7 +137,7 @@ def empty_environment(folder: Path, *wanted: str) -> Place:
     run([sys.executable, "-m", "venv", "--without-pip", str(folder)], folder.parent)
     pip = [sys.executable, "-m", "pip", "install", *OFFLINE, "--ignore-installed", "--prefix", str(folder), "-v"]
     place = Place(folder, everything_said(run([*pip, *wanted], folder.parent)))
-    found = [importlib.util.find_spec(name) for name in ("torch", "timm", "tyro", "rich", "xxhash", "PIL")]
+    found = [importlib.util.find_spec(name) for name in ("torch", "timm", "rich", "xxhash", "PIL")]
     others = sorted({str(Path(spec.origin).parents[1]) for spec in found if spec and spec.origin})
     (place.packages / "others.pth").write_text("\n".join(others))  # their own .pth files are not read
     return place
