@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..checks import check_choice, check_numbers
 from .encoder import Encoder, autocast
 from .images import CenterCrops, Images, Unreadable, check_some, readable
 from .progress import progress
@@ -26,6 +27,10 @@ class Reading:
     """Processes that read ahead, per rank; 0 reads in the evaluating process."""
     precision: str = "fp32"
     """fp32 or bf16: the format of the backbone's forward pass."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, batch="[1, inf)", workers="[0, inf)")
+        check_choice("Reading.precision", self.precision, ("fp32", "bf16"))
 
 
 @torch.no_grad()

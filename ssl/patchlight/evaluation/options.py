@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from PIL import Image
 
-from ..checks import check
+from ..checks import check, check_numbers
 from ..report.console import print_sentence
 from ..report.environment import describe_environment
 from ..report.page import write_report
@@ -34,6 +35,15 @@ class CheckpointOptions:
     """cuda, cuda:1, cpu, ...; by default a GPU where there is one."""
     out: Path | None = None
     """Folder for results; by default in the run's folder or beside the file."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, heads="[1, inf)")
+        known = self.device is None or re.fullmatch(r"cpu|cuda(:\d+)?", self.device)
+        rule, remedy = (
+            "CheckpointOptions.device must be cpu, cuda, or cuda: with a number",
+            "leave it out for the fastest",
+        )
+        check(bool(known), rule, repr(self.device), remedy)
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check
+from ...checks import check, check_numbers
 from ..encoder import Encoder
 from ..features import Reading, encode, encode_batches
 from ..images import resize_side
@@ -33,6 +33,7 @@ class KnnProtocol:
     """Side of the images; None: the size that the position table was made for (224 for the papers' models)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, size="[1, inf)")
         check(
             bool(self.k) and min(self.k) > 0 and self.temperature > 0,
             "KnnProtocol: k and temperature must be positive",
