@@ -7,10 +7,13 @@ import fcntl
 import os
 import platform
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+
+from .checks import sentence
 
 LOCK_FILE = "run.lock"  # empty while nobody has the lock
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -54,9 +57,17 @@ class FolderLock:
 
 
 def end_with_launcher() -> None:
-    """Asks for SIGTERM when torchrun ends, so that no rank goes on unseen."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(signal.SIGTERM)
+    """Asks for SIGTERM when torchrun ends, so that no rank goes on unseen; an error if it has ended already."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    end_with_parent(signal.SIGTERM)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens there before it starts any rank
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError as error:
+            rule, got = "A rank needs the launcher that has started it", f"none at {address[0]}:{address[1]} ({error})"
+            raise ConnectionError(sentence(rule, got, "start the run again")) from error
 
 
 def end_with_parent(number: signal.Signals) -> None:

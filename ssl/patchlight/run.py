@@ -48,7 +48,8 @@ class Model:
     def __post_init__(self) -> None:
         check_numbers(self, patch_size="[1, inf)", image_size="[1, inf)", drop_path="[0, 1)")
         for name, size in self.sizes.items():
-            check_number(f"Model.sizes[{name!r}]", size, "(0, inf)", "leave it out for the architecture's own")
+            if not isinstance(size, bool):  # a switch, as qkv_bias
+                check_number(f"Model.sizes[{name!r}]", size, "(0, inf)", "leave it out for the architecture's own")
         check_choice("Model.summary", self.summary, ("cls", "class_attention", "mean"))
         check_choice("Model.positions", self.positions, ("learned", "sincos", "sincos_rows_first", "sincos_printed"))
         check(

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -255,3 +256,17 @@ def test_a_rank_ends_when_its_launcher_is_killed():
     launcher.join()
     with pytest.raises(EOFError):  # the other end is closed when the rank has ended
         here.recv()
+
+
+def test_a_rank_whose_launcher_has_ended_before_it_began_does_not_wait(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as launcher:
+        port = launcher.getsockname()[1]
+        here = {"RUN_ID": "none", "USE_AGENT_STORE": "True"}
+        for name, value in {f"TORCHELASTIC_{name}": value for name, value in here.items()}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setattr("patchlight.process.end_with_parent", lambda number: None)
+        end_with_launcher()
+    with pytest.raises(ConnectionError, match=rf"needs the launcher that has started it, got none at 127.0.0.1:{port}"):
+        end_with_launcher()

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "checks": set(),
     "threads": set(),
     "durable": set(),
-    "process": set(),
+    "process": {"checks"},
     "values": {"checks"},
     "usage": {"checks", "values"},
     "compiled": set(),

@@ -89,12 +89,11 @@ def test_a_query_patch_has_the_color_of_the_crop_at_its_position():
     tables = sample_crops(
         dataclasses.replace(policy, query_crops=(queries,)), 0, 0, ids, np.array([[width, height]] * 24)
     )
-    by_kind = {
-        kind: Crops(
-            cut([image] * 24, t).movedim(-1, 2).float(), torch.from_numpy(t.box).float(), torch.from_numpy(t.flip)
-        )
-        for kind, t in tables.items()
-    }
+    by_kind = {}
+    for kind, t in tables.items():
+        pixels = torch.empty(*t.flip.shape, t.size, t.size, 3, dtype=torch.uint8)
+        cut([image] * 24, t, pixels)
+        by_kind[kind] = Crops(pixels.movedim(-1, 2).float(), torch.from_numpy(t.box).float(), torch.from_numpy(t.flip))
     global_crops, query_crops = by_kind["global_crops"], by_kind["query_crops"]
     assert 0.2 < global_crops.flip.float().mean() < 0.8
     place = (

@@ -43,7 +43,8 @@ class Batches:
         """Measures the first batch since `pixel_rms` was called, without waiting for the device."""
         if self.measured is None:
             pixels = views.global_crops.pixels
-            self.measured = torch.linalg.vector_norm(pixels, dtype=torch.float32) / pixels.numel() ** 0.5
+            wide = torch.promote_types(pixels.dtype, torch.float32)
+            self.measured = torch.linalg.vector_norm(pixels, dtype=wide) / pixels.numel() ** 0.5
         return views
 
     def pixel_rms(self) -> float:

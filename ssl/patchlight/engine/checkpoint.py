@@ -131,7 +131,7 @@ class Checkpoints:
 
 def check_folder(folder: Path, resume: bool) -> None:
     """An error unless a run may write there. A start that failed has left no steps, so it may be tried again."""
-    trained = complete(folder / "checkpoints") or (folder / METRICS_FILE).exists()
+    trained = complete(folder / "checkpoints") or (folder / METRICS_FILE).is_file()
     remedy = "set Output.resume=True to continue it, or choose another folder"
     check(resume or not trained, "A new run needs a folder of its own", f"{folder}, which holds a run", remedy)
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

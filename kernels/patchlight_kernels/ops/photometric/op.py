@@ -46,7 +46,7 @@ def _three_numbers(name: str, values: Sequence[float]) -> list[float]:
     rule, remedy = f"{name} must be three finite numbers", "give those of red, green and blue in 0..1"
     if not isinstance(values, (list, tuple)):
         raise TypeError(message(OP_NAME, rule, kind_of(values), remedy))
-    if len(values) != 3 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in values):
+    if len(values) != 3 or not all(isinstance(x, (int, float)) and abs(x) < math.inf for x in values):
         raise ValueError(message(OP_NAME, rule, values, remedy))
     return [float(x) for x in values]
 
