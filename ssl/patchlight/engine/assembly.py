@@ -13,6 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbones.architectures import build_backbone, capabilities_of
 from ..backbones.interface import Backbone
+from ..backbones.timm_line import timm_line
+from ..checkpoint.folder import TEACHER
 from ..checks import check
 from ..data import loaders
 from ..data.interface import Loader
@@ -59,8 +61,10 @@ def train(run: Run) -> None:
                 trainer.fit()
         finally:
             trainer.loader.close()
-        teacher = f"{trainer.checkpoints.all()[-1]}/teacher.safetensors"
-        trainer.say(f"Report: {trainer.folder / REPORT_FILE}; teacher: {teacher}")
+        teacher, path = trainer.teacher.backbone, trainer.checkpoints.all()[-1] / TEACHER
+        shapes = {name: tuple(tensor.shape) for name, tensor in teacher.state_dict().items()}
+        trainer.say(f"Report: {trainer.folder / REPORT_FILE}. The teacher in timm:")
+        trainer.say(timm_line(shapes, teacher.heads, run.model.image_size, path))
 
 
 def build_trainer(
