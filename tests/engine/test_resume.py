@@ -54,9 +54,9 @@ def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_are_named_and_kep
     (paths[-2] / "facts.json").write_text(json.dumps({"clock": {"step": -5}}))
     rest = train_tiny(resumed(run))
     said = "".join(capsys.readouterr().out.split())  # the console breaks lines anywhere
-    assert "gotrank-0000.safetensorshasotherbytes" in said
-    assert "gotfacts.jsonhas23bytesinsteadof" in said
-    assert "Itisnowstep-00000015.damaged" in said
+    assert "gotarank-0000.safetensorswithotherbytes" in said
+    assert "gotafacts.jsonof23bytesinsteadof" in said
+    assert "Itisnowcalledstep-00000015.damaged" in said
     assert len(rest["terms"]) == 10
     assert largest_difference(whole["student"], rest["student"]) == 0
     damaged = ["step-00000015.damaged", "step-00000020.damaged"]

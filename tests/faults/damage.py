@@ -83,7 +83,9 @@ def wrong_resume(ended, truth: Truth, whole: int | None) -> list[str]:
     wrong += ["loaded wrong bytes"] if not all(states) else []
     if whole is None:
         wrong += (
-            [] if ended.code and "patchlight:" in ended.output else ["no error sentence, though no checkpoint is whole"]
+            []
+            if ended.code and "as it was written; " in ended.output
+            else ["no error sentence, though no checkpoint is whole"]
         )
     elif not begun:
         wrong.append(f"did not resume: {ended.output.strip()[-200:]}")

@@ -21,10 +21,6 @@ _SWINS: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (2, 2, 18, 2)): "swin_small",
     (128, (2, 2, 18, 2)): "swin_base",
 }
-    (96, (2, 2, 6, 2)): "swin_tiny",
-    (96, (2, 2, 18, 2)): "swin_small",
-    (128, (2, 2, 18, 2)): "swin_base",
-}
 
 
 def timm_line(shapes: Mapping[str, Sequence[int]], heads: int, image_size: int, path: Path | str) -> str:

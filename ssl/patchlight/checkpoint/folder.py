@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..durable import move, sync_folder
-from .manifest import DamagedError, Manifest, StoredTensor, damaged, find_damage, pieces_of
+from .manifest import MANIFEST, DamagedError, Manifest, StoredTensor, damaged, find_damage, pieces_of
 from .tensors import TensorReader, Tensors, write_tensors
 
 FACTS = "facts.json"  # clock, run, loader position: also for people to read
@@ -42,9 +42,9 @@ def verify(path: Path, contents: bool = True, part: int = 0, parts: int = 1) -> 
         manifest = Manifest.read(path)
     except DamagedError as error:
         return [str(error)]
-    found = find_damage(path, manifest, sorted(manifest.files)[part::parts], contents)
     if path.name != name_of(manifest.step) and _NAME.fullmatch(path.name):
-        found.append(f"the files of step {manifest.step}")
+        return [str(damaged(path, f"the {MANIFEST} of step {manifest.step}"))]
+    found = find_damage(path, manifest, sorted(manifest.files)[part::parts], contents)
     return [str(damaged(path, wrong)) for wrong in found]
 
 
@@ -90,7 +90,7 @@ def delete_old(folder: Path, keep: int) -> None:
 def read_file(path: Path, name: str) -> bytes:
     """A file of a checkpoint; raises DamagedError if its bytes are not those that were written."""
     manifest = Manifest.read(path)
-    wrong = find_damage(path, manifest, [name]) if name in manifest.files else [f"{name} is missing"]
+    wrong = find_damage(path, manifest, [name]) if name in manifest.files else [f"no {name}"]
     if wrong:
         raise damaged(path, wrong[0])
     return (path / name).read_bytes()

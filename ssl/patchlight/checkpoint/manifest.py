@@ -181,31 +181,32 @@ def read_piece(folder: Path, file: BufferedReader, name: str, piece: Piece) -> b
     data = bytearray(max(0, min(piece.length, there)))
     file.seek(piece.begin)
     if file.readinto(data) != piece.length or checksum(data) != piece.checksum:
-        raise damaged(folder, f"other bytes than were written in {name}, from {piece.begin:,} on")
+        raise damaged(folder, f"a {name} with other bytes than were written, from {piece.begin:,} on")
     return data
 
 
 def find_damage(folder: Path, manifest: Manifest, names: list[str], contents: bool = True) -> list[str]:
-    """What is wrong with some files of a checkpoint, a phrase for each. contents=False compares sizes alone."""
-    return [f"{name} {wrong}" for name in names if (wrong := _wrong(folder / name, manifest.files[name], contents))]
+    """What there is instead of the files that were written, a phrase for each. contents=False compares sizes alone."""
+    return [wrong for name in names if (wrong := _wrong(folder / name, manifest.files[name], contents))]
 
 
 def _wrong(path: Path, pieces: tuple[Piece, ...], contents: bool) -> str:
     length = pieces[-1].begin + pieces[-1].length if pieces else 0
     try:
         if not path.exists():
-            return "is missing"
+            return f"no {path.name}"
         if not path.is_file():
-            return "is no file"
+            return f"a {path.name} that is no file"
         if path.stat().st_size != length:
-            return f"has {path.stat().st_size:,} bytes instead of {length:,}"
+            return f"a {path.name} of {path.stat().st_size:,} bytes instead of {length:,}"
         if not contents:
             return ""
         with path.open("rb") as file:
             bad = next((piece for piece in pieces if _checksum_of(file, piece.length) != piece.checksum), None)
     except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
-    return f"has other bytes than were written, between {bad.begin:,} and {bad.begin + bad.length:,}" if bad else ""
+        return f"a {path.name} that cannot be read ({error.strerror or error})"
+    end = bad.begin + bad.length if bad else 0
+    return f"a {path.name} with other bytes than were written, between {bad.begin:,} and {end:,}" if bad else ""
 
 
 def _checksum_of(file: BinaryIO, length: int) -> str:

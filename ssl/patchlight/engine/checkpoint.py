@@ -59,7 +59,7 @@ class Checkpoints:
             for line in dict.fromkeys(wrong):
                 say(line)
             if self.mesh.rank == 0:
-                say(f"It is now {set_aside(path).name}; an older checkpoint takes its place.")
+                say(f"It is now called {set_aside(path).name}; the next older one is read.")
             self.mesh.barrier()
         set_aside_before = sorted(path.name for path in self.folder.glob("step-*.damaged*"))
         check(
