@@ -85,7 +85,7 @@ def wrong_after_cut(ended: Ended, truth: Truth, run_folder: Path, reported: int)
     if "Traceback" in ended.output:
         return [f"traceback: {ended.output.strip().splitlines()[-1][:200]}"]
     if ended.step("ended") is None:
-        return [] if not reported and "patchlight:" in ended.output else [f"did not end: {ended.output[-300:]}"]
+        return [] if not reported and "train.py:" in ended.output else [f"did not end: {ended.output[-300:]}"]
     wrong = wrong_states(ended.notes, truth, "began") + wrong_states(ended.notes, truth, "ended")
     if (ended.step("began") or 0) < reported:
         wrong.append(f"began at step {ended.step('began')}, though the checkpoint of step {reported} was complete")

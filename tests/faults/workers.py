@@ -75,7 +75,7 @@ def _try(rng: np.random.Generator, folder: Path, truth: Truth, kind: str) -> Out
     lost = wrong_states(seen, truth, "ended") + ([] if in_time else [f"hangs for {LIMIT} s, or a worker is left"])
     lost += [f"traceback: {output.strip().splitlines()[-1][:160]}"] if "Traceback" in output else []
     went_on = any(line["event"] == "ended" for line in seen)
-    lost += [] if went_on or "patchlight:" in output else ["no sentence says why it ended"]
+    lost += [] if went_on or "train.py:" in output else ["no sentence says why it ended"]
     if not lost and not went_on:
         lost += _rest(folder, truth)
     if not lost:
