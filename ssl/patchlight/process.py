@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -52,8 +53,9 @@ class FolderLock:
         return os.pread(self.descriptor, 1000, 0).decode(errors="replace").strip("\0\n")
 
     def _write(self, holder: str) -> None:
-        os.truncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, holder.encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+            os.truncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, holder.encode(), 0)
 
 
 def end_with_launcher() -> None:

@@ -3,6 +3,7 @@ that were typed."""
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import re
@@ -391,9 +392,9 @@ def _sentence_of(error: Exception) -> str | None:
     if re.fullmatch(r"(?s).+, got .*; .+\.", str(error)):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return sentence(
-            f"{error.filename} must be usable", error.strerror.lower(), "check the path and its permissions"
-        )
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room there" if full else "check the path and its permissions"
+        return sentence(f"{error.filename} must be usable", error.strerror.lower(), remedy)
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("patchlight"):
         package = error.name.partition(".")[0]
         remedy = "install it, or all that training needs with pip install 'patchlight[train]'"

@@ -70,8 +70,8 @@ class Refuse(Listener):
         self.seen += 1
         print(operation.name, operation.path, file=self.listed, flush=True)
         if self.full.first <= self.seen < self.full.first + self.full.count:
-            if not self.full.found.exists():
-                self.full.found.write_text(f"{operation.name} {operation.path}")
+            with self.full.found.open("a") as file:
+                print(operation.name, operation.path, file=file)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), operation.path)
 
 

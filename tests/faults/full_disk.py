@@ -51,8 +51,9 @@ def kinds_of(truth: Truth) -> list[tuple[str, list[int]]]:
 def refuse(folder: Path, name: str, truth: Truth, full: Full, kind: str) -> Outcome:
     """A run in which an operation fails, then room is made, and it is resumed."""
     ended = run_to_end(Plan(disk_run(folder / "run", name), folder / "notes", full))
-    refused = full.found.read_text() if full.found.exists() else ""
-    needed = full.count == FOREVER or NEEDED.fullmatch(refused) is not None
+    all_refused = full.found.read_text().splitlines() if full.found.exists() else []
+    refused = next(iter(all_refused), "")
+    needed = full.count == FOREVER or any(NEEDED.fullmatch(operation) for operation in all_refused)
     lost = wrong_end(ended, truth, folder / "run", needed) if refused else ["the operation did not happen"]
     lost += wrong_resume(folder, name, truth) if ended.step("ended") != STEPS or lost else []
     if not lost:
@@ -93,7 +94,7 @@ def wrong_end(ended: Ended, truth: Truth, run_folder: Path, needed: bool, said: 
     wrong = [] if ended.in_time else ["hangs"]
     if "Traceback" in ended.output:
         wrong.append(f"traceback: {ended.output.strip().splitlines()[-1][:160]}")
-    if said and "No space left" not in ended.output:
+    if said and "no space left" not in ended.output.lower():
         wrong.append("no sentence says so")
     if ended.step("ended") != STEPS:
         wrong += [] if needed else ["ended, though only a report could not be written"]
