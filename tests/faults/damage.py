@@ -138,10 +138,15 @@ def delete(rng: np.random.Generator, path: Path) -> str:
 
 
 def swap_in_older(rng: np.random.Generator, path: Path) -> str:
-    older = sorted(other for other in path.parent.glob("step-????????") if other.name != path.name)[0]
-    different = [f for f in sorted(path.iterdir()) if f.is_file() and f.read_bytes() != (older / f.name).read_bytes()]
-    file = different[rng.integers(len(different))]
-    shutil.copy(older / file.name, file)
+    others = sorted(other for other in path.parent.glob("step-????????") if other.name != path.name)
+    pairs = [(file, other / file.name) for file in sorted(path.iterdir()) for other in others]
+    # Others may be damaged already: what is no file there cannot be swapped in, and reading a pipe would not end.
+    pairs = [(file, old) for file, old in pairs if file.is_file() and old.is_file()]
+    different = [(file, old) for file, old in pairs if file.read_bytes() != old.read_bytes()]
+    if not different:
+        return append(rng, path)
+    file, old = different[rng.integers(len(different))]
+    shutil.copy(old, file)
     return file.name
 
 
@@ -153,6 +158,8 @@ def append(rng: np.random.Generator, path: Path) -> str:
 
 
 def edit_facts(rng: np.random.Generator, path: Path) -> str:
+    if not (path / "facts.json").is_file():  # by an earlier damage; reading a pipe would not end
+        return append(rng, path)
     facts = json.loads((path / "facts.json").read_text())
     if rng.random() < 0.5:
         facts["clock"]["step"] = -5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -133,7 +134,9 @@ def pickle_as_any_file(rng: np.random.Generator, path: Path, canary: Path) -> st
     if rng.random() < 0.5:
         (path / name).write_bytes(pickle.dumps(Harm(canary)))
     else:
-        torch.save({"weights": Harm(canary)}, path / name)
+        saved = io.BytesIO()  # torch.save refuses the name .metadata
+        torch.save({"weights": Harm(canary)}, saved)
+        (path / name).write_bytes(saved.getvalue())
     if name in ("facts.json", "rank-0000.safetensors", "teacher.safetensors") and rng.random() < 0.7:
         seal(path)
         return f"{name}, with its checksum"

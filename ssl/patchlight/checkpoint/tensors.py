@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from .manifest import Chunk, Manifest, Piece, StoredTensor, pieces_of, read_piece
+from .manifest import Chunk, Manifest, Piece, StoredTensor, damaged, pieces_of, read_piece
 
 DTYPES = {
     "F64": torch.float64,
@@ -148,6 +148,8 @@ class TensorReader(StorageReader):
             tensor, chunk = places[item.storage_index]
             wanted.setdefault(chunk.file, []).append((item, tensor, chunk))
         for name, entries in wanted.items():
+            if not (self.folder / name).is_file():  # reading a pipe would wait for ever
+                raise damaged(self.folder, f"no file {name}")
             with (self.folder / name).open("rb") as file:
                 for item, tensor, chunk in entries:
                     data = read_piece(self.folder, file, name, self.manifest.files[name][chunk.piece])
