@@ -15,7 +15,7 @@ from patchlight.data.loaders import build_loader, dali_is_there
 from patchlight.data.policy import UNCHANGED, CropPolicy, dino_policy
 from patchlight.data.procedural import ProceduralSource
 from patchlight.data.sources import ImageFolder
-from patchlight.data.torchvision_loader import TorchvisionLoader, plain_batches
+from patchlight.data.torchvision_loader import TorchvisionLoader
 from patchlight.records import Views
 
 needs_dali = pytest.mark.skipif(not dali_is_there(), reason="NVIDIA DALI is not installed")
@@ -299,18 +299,6 @@ def test_too_little_data_and_wrong_ranks_are_named():
         TorchvisionLoader(Pictures(10), POLICY, 4, world=3)
     with pytest.raises(ValueError, match="got batch=4, rank=2, world=2"):
         TorchvisionLoader(Pictures(10), POLICY, 4, rank=2, world=2)
-
-
-def test_plain_batches_have_every_image_once_and_in_order():
-    source = ProceduralSource(7, 40)
-    batches = list(plain_batches(source, 40, 3, resize_to=40, mean=(0, 0, 0), std=(1, 1, 1)))
-    assert torch.cat([ids for _, ids in batches]).tolist() == list(range(7))
-    pixels = torch.cat([p for p, _ in batches])
-    assert torch.equal((pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1), torch.from_numpy(source.images))
-    cut, _ = next(plain_batches(Pictures(2), 14, 2, mean=(0, 0, 0), std=(1, 1, 1)))
-    assert cut.shape == (2, 3, 14, 14)
-    full, _ = next(plain_batches(Pictures(2), 16, 1, resize_to=16))
-    assert full.shape == (1, 3, 16, 16)
 
 
 def test_the_picture_has_sources_and_crops():

@@ -1,11 +1,13 @@
 """The probe's files in a run's folder: rewound with the run, and never the end of it."""
 
+import numpy as np
 import pytest
 import torch
 from engine.tiny_run import tiny_run, tiny_trainer
 from PIL import Image
 
 from patchlight.data.procedural import ProceduralSource
+from patchlight.data.stored import Subset
 from patchlight.engine.parallel import Mesh
 from patchlight.engine.probe import TeacherProbe
 from patchlight.records import Clock
@@ -31,6 +33,23 @@ def test_results_of_later_steps_are_removed_and_those_of_the_untrained_teacher_k
         append(tmp_path / "knn.jsonl", to_bytes({"step": step, "k10": step / 20, "k20": 0.5}))
     assert probe(tmp_path).rewind(clock(10)) == {"k10": 0.0, "k20": 0.5}
     assert steps(tmp_path) == [0, 5, 10]
+
+
+def test_a_look_takes_no_random_numbers_from_the_training(tmp_path):
+    trainer = tiny_trainer(tiny_run(tmp_path))
+    before = torch.get_rng_state()
+    accuracies = probe(tmp_path).evaluate(trainer.teacher, trainer.clock)
+    assert accuracies
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_whole_images_are_read_once_and_in_order(tmp_path):
+    source = ProceduralSource(70, size=16)
+    looks = TeacherProbe(tiny_run(tmp_path), source, ALONE)
+    batches = list(looks._batches(Subset(source, np.arange(70))))
+    assert torch.cat([numbers for _, numbers in batches]).tolist() == list(range(70))
+    pixels = np.concatenate([looks._unnormalized(pixels) for pixels, _ in batches])
+    assert (pixels == source.images).all()
 
 
 def test_a_start_from_nothing_removes_all_results(tmp_path):

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from engine.tiny_run import tiny_run, tiny_trainer
 from PIL import Image
 
 from patchlight.data.procedural_video import write_davis
@@ -20,16 +19,6 @@ from patchlight.evaluation.ranks import Ranks
 from patchlight.evaluation.results import changed_fields
 
 CPU = Ranks(torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """An untrained run of a small model, with a checkpoint."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    trainer = tiny_trainer(tiny_run(folder))
-    trainer.save()
-    (folder / "run.json").write_text(json.dumps(trainer.run.to_dict()))
-    return folder
 
 
 def call(monkeypatch, *words) -> None:

@@ -6,20 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from engine.tiny_run import tiny_run, tiny_trainer
 from PIL import Image
 
 from patchlight.evaluation.__main__ import main
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """An untrained run of a small model, with a checkpoint."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    trainer = tiny_trainer(tiny_run(folder))
-    trainer.save()
-    (folder / "run.json").write_text(json.dumps(trainer.run.to_dict()))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -87,27 +87,20 @@ def delete_old(folder: Path, keep: int) -> None:
         delete(path)
 
 
-def read_file(path: Path, name: str) -> bytes:
-    """A file of a checkpoint; raises DamagedError if its bytes are not those that were written."""
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of a checkpoint; raises DamagedError if they are not those that were written."""
     manifest = Manifest.read(path)
-    wrong = find_damage(path, manifest, [name]) if name in manifest.files else [f"no {name}"]
+    wrong = find_damage(path, manifest, [FACTS]) if FACTS in manifest.files else [f"no {FACTS}"]
     if wrong:
         raise damaged(path, wrong[0])
-    return (path / name).read_bytes()
-
-
-def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of a checkpoint."""
     try:
-        facts = json.loads(read_file(path, FACTS))
+        facts = json.loads((path / FACTS).read_bytes())
         if all(isinstance(facts[name], kind) for name, kind in FACT_KINDS.items()):
             return facts
-        wrong = "facts of other kinds"
-    except DamagedError:
-        raise
+        reason = "facts of other kinds"
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        wrong = f"{type(error).__name__}: {error}"
-    raise damaged(path, f"a {FACTS} that no run has written ({wrong})")
+        reason = f"{type(error).__name__}: {error}"
+    raise damaged(path, f"a {FACTS} that no run has written ({reason})")
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -208,9 +208,8 @@ class Loader(ABC):
             )
         self._position = Position(state["epoch"], state["samples"])
         self.replaced = state["replaced"]
-        if "contents" in state:  # older checkpoints have none
-            self._contents = state["contents"]
-            self._compare_contents("when the run that is resumed looked at them")
+        self._contents = state["contents"]
+        self._compare_contents("when the run that is resumed looked at them")
         self._restart()
 
 

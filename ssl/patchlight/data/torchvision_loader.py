@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +13,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from ..records import Views
 from .interface import Loader, Position, host_tensors
-from .policy import IMAGENET_MEAN, IMAGENET_STD, CropPolicy, CropTable, sample_crops
-from .reading import Replacement, describe_error, read_samples
-from .stored import Images, Source
+from .policy import CropPolicy, CropTable, sample_crops
+from .reading import Replacement, read_samples
+from .stored import Source
 from .workers import Workers
 
 _GROUP_BYTES = 3 * 2**23  # of decoded images, after which their crops are cut
@@ -132,35 +131,3 @@ def cut(images: list[np.ndarray], table: CropTable, out: Tensor) -> None:
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes [3, H, W] uint8 to size (height, width), bicubic and antialiased."""
     return tv.resize(image, list(size), InterpolationMode.BICUBIC, antialias=True)
-
-
-def plain_batches(
-    source: Images,
-    size: int,
-    batch: int,
-    device: torch.device | str = "cpu",
-    resize_to: int | None = None,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once and in order for evaluation: pixels [B, 3, size, size] normalized, ids [B] int64.
-
-    The shorter side is resized to `resize_to` (None: size * 256 / 224) and the center is cut out. Unreadable images are
-    left out, with a warning that names each.
-    """
-    shorter = resize_to or round(size * 256 / 224)
-    shift, scale = (torch.tensor(c)[:, None, None] * 255 for c in (mean, std))
-    for first in range(0, len(source), batch):
-        centers: dict[int, Tensor] = {}
-        for number in range(first, min(first + batch, len(source))):
-            try:
-                image = torch.from_numpy(source.read(number)).permute(2, 0, 1)
-            except Exception as error:  # a damaged file can raise any exception in a decoder
-                warnings.warn(
-                    f"evaluation: {source.name(number)} cannot be read ({describe_error(error)}); it is left out"
-                )
-                continue
-            centers[number] = tv.center_crop(tv.resize(image, [shorter], InterpolationMode.BICUBIC), [size])
-        if centers:
-            pixels, ids = torch.stack(list(centers.values())), torch.tensor(list(centers))
-            yield ((pixels - shift) / scale).to(device), ids.to(device)

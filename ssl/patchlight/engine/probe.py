@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
 from ..checks import check
 from ..data.crop_picture import draw_crops as draw_crop_picture
 from ..data.procedural import ProceduralSource
 from ..data.stored import Source, Subset
-from ..data.torchvision_loader import plain_batches
 from ..durable import write_whole
+from ..evaluation.images import CenterCrops, Unreadable, readable
 from ..evaluation.pictures.attention import class_attention_maps, draw_attention, summary_attention_maps
 from ..evaluation.probes.knn import knn_accuracy
 from ..evaluation.probes.labeled import LabeledImages
@@ -47,6 +49,7 @@ class TeacherProbe:
         self.pictures = self.folder / PICTURES_FOLDER
         self.gallery, self.queries = split(source, run.parallel.seed)
         self.labeled = source.labels is not None
+        self.unreadable = Unreadable()
         self.results = LogFile(self.folder / KNN_FILE, warn)
         self.newest: int | None = None  # step of the last result that was there before
         self.drawn: Outlet[tuple[Path, bytes]] = Outlet(PICTURES_FOLDER, self._write_pictures, warn, most=16)
@@ -136,13 +139,22 @@ class TeacherProbe:
         images = self._unnormalized(pixels)
         self._save(draw_attention(images, maps.cpu(), backbone.grid(*pixels.shape[-2:])), "attention", clock.step)
 
-    def _batches(self, part: Subset):
-        crops, size = self.run.data.crops, self.run.model.image_size
-        return plain_batches(part, size, BATCH, self.device, resize_to=size, mean=crops.mean, std=crops.std)
+    def _batches(self, part: Subset) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalized centers [B, 3, S, S] of the readable images, and their numbers."""
+        size, (mean, std) = self.run.model.image_size, self._mean_and_std()
+        centers = CenterCrops(part, np.arange(len(part)), size, resize_to=size)
+        # With a generator of its own, so that a look takes no random numbers from the training.
+        loader = DataLoader(centers, BATCH, generator=torch.Generator())
+        for images, numbers in readable(loader, part, self.unreadable):
+            yield ((images - mean * 255) / (std * 255)).to(self.device), numbers.to(self.device)
+
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        crops = self.run.data.crops
+        return torch.tensor(crops.mean)[:, None, None], torch.tensor(crops.std)[:, None, None]
 
     def _unnormalized(self, pixels: Tensor) -> np.ndarray:
         """[B, S, S, 3] uint8."""
-        mean, std = (torch.tensor(c)[:, None, None] for c in (self.run.data.crops.mean, self.run.data.crops.std))
+        mean, std = self._mean_and_std()
         values = (pixels.float().cpu() * std + mean).clamp(0, 1) * 255
         return values.round().byte().permute(0, 2, 3, 1).numpy()
 

@@ -19,7 +19,7 @@ PATIENCE = 10  # log lines in a row that a symptom must last
 UNIFORM = 1e-3  # how near loss / ln K must be to 1
 CONSTANT = 1e-3  # spread of the features, 1 for independent directions, below which they are constant
 ABOVE = 1.5  # times ln K and its first value, which a loss of prototypes must not exceed
-GROWN = 30  # times the norm of all weights at the start, which no run that learns exceeds
+GROWN = 30  # times the norm of all weights at the start: far more than a run that learns needs; chosen, not measured
 PIXELS = (0.05, 10.0)  # root mean square of normalized pixels, which is about 1
 
 
