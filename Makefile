@@ -73,7 +73,7 @@ $(VENV)/built: $(VENV)/torch $(CSRC)
 
 $(VENV)/installed: pyproject.toml | $(VENV)/built
 	@echo "patchlight: installing itself and the other packages"
-	@$(INSTALL) --no-build-isolation -e ".[test,bench,tracking]" $(TELL)
+	@$(INSTALL) --no-build-isolation -e ".[test,bench,tracking,export,docs]" $(TELL)
 	@touch $@
 
 clean:
