@@ -1,6 +1,7 @@
 """Runs any implementation of any op, and compares its error with that of PyTorch at the same precision.
 
-On a machine without a GPU, "triton" runs in Triton's interpreter and "cuda" runs the same .cu files on the CPU.
+On a machine without a GPU, "triton" runs in Triton's interpreter, "cuda" runs the same .cu files on the CPU, and "torch" runs
+PyTorch's attention for CPUs in place of the one for GPUs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from patchlight_kernels import extension, force, hardware
+from patchlight_kernels.ops.query_attention import torch_attention
 from patchlight_kernels.registry import OpSpec
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,10 @@ HAS_GPU = torch.cuda.is_available()
 RUNNERS = [("cpu", "reference"), ("cpu", "cpp"), ("cpu", "cuda")] + ([] if HAS_GPU else [("cpu", "triton")])
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")]
 RUNNERS += [pytest.param("cuda", name, marks=needs_gpu) for name in ("reference", "triton", "cuda")]
+TORCH_RUNNERS = [
+    ("cpu", "torch"),
+    pytest.param("cuda", "torch", marks=needs_gpu),
+]  # of ops with a form in PyTorch's kernels
 every_runner = pytest.mark.parametrize(("device", "name"), RUNNERS)
 EPS = torch.finfo(torch.float32).eps
 FLOOR = 8 * EPS  # rounding of the fp32 result itself
@@ -69,6 +75,8 @@ def running(device: str, name: str):
     with contextlib.ExitStack() as stack:
         if (device, name) == ("cpu", "cuda"):
             stack.enter_context(cuda_kernels_on_cpu())
+        if (device, name) == ("cpu", "torch"):
+            stack.enter_context(mock.patch.object(torch_attention, "no_flash_attention", lambda qkv: None))
         stack.enter_context(force(name))
         yield
 

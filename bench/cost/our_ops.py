@@ -41,8 +41,10 @@ LAUNCHES = {
     ("block_masks_fwd", "triton"): (1, 0),
     ("query_attention_fwd", "cuda"): (1, 0),
     ("query_attention_fwd", "triton"): (1, 0),
+    ("query_attention_fwd", "torch"): (6, 0),
     ("query_attention_bwd", "cuda"): (3, 0),
     ("query_attention_bwd", "triton"): (3, 0),
+    ("query_attention_bwd", "torch"): (20, 0),
     ("self_relation_fwd", "cuda"): (4, 0),
     ("self_relation_fwd", "triton"): (4, 0),
     ("self_relation_bwd", "cuda"): (2, 0),
@@ -130,5 +132,5 @@ def gpu_has_everything() -> list[tuple]:
     """Stand-ins for the questions that forms ask about a GPU: a Hopper with the library of kernels and Triton."""
     hardware = importlib.import_module("patchlight_kernels.hardware")
     architecture = lambda tensor: "sm_90" if tensor.device.type == "cuda" else None
-    none = ("no_cuda_library", "no_triton", "too_little_shared_memory")
+    none = ("no_cuda_library", "no_triton", "too_little_shared_memory", "gpu_too_old")
     return [(hardware, "architecture", architecture), *((hardware, name, lambda *_: None) for name in none)]

@@ -1,8 +1,8 @@
 """Chooses which implementation of an op runs. The choice depends on the arguments only; it can be explained and forced.
 
 One `Op` holds everything about an operation: its PyTorch custom ops (`patchlight::<name>_fwd`, `_bwd`), its
-implementations in order of preference, and the function that checks public arguments. On a GPU, an implementation that was the
-fastest when measured (`measured.py`) goes first; the order that is written in the op is a prediction.
+implementations in order of preference, and the function that checks public arguments. The order that is written in the op is a
+prediction. On a GPU, an implementation that was the faster of two when measured (`measured.py`) goes before the other.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from . import hardware, measured
 from .arguments import message
-from .measured import Place
+from .measured import Place, Win
 
-IMPLEMENTATIONS = ("cuda", "cpp", "triton", "reference")
+IMPLEMENTATIONS = ("cuda", "cpp", "triton", "torch", "reference")
 
 _library = torch.library.Library("patchlight", "FRAGMENT")
 _ops: dict[str, Op] = {}
@@ -100,9 +100,16 @@ class Op:
             return self.impls
         if place not in self._orders:
             found = measured.find(place)
-            winner = found[0].winner if found else None
-            self._orders[place] = tuple(sorted(self.impls, key=lambda impl: impl.name != winner))
+            self._orders[place] = self._with_winner_first(found[0] if found else None)
         return self._orders[place]
+
+    def _with_winner_first(self, win: Win | None) -> tuple[Impl, ...]:
+        """The predicted order, but that the form that won goes before the next one; others were not in that race."""
+        names = [impl.name for impl in self.impls]
+        if win and names.index(win.winner) > names.index(win.runner_up):
+            names.remove(win.winner)
+            names.insert(names.index(win.runner_up), win.winner)
+        return tuple(sorted(self.impls, key=lambda impl: names.index(impl.name)))
 
     def choose(self, *args, direction: str = "forward") -> Impl:
         """The implementation that runs: the forced one or an error, else the first that can."""
@@ -139,7 +146,11 @@ class Op:
             dtype = str(place.dtype).removeprefix("torch.")
             return f"order by prediction: not measured on {place.architecture} ({dtype}{size})"
         win, of_row = found
-        return win.sentence(of_row) if win.winner == chosen else f"{win.winner}, measured as faster, cannot run"
+        if win.winner == chosen:
+            return win.sentence(of_row)
+        if win.runner_up == chosen:
+            return f"{win.winner}, measured as faster, cannot run"
+        return f"order by prediction: not yet measured beside {win.winner}'s {win.sentence(of_row)}"
 
     def explain(self, *args) -> str:
         """Which implementation runs and why, and a line for each with the reason why it does not."""

@@ -46,6 +46,11 @@ def _gpu_too_old(index: int) -> str | None:
     return None
 
 
+def gpu_too_old(tensor: torch.Tensor) -> str | None:
+    """Why the tensor's GPU runs none of our kernels."""
+    return _gpu_too_old(tensor.device.index)
+
+
 @cache
 def _architecture(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from patchlight_kernels import explain, force, hardware, measured, neighbor_topk, query_attention, registry
 from patchlight_kernels.dispatch import IMPLEMENTATIONS, Impl, Op, ops
 from patchlight_kernels.measured import Place, Win
+from patchlight_kernels.ops.query_attention import torch_attention
 
 X = torch.randn(1, 9, 4)
 
@@ -135,6 +136,7 @@ def as_on(architecture: str, triton: str | None = None):
     """Within the block forms are chosen as on a GPU that has everything, or, for a reason, not Triton."""
     with (
         mock.patch.object(hardware, "no_cuda_library", lambda *_: None),
+        mock.patch.object(hardware, "no_cpu_library", lambda *_: "the tensors are on a GPU"),
         mock.patch.object(hardware, "no_triton", lambda *_: triton),
         mock.patch.object(hardware, "architecture", lambda *_: architecture),
     ):
@@ -173,7 +175,22 @@ def test_both_directions_are_chosen_by_what_was_measured_of_them():
         first, second, *lines = explain("query_attention", qkv, 66).splitlines()
     assert first.startswith("query_attention: triton runs: 165 us against cuda's 210")
     assert second.startswith("query_attention backward: cuda runs: order by prediction: not measured on sm_90")
-    assert lines[0].endswith("runs backward") and lines[2].endswith("runs forward")
+    states = dict(line.split(maxsplit=1) for line in lines)
+    assert (states["cuda"], states["triton"]) == ("runs backward", "runs forward")
+
+
+def test_a_form_that_was_not_in_the_race_keeps_its_predicted_place():
+    qkv = torch.randn(1, 70, 3, 1, 8).bfloat16()
+    op = ops()["query_attention"]
+    args = op.bind(qkv, 66)
+    with as_on("sm_90"):
+        assert [impl.name for impl in op.order("forward", args)] == ["cpp", "torch", "triton", "cuda", "reference"]
+        with mock.patch.object(torch_attention, "no_flash_attention", lambda qkv: None):
+            assert [op.choose(*args, direction=d).name for d in op.directions] == ["torch", "torch"]
+            text = explain("query_attention", qkv, 66)
+    assert text.startswith(
+        "query_attention: torch runs: order by prediction: not yet measured beside triton's 165 us against"
+    )
 
 
 @pytest.mark.parametrize(

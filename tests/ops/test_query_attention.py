@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_as_exact_as_pytorch, every_runner, needs_gpu, outcome, running
+from parity import RUNNERS, TORCH_RUNNERS, assert_as_exact_as_pytorch, needs_gpu, outcome, running
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from patchlight_kernels import force, query_attention, registry
+from patchlight_kernels import force, hardware, query_attention, registry
+from patchlight_kernels.ops.query_attention import torch_attention
 from patchlight_kernels.ops.query_attention.op import OP
 
 SPEC = registry.spec("query_attention")
 READS = {"all": {}, "raw": {"query_keys": "raw"}, "crop": {"crop": 2}}
+every_runner = pytest.mark.parametrize(("device", "name"), RUNNERS + TORCH_RUNNERS)
 every_reading = pytest.mark.parametrize("reading", READS)
 
 
@@ -81,6 +84,8 @@ def test_queries_behind_one_another_are_one_crop():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_not_read_changes_nothing(device, name, reading, bad):
     """NaN in a query reaches its readers only, forward and backward."""
+    if name == "torch" and reading == "crop":
+        pytest.skip("takes one crop only")
     given = arguments(device, images=1, raw=3, heads=1, **READS[reading])
     readers = may_read(3, 7, given["query_keys"], given["crop"])[:, 6]
     readers[6] = True
@@ -88,7 +93,8 @@ def test_a_row_that_is_not_read_changes_nothing(device, name, reading, bad):
     given["qkv"][0, 6] = bad
     found = run(device, name, given)
     assert torch.equal(found["out"][0, ~readers], clean["out"][0, ~readers])
-    assert found["out"][0, 6].isnan().all()
+    if (device, name) != ("cpu", "torch"):  # PyTorch's attention for CPUs makes 0 of it, so only tests use it
+        assert found["out"][0, 6].isnan().all()
     others = ~may_read(3, 7, given["query_keys"], given["crop"])[readers].any(dim=0) & ~readers
     assert torch.equal(found["gradient of qkv"][0, others], clean["gradient of qkv"][0, others])
     queries = found["gradient of qkv"][0, ~readers, 0]
@@ -152,10 +158,11 @@ def test_sizes_of_training_on_the_cpu(sizes, threads):
     raw, queries, crop = sizes
     given = arguments(images=1, raw=raw, queries=queries, heads=3, width=64, crop=crop)
     torch.set_num_threads(threads)
-    found = run("cpu", "cpp", given)
-    assert_as_exact_as_pytorch(SPEC, given, found, f"{sizes}, {threads} threads")
-    again = run("cpu", "cpp", given)
-    assert all(torch.equal(found[key], again[key]) for key in found)
+    for name in ("cpp", "torch") if crop is None else ("cpp",):
+        found = run("cpu", name, given)
+        assert_as_exact_as_pytorch(SPEC, given, found, f"{name}, {sizes}, {threads} threads")
+        again = run("cpu", name, given)
+        assert all(torch.equal(found[key], again[key]) for key in found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -235,6 +242,67 @@ def test_errors_say_rule_got_and_remedy(wrong):
 def test_heads_too_wide_for_a_gpu(name, width, limit):
     with pytest.raises(RuntimeError, match=f"width {width} exceed the {limit}"), running("cpu", name):
         query_attention(**arguments(width=width))
+
+
+@pytest.mark.parametrize("other", ["reference", "cpp"])
+@pytest.mark.parametrize(("forward", "backward"), [("torch", None), (None, "torch")])
+def test_flash_attention_saves_and_reads_what_others_do(other, forward, backward):
+    given = arguments()
+    exact = run("cpu", "reference", given)["gradient of qkv"]
+    qkv, generator = given["qkv"].requires_grad_(), torch.Generator().manual_seed(1)
+    upstream = torch.randn(2, 9, 2, 8, generator=generator, dtype=torch.float64).float()
+    with running("cpu", forward or other):
+        out = query_attention(**given | {"qkv": qkv})
+    with running("cpu", backward or other):
+        gradient = torch.autograd.grad(out, qkv, upstream)[0]
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def on_a_gpu(monkeypatch) -> FakeTensorMode:
+    """A mode in which tensors on a GPU exist, without memory."""
+    monkeypatch.setattr(hardware, "_gpu_too_old", lambda index: None)
+    return FakeTensorMode()
+
+
+@pytest.mark.parametrize("crop", [0, 36])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_attention_takes_the_packed_projection(monkeypatch, dtype, crop):
+    """The calls of PyTorch's kernels for GPUs, as far as their shapes, strides and types; no copy of the projection."""
+    with on_a_gpu(monkeypatch):
+        qkv = torch.empty(2, 233, 3, 6, 64, dtype=dtype, device="cuda")
+        assert OP.reasons(qkv, 197, crop)[1][1] is None
+        out, lse = torch_attention.query_attention_fwd(qkv, 197, crop)
+        promised = torch.ops.patchlight.query_attention_fwd(qkv, 197, crop)
+        assert [(x.shape, x.dtype, x.stride()) for x in (out, lse)] == [
+            (x.shape, x.dtype, x.stride()) for x in promised
+        ]
+        gradient = torch_attention.query_attention_bwd(torch.empty_like(out), qkv, out, lse, 197, crop)
+        assert gradient.shape == qkv.shape and gradient.is_contiguous()
+        assert all(part._is_view() for part in torch_attention.heads_of(qkv))
+
+
+UNFIT = {
+    "16-bit numbers only": {"dtype": torch.float32},
+    "heads of 8, 16, ... 256 channels, not 20": {"width": 20},
+    "not 264": {"width": 264},
+    "multiples of 16 bytes": {"offset": 4},
+    "keys that are not adjacent": {"crop": 2},
+}
+
+
+@pytest.mark.parametrize("words", UNFIT)
+def test_what_flash_attention_does_not_take(monkeypatch, words):
+    given = {"dtype": torch.bfloat16, "width": 16, "offset": 0, "crop": 4} | UNFIT[words]
+    with on_a_gpu(monkeypatch):
+        size = 2 * 9 * 3 * 2 * given["width"]
+        flat = torch.empty(size + given["offset"], dtype=given["dtype"], device="cuda")
+        qkv = flat[given["offset"] :].view(2, 9, 3, 2, given["width"])
+        assert words in {impl.name: reason for impl, reason in OP.reasons(qkv, 5, given["crop"])}["torch"]
+
+
+def test_flash_attention_is_for_gpus():
+    reasons = {impl.name: reason for impl, reason in OP.reasons(*OP.bind(**arguments()))}
+    assert "loses a NaN" in reasons["torch"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_gpu) for name in ("triton", "cuda")])

@@ -8,7 +8,7 @@ from ... import hardware
 from ...arguments import accumulator, check_dtype, check_integer, check_required, message, with_dense_rows
 from ...dispatch import Impl, Op, first_reason, triton_call
 from ...extension import native_call
-from . import reference
+from . import reference, torch_attention
 
 OP_NAME = "query_attention"
 CUDA_WIDTH, TRITON_WIDTH = 64, 128
@@ -83,6 +83,14 @@ def _cpp_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
     )
 
 
+def _torch_unsupported(qkv: Tensor, raw: int, crop: int) -> str | None:
+    return first_reason(
+        hardware.unsupported_by_all(qkv.dtype, qkv),
+        torch_attention.no_flash_attention(qkv),
+        torch_attention.several_crops(qkv, raw, crop),
+    )
+
+
 def _size(qkv: Tensor, raw: int, crop: int) -> str:
     return "64 tokens or more" if qkv.shape[1] >= 64 else "fewer than 64 tokens"
 
@@ -91,9 +99,10 @@ OP = Op(
     OP_NAME,
     bind=_bind,
     impls=(
-        Impl("cuda", native_call("query_attention_fwd"), _cuda_unsupported, native_call("query_attention_bwd")),
-        # Before Triton, which takes CPU tensors in its slow interpreter only.
         Impl("cpp", native_call("query_attention_fwd"), _cpp_unsupported, native_call("query_attention_bwd")),
+        # Before our own on a GPU by prediction (README). Before Triton, which takes CPU tensors in its slow interpreter only.
+        Impl("torch", torch_attention.query_attention_fwd, _torch_unsupported, torch_attention.query_attention_bwd),
+        Impl("cuda", native_call("query_attention_fwd"), _cuda_unsupported, native_call("query_attention_bwd")),
         Impl(
             "triton",
             triton_call(__package__, "query_attention_fwd"),
