@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from . import evaluation, loader, ops, report, step, study, update
+from . import evaluation, loader, ops, report, step, study, tables, update
 from .cost import command as cost
 from .gpu import command as gpu
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
             "cost": cost.measure_cost,
             "gpu": gpu.measure_gpu,
             "report": report.draw,
-            "readme": report.publish,
+            "readme": tables.publish,
         },
         prog=prog,
         args=sys.argv[1:] if arguments is None else list(arguments),

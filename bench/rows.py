@@ -76,3 +76,7 @@ def append_row(row: Row, path: Path, columns: Sequence[str]) -> None:
 def read_rows(path: Path) -> list[CsvRow]:
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def median_ms(row: CsvRow) -> float:
+    return float(row["median_ms"])

@@ -20,7 +20,7 @@ from patchlight_kernels import (
 from patchlight_kernels.dispatch import Op
 
 bench_ops = pytest.importorskip("bench.ops", reason="run from the repository root")
-from bench import methods, peers, report, step, update  # noqa: E402
+from bench import gaps, methods, peers, report, step, tables, update  # noqa: E402
 from bench.flops import OP_FORMULAS, flops_of  # noqa: E402
 from bench.official_step import OfficialStep  # noqa: E402
 from bench.rows import write_rows  # noqa: E402
@@ -101,7 +101,7 @@ def test_loaders_are_measured_each_in_a_process_of_its_own(tmp_path):
     assert all(row["status"] == "ok" for row in rows), "our pixels have the peer's mean and spread"
     path = tmp_path / "loader_cpu.csv"
     write_rows(rows, path, bench_loader.COLUMNS)
-    assert f"({rows[1]['images_per_s'] / rows[0]['images_per_s']:.1f}x)" in report.tables(tmp_path, report.main_rows)
+    assert f"({rows[1]['images_per_s'] / rows[0]['images_per_s']:.1f}x)" in tables.tables(tmp_path, tables.main_rows)
     for row in csv.DictReader(path.open()):
         assert float(row["crops_per_s"]) == pytest.approx(10 * float(row["images_per_s"]), rel=1e-3)
         for column in ("cpu_ms_per_image", "cores", "hardware", "torch", "commit", "date"):
@@ -144,7 +144,7 @@ def test_a_step_is_measured_beside_its_host(tmp_path):
         ):
             assert float(row[column]) > 0, f"{row['provider']} {column}"
         assert row["hardware"] and row["commit"] and row["date"]
-    lines = report.tables(tmp_path, list).splitlines()
+    lines = tables.tables(tmp_path, list).splitlines()
     assert f"{ratio['time_ratio']:.2f}x : {ratio['flop_ratio']:.2f}x" in lines[-1]
     report.draw(path, tmp_path)
     assert "host alone" in (tmp_path / "step_cpu.md").read_text()
@@ -242,6 +242,35 @@ def test_a_forced_form_computes_the_backward_too():
 
 def test_the_readme_has_the_committed_numbers():
     """`python -m bench readme` was run after the last change of bench/results."""
-    main = report.tables(report.RESULTS, report.main_rows, report.RESULTS)
-    assert main in report.README.read_text()
-    assert report.all_tables(report.RESULTS) == (report.RESULTS / report.TABLES).read_text()
+    main = tables.tables(tables.RESULTS, tables.main_rows, tables.RESULTS)
+    assert main in tables.README.read_text()
+    assert tables.all_tables(tables.RESULTS) == (tables.RESULTS / tables.TABLES).read_text()
+    assert gaps.page() == (gaps.RESULTS / gaps.PAGE).read_text()
+    assert gaps.UNKNOWN not in gaps.page(), "an operation on the page lacks its reason in gaps.toml"
+    for path in gaps.sources(gaps.RESULTS):
+        assert (gaps.RESULTS / gaps.picture(path)).is_file()
+
+
+def test_a_gap_is_far_from_the_floor_or_behind_a_peer(tmp_path):
+    row = {"case": "c", "dtype": "float32", "mode": "fwd", "status": "ok", "hardware": "a GPU", "floor_ms": 1.0}
+    times = {"far": (4.0, 9.0), "near": (2.0, 3.0), "beaten": (1.5, 1.2)}
+    rows = [
+        row | {"op": op, "provider": provider, "median_ms": ms}
+        for op, (ours, peer) in times.items()
+        for provider, ms in (
+            ("official eager", 20.0),
+            ("compile(official)", peer),
+            ("patchlight cuda", ours),
+            ("reference", 0.1),
+        )
+    ]
+    failed = row | {"op": "broken", "provider": "patchlight cuda", "median_ms": "", "status": "failed"}
+    write_rows([*rows, failed], tmp_path / "ops_gpu.csv")
+    (tmp_path / gaps.REASONS).write_text('[ops_gpu]\nfar = "its reason."\n')
+    text = gaps.page(tmp_path)
+    assert "2 of 3 cases:" in text
+    assert "| `far` | c float32 fwd | cuda | 4 ms | 1 ms | 4.0x | compile(official) 2.25x |" in text
+    assert "| `beaten` | c float32 fwd | cuda | 1.5 ms | 1 ms | 1.5x | **compile(official) 0.80x** |" in text
+    assert "* `far`: its reason." in text and f"* `beaten`: {gaps.UNKNOWN}" in text
+    gaps.publish(tmp_path)
+    assert (tmp_path / "floor_ops_gpu.png").stat().st_size > 1000

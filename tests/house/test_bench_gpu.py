@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from bench import loader, methods, report, step, step_on_gpu, study, update
+from bench import loader, methods, report, step, step_on_gpu, study, tables, update
 from bench.gpu import command, losses, ops_slice, predicted, publish, race
 from bench.gpu.plan import MUST, PLAN, Part, in_order, pick, sums
 from bench.gpu.results import digest, result_of
@@ -357,7 +357,7 @@ def test_what_was_measured_can_be_published(tmp_path):
     rows = [op | {"provider": name, "median_ms": ms} for name, ms in compiled]
     write_rows(rows, tmp_path / "hour/ops_compiled_peers.csv")
     publish.main(tmp_path / "hour", "gpu", tmp_path / "results")
-    text = report.all_tables(tmp_path / "results")
+    text = tables.all_tables(tmp_path / "results")
     assert "| DINO B64 bf16 | **10 ms** | 6400 | 50% | 9 ms, 2 | 40 ms (4.0x) |  | 20 ms (2.0x) | 4 : 4 GiB |" in text
     assert "| iBOT B64 bf16 | not measured |" in text
     assert "| `adamw` | vit float32 fwd | **1 ms** | 9 ms (9.0x) | compile(official) 3 ms (3.0x) | 1 : 1 MB |" in text
