@@ -153,7 +153,7 @@ def check_search(site: Path) -> None:
     for word, page in (
         ("sinkhorn", "methods/dino"),
         ("torchrun", "training"),
-        ("semant", "changes"),
+        ("changelog", "changes"),
         ("hsv", "ops/photometric"),
     ):
         numbers = index["terms"][word]
