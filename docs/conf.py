@@ -36,6 +36,7 @@ repository_pages = {
     "contributing": "CONTRIBUTING.md",
     "changes": "CHANGELOG.md",
     "results": "bench/results/README.md",
+    "gaps": "bench/results/gaps.md",
     **{
         f"ops/{path.parent.name}": str(path.relative_to(DOCS.parent))
         for path in (DOCS.parent / "kernels/patchlight_kernels/ops").glob("*/README.md")

@@ -189,7 +189,7 @@ def test_an_op_is_complete(name):
     assert re.search(rf'm\.def\(\s*"{name}_fwd\(', (ROOT / "csrc/library.cpp").read_text())
     spec = registry.spec(name)
     assert [impl.name for impl in spec.op.impls][-1] == "reference"
-    assert {impl.name for impl in spec.op.impls} == {"cuda", "triton", "cpp", "reference"}
+    assert {impl.name for impl in spec.op.impls} - {"torch"} == {"cuda", "triton", "cpp", "reference"}
     assert spec.public.__doc__
     assert spec.public.__name__ == name
 

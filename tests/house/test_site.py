@@ -25,7 +25,8 @@ LOADED = {
     "link": "href",
 }  # what a browser fetches by itself
 LISTED = [*DOCS.rglob("*.md"), *(ROOT / "kernels/patchlight_kernels/ops").glob("*/README.md")]
-LISTED += [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "bench/results/README.md")]
+LISTED += [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+LISTED += [ROOT / "bench/results" / name for name in ("README.md", "gaps.md")]
 
 
 class Page(HTMLParser):
@@ -76,7 +77,9 @@ def address(path: Path) -> str:
         return f"{path.relative_to(DOCS).with_suffix('')}.html"
     if path.parent == ROOT:
         return f"{names[path.name]}.html"
-    return "results.html" if path.is_relative_to(ROOT / "bench") else f"ops/{path.parent.name}.html"
+    if path.parent == ROOT / "bench/results":
+        return "results.html" if path.stem == "README" else f"{path.stem}.html"
+    return f"ops/{path.parent.name}.html"
 
 
 def targets(page: Path, links: list[str]) -> Iterator[tuple[str, Path, str]]:
