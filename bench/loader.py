@@ -17,7 +17,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import Progress
@@ -28,6 +27,7 @@ from patchlight.data.loaders import build_loader, dali_is_there
 from patchlight.data.policy import CropSpec, selfpatch_policy
 from patchlight.data.sources import ImageFolder
 from patchlight.data.stored import MOST_PIXELS, Source, as_ppm
+from patchlight.usage import FLAT
 
 from .console import wide_console
 from .rows import PROVENANCE, Row, provenance, write_rows
@@ -49,12 +49,19 @@ class LoaderSuite:
     """What to run."""
 
     images: int = 256
+    """Generated JPEG files of 500 x 375."""
     batch: int = 32
+    """Images of a batch."""
     cores: int = 2
-    seconds: float = 6.0  # per provider, mode and round, after the warm-up
+    """That each provider may use."""
+    seconds: float = 6.0
+    """Per provider, mode and round, after the warm-up."""
     rounds: int = 3
+    """In which providers take turns."""
     modes: tuple[str, ...] = MODES
+    """files: JPEG; decoded: images in memory."""
     providers: tuple[str, ...] = PROVIDERS
+    """Only these."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Measurement:
 
 
 def measure_loader(
-    suite: Annotated[LoaderSuite, tyro.conf.arg(name="")] = LoaderSuite(),
+    suite: Annotated[LoaderSuite, FLAT] = LoaderSuite(),
     out: Path = Path("bench/out/loader.csv"),
 ) -> None:
     """Time the input pipeline alone, with decoding and without.

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from patchlight.usage import FLAT
 from patchlight_kernels import force, registry
 from patchlight_kernels.registry import Case, OpSpec
 
@@ -32,13 +32,17 @@ class OpSuite:
     """What to run."""
 
     ops: tuple[str, ...] = ()
+    """Only these operations; by default all."""
     small: bool = False
+    """The cases that a laptop finishes; always on a CPU."""
     dtype: str | None = None
+    """Of the inputs; by default bfloat16 on a GPU and float32 elsewhere."""
     seconds: float = 2.0
+    """For each provider of a case."""
 
 
 def measure_ops(
-    suite: Annotated[OpSuite, tyro.conf.arg(name="")],
+    suite: Annotated[OpSuite, FLAT] = OpSuite(),
     out: Path = Path("bench/out/ops.csv"),
     threads: int = 2,
 ) -> None:

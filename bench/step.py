@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import tyro
 from rich.table import Table
+
+from patchlight.usage import FLAT
 
 from .console import wide_console
 from .flops import flops_of
@@ -50,7 +51,7 @@ class StepSuite:
 
 
 def measure_step(
-    suite: Annotated[StepSuite, tyro.conf.arg(name="")] = StepSuite(),
+    suite: Annotated[StepSuite, FLAT] = StepSuite(),
     out: Path = Path("bench/out/step.csv"),
     threads: int = 2,
 ) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
+from patchlight.usage import POSITIONAL
 
 from ..methods import LARGE, METHODS, OFFICIAL, StepSize
 from ..rows import Row, write_rows
@@ -19,9 +19,7 @@ from .table import COLUMNS, print_kernels, print_step, rows_of
 
 
 def measure_cost(
-    method: Annotated[
-        Literal["dino", "selfpatch", "ibot", "sere", "dino-sere", "pqcl"] | None, tyro.conf.Positional
-    ] = None,
+    method: Annotated[Literal["dino", "selfpatch", "ibot", "sere", "dino-sere", "pqcl"] | None, POSITIONAL] = None,
     hardware: str = "h200",
     batch: int = LARGE.batch,
     arch: str = LARGE.arch,

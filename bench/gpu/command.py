@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from rich.table import Table
 
 from ..console import wide_console
@@ -20,7 +18,7 @@ def measure_gpu(
     folder: Path = Path("bench/out/gpu"),
     archive: Path | None = None,
     only: tuple[str, ...] = (),
-    show: Annotated[bool, tyro.conf.arg(name="list")] = False,
+    plan: bool = False,
 ) -> None:
     """Measure and test on a rented GPU, the most important first; a second call with the same folder goes on.
 
@@ -29,14 +27,14 @@ def measure_gpu(
         folder: for outputs, CSVs, profiles and summary.md; compiled kernels are kept beside it.
         archive: of the folder, a .tar.gz, written anew after every part; by default beside the folder.
         only: the names of parts, instead of all.
-        show: print the plan with its limits, and run nothing.
+        plan: print the plan with its limits, and run nothing.
     """
     parts = in_order(pick(PLAN, only))
     print_plan(parts, minutes * 60 - RESERVE)
-    if show:
+    if plan:
         return
     if not torch.cuda.is_available():
-        raise SystemExit("gpu: this machine must have a CUDA device, got none; see the plan with --list.")
+        raise SystemExit("gpu: this machine must have a CUDA device, got none; see the plan with --plan.")
     folder = folder.resolve()
     runner = Runner(folder, archive or folder.with_name(folder.name + ".tar.gz"), minutes * 60)
     try:

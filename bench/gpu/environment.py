@@ -11,7 +11,7 @@ from pathlib import Path
 from .runner import cores
 
 PACKAGES = (
-    "torch", "triton", "torchvision", "timm", "numpy", "tyro", "rich", "pytest", "pytest-xdist", "pytest-timeout",
+    "torch", "triton", "torchvision", "timm", "numpy", "rich", "pytest", "pytest-xdist", "pytest-timeout",
     "nvidia-dali-cuda130", "nvidia-cudnn-cu13", "nvidia-cublas", "pillow",
 )  # fmt: skip
 PROGRAMS = ("nvcc", "compute-sanitizer", "ncu", "nsys", "cuobjdump", "g++")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
+from patchlight.usage import call
 from patchlight_kernels import registry
 from patchlight_kernels.registry import Case, OpSpec
 
@@ -75,4 +76,4 @@ def find_cases(names: Sequence[str]) -> list[tuple[OpSpec, Case]]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    call(main, sys.argv[1:], "python -m bench.gpu.ops_slice")

@@ -7,12 +7,13 @@ which takes minutes for each.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+from patchlight.usage import POSITIONAL, call
 
 from ..cost.count import count_official, count_step
 from ..cost.hardware import Hardware
@@ -27,7 +28,7 @@ COLUMNS = (
 CASE = re.compile(r"(?P<title>.+) (?P<arch>\w+)/\d+ B(?P<batch>\d+) drop path (?P<drop_path>[\d.]+)")
 
 
-def main(folder: Annotated[Path, tyro.conf.Positional], compiled: bool = False) -> None:
+def main(folder: Annotated[Path, POSITIONAL], compiled: bool = False) -> None:
     """Compare measured steps with their predictions.
 
     Args:
@@ -94,4 +95,4 @@ def off(predicted: str | int, measured: str) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    call(main, sys.argv[1:], "python -m bench.gpu.predicted")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+from patchlight.usage import POSITIONAL, call
 
 from ..report import RESULTS
 from ..rows import CsvRow, read_rows, write_rows
@@ -19,9 +20,7 @@ SOURCES = {
 }
 
 
-def main(
-    folder: Annotated[Path, tyro.conf.Positional], name: Annotated[str, tyro.conf.Positional], results: Path = RESULTS
-) -> None:
+def main(folder: Annotated[Path, POSITIONAL], name: Annotated[str, POSITIONAL], results: Path = RESULTS) -> None:
     """Write <kind>_<name>.csv for each kind that was measured.
 
     Args:
@@ -45,4 +44,4 @@ def grouped(rows: list[CsvRow]) -> list[CsvRow]:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    call(main, sys.argv[1:], "python -m bench.gpu.publish")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 from bench import loader, methods, report, step, step_on_gpu, study, tables, update
 from bench.gpu import command, losses, ops_slice, predicted, publish, race
 from bench.gpu.plan import MUST, PLAN, Part, in_order, pick, sums
@@ -23,6 +22,8 @@ from bench.gpu.results import digest, result_of
 from bench.gpu.runner import RESERVE, Runner
 from bench.rows import write_rows
 from parity import ROOT
+
+from patchlight.usage import call
 
 PRINTS = "import sys; open(sys.argv[1], 'a').write('x'); print('a number: 7')"
 WAITS = "import time; print('it began', flush=True); time.sleep(600)"
@@ -163,11 +164,11 @@ def test_a_signal_ends_it_with_an_archive(number, tmp_path):
 
 
 def test_without_a_gpu_it_shows_its_plan_and_refuses_to_run(tmp_path, capsys, monkeypatch):
-    command.measure_gpu(show=True)
+    command.measure_gpu(plan=True)
     shown = capsys.readouterr().out
     assert all(found.name in shown for found in PLAN)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="this machine must have a CUDA device, got none; see the plan with --list"):
+    with pytest.raises(SystemExit, match="this machine must have a CUDA device, got none; see the plan with --plan"):
         command.measure_gpu(folder=tmp_path / "hour")
     with pytest.raises(SystemExit, match="--only must name parts of the plan, got nothing_like_it; choose among env"):
         pick(PLAN, ["nothing_like_it"])
@@ -202,7 +203,7 @@ def test_every_command_is_understood(planned):
         return
     got: dict = {}
     wrapped = functools.wraps(COMMANDS[name])(lambda *args, **named: got.update(named))
-    tyro.cli(wrapped, args=options)
+    call(wrapped, options, "bench")
     assert str(got["out"]) == f"f/{planned.rows}"
     if name == "step":
         known = step_on_gpu.providers(methods.METHODS["dino"], methods.dino(methods.LAPTOP))
