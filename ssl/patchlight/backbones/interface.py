@@ -21,21 +21,29 @@ CAPABILITIES = {
 class Backbone(nn.Module, ABC):
     """Turns images into patch tokens on a grid."""
 
-    capabilities: frozenset[str]  # which of CAPABILITIES it has
+    capabilities: frozenset[str]  # which of CAPABILITIES it has, or can have
     width: int  # D
     patch_size: int  # pixels between neighboring patches
     heads: int  # attention heads, also of a class-attention summary
-    norm_eps: float | None  # of the final norm of its published weights; None where they have none
+    norm_eps: (
+        float | None
+    )  # of the final norm of its published weights; None where they have none that a summary must have
     blocks: nn.ModuleList | list[nn.Module]  # of several processes the engine compiles and shards each by itself
     takes_sizes = False  # whether it has `forward_sizes`, which takes crops of several sizes at once
-    has_class_token: bool  # whether Tokens.cls exists; if not, Tokens.patches are the raw residual stream
+    has_class_token: bool  # whether Tokens.cls exists
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether Tokens.patches are after a norm of its own; if not, they are the raw residual stream. Ours have one exactly
+        where they have a class token."""
+        return self.has_class_token
 
     @abstractmethod
     def forward(self, pixels: Tensor, mask: Tensor | None = None, layers: tuple[int, ...] = ()) -> Tokens:
         """pixels [M, 3, H, W], mask [M, N] bool: True patches are hidden; layers: block numbers to return as well.
 
-        With the capability "queries" it also takes `queries: Queries` and returns Tokens.queries. With a class token it
-        also takes `residual: bool` and returns the patches before its final norm in Tokens.residual.
+        With the capability "queries" it also takes `queries: Queries` and returns Tokens.queries. With a final norm it
+        also takes `residual: bool` and returns the patches before that norm in Tokens.residual.
         """
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

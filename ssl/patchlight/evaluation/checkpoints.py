@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ..backbones.architectures import build_backbone, capabilities_of
 from ..backbones.interface import Backbone
 from ..backbones.published import MAY_START_ANEW, read_published, without_ones
+from ..backbones.timm_backbone import TimmBackbone
 from ..backbones.vit import VisionTransformer
 from ..checkpoint.folder import FACTS, complete, load_tensors, read_facts
 from ..checkpoint.manifest import MANIFEST
 from ..checks import check_least, sentence
 from ..heads.summary import ClassTokenSummary, MeanSummary, build_summary
 from .encoder import Encoder, InputFormat
-from .timm_backbone import TimmBackbone
 
 _MEAN_NOTE = "an image is summed up by the mean of its patches"
 

@@ -201,6 +201,9 @@ class BackboneSizes(Protocol):
     heads: int
     norm_eps: float | None
 
+    @property
+    def has_final_norm(self) -> bool: ...
+
 
 def build_summary(kind: str, backbone: BackboneSizes) -> SummaryHead:
     """The summary head of this kind for a backbone."""
@@ -209,8 +212,8 @@ def build_summary(kind: str, backbone: BackboneSizes) -> SummaryHead:
     eps = backbone.norm_eps
     if kind == "class_attention":
         return ClassAttentionSummary(backbone.width, backbone.heads, norm_eps=NORM_EPS if eps is None else eps)
-    # The final norm of a transformer without a class token is in the summary; other backbones never had one.
-    return MeanSummary() if eps is None else MeanSummary(backbone.width, eps)
+    # The final norm of a transformer that ends without one is in the summary; other backbones never had one.
+    return MeanSummary() if eps is None or backbone.has_final_norm else MeanSummary(backbone.width, eps)
 
 
 def gather_patches(x: Tensor, index: Tensor) -> Tensor:
