@@ -39,6 +39,14 @@ class Views:
         crops = [c for c in (self.global_crops, self.local_crops, self.query_crops) if c is not None]
         return [tensor for c in crops for tensor in c.tensors()] + [self.ids]
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Views:
+        """The same batch on a device."""
+        return self.with_tensors(tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors())
+
+    def pin_memory(self) -> Views:
+        """The same batch in pinned memory; a DataLoader with pin_memory=True calls it."""
+        return self.with_tensors(tensor.pin_memory() for tensor in self.tensors())
+
     def with_tensors(self, tensors: Iterable[Tensor]) -> Views:
         """The same crops with other tensors, in the order of `tensors`."""
         rest = iter(tensors)
