@@ -8,7 +8,8 @@ import torch
 from engine.tiny_run import DINO, NoiseLoader, tiny_run, tiny_trainer
 
 from patchlight.engine.assembly import train
-from patchlight.engine.sentinels import PATIENCE, TrainingError, spread
+from patchlight.engine.batch_loss import spread
+from patchlight.engine.sentinels import PATIENCE, TrainingError
 from patchlight.engine.trainer import Trainer
 from patchlight.records import Features
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbones.architectures import build_backbone, capabilities_of
 from ..backbones.interface import Backbone
@@ -22,7 +21,6 @@ from ..data.masking import FixedMasks, ReleasedMasks
 from ..data.procedural import ProceduralSource
 from ..data.reading import REPORT_FILE as BAD_FILES
 from ..data.sources import open_source
-from ..heads.summary import build_summary
 from ..objectives.interface import BuildContext, Objective
 from ..objectives.weighted import WeightedObjectives
 from ..records import Clock
@@ -31,7 +29,7 @@ from ..report.journal import Journal
 from ..report.run_folder import REPORT_FILE
 from ..run import Model, Run
 from ..threads import limit_spinning
-from .branches import Student, Teacher, check_teacher_student
+from .branches import Student, Teacher, build_branches_on, check_teacher_student
 from .checkpoint import Checkpoints
 from .cost import cost_of
 from .device_step import DeviceStep
@@ -145,34 +143,15 @@ def build_context(run: Run) -> BuildContext:
 
 
 def build_branches(model: Model, objectives: Sequence[Objective]) -> tuple[Student, Teacher]:
-    """Both branches with a head per objective; the teacher starts as a copy of the student."""
-    student = Student(**branch_arguments(model, objectives, model.drop_path))
-    teacher = Teacher(**branch_arguments(model, objectives, drop_path=0.0) | {"predictors": {}})
-    teacher.start_from(student)
-    return student, teacher
-
-
-def branch_arguments(model: Model, objectives: Sequence[Objective], drop_path: float) -> dict:
-    """The arguments of a Branch."""
-    backbone = backbone_of(model, drop_path)
+    """Both branches of a run, with a head per objective; the teacher starts as a copy of the student."""
+    backbone = backbone_of(model)
     if model.freeze_patch_embed:
         freeze_patch_embed(model.arch, backbone)
-    heads = {o.name: head for o in objectives if (head := o.head(backbone.width)) is not None}
-    predictors = {o.name: predictor for o in objectives if (predictor := o.predictor(backbone.width)) is not None}
-    has_batch_norm = any(isinstance(module, _BatchNorm) for module in backbone.modules())
-    return {
-        "backbone": backbone,
-        "summary": build_summary(model.summary, backbone),
-        "heads": heads,
-        "predictors": predictors,
-        "names": [o.name for o in objectives],
-        "hosts": {o.name: host for o in objectives if (host := o.needs().host) and o.name not in heads},
-        "separate_views": has_batch_norm and any(o.needs().separate_views for o in objectives),
-    }
+    return build_branches_on(backbone, model.summary, objectives)
 
 
-def backbone_of(model: Model, drop_path: float) -> Backbone:
-    """The backbone that a run describes."""
+def backbone_of(model: Model) -> Backbone:
+    """The student's backbone that a run describes."""
     # Options of vision transformers only. Other backbones get those that differ from the default, and refuse them.
     options = {name: getattr(model, name) for name in ("position_resize", "positions", "start")}
     if "class_token" in capabilities_of(model.arch):
@@ -180,7 +159,7 @@ def backbone_of(model: Model, drop_path: float) -> Backbone:
     else:
         options = {name: value for name, value in options.items() if value != getattr(Model, name)}
     sizes = {"patch_size": model.patch_size, "image_size": model.image_size, **model.sizes}
-    return build_backbone(model.arch, drop_path=drop_path, **options, **sizes)
+    return build_backbone(model.arch, drop_path=model.drop_path, **options, **sizes)
 
 
 def freeze_patch_embed(arch: str, backbone: nn.Module) -> None:

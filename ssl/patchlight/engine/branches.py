@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..backbones.interface import Backbone
 from ..checks import check
+from ..heads.summary import build_summary
+from ..objectives.interface import Objective
 from ..records import Crops, Cues, Features, Side, Tokens, Views, Wanted
 from .dtensor import local
 
@@ -77,7 +82,7 @@ class Branch(nn.Module):
                 for c, mask in zip(present, masks, strict=True)
             ]
             forward_sizes: Any = self.backbone.forward_sizes
-            found = iter(forward_sizes(pairs, wanted.residual and self.backbone.has_class_token))
+            found = iter(forward_sizes(pairs, wanted.residual and self.backbone.has_final_norm))
         else:
             found = iter([self._tokens_of(c, Cues() if number else cues, wanted) for number, c in enumerate(present)])
         return [None if c is None else next(found) for c in crops]
@@ -88,7 +93,7 @@ class Branch(nn.Module):
         queries = None if tokens.queries is None else self.summary.norm(tokens.queries)
         residual = None
         if wanted.residual:
-            residual = tokens.residual if self.backbone.has_class_token else tokens.patches
+            residual = tokens.residual if self.backbone.has_final_norm else tokens.patches
         views_and_images = crops.pixels.shape[:2]
         given = (result.summary, result.patches, result.aggregated, queries, residual)
         split: list[Any] = [None if x is None else x.unflatten(0, views_and_images) for x in given]
@@ -106,7 +111,7 @@ class Branch(nn.Module):
         extra: dict[str, Any] = {}
         if cues.queries is not None:
             extra["queries"] = replace(cues.queries, positions=cues.queries.positions.flatten(0, 1))
-        if wanted.residual and self.backbone.has_class_token:
+        if wanted.residual and self.backbone.has_final_norm:
             extra["residual"] = True
         return self.backbone(crops.pixels.flatten(0, 1), mask, **extra)
 
@@ -151,6 +156,42 @@ class Teacher(Branch):
         gap = torch._foreach_sub(target, own)
         torch._foreach_mul_(gap, share)
         torch._foreach_add_(own, gap)
+
+
+def branch_arguments(backbone: Backbone, summary: str, objectives: Sequence[Objective]) -> dict[str, Any]:
+    """The arguments of a Branch on this backbone, with new heads."""
+    heads = {o.name: head for o in objectives if (head := o.head(backbone.width)) is not None}
+    predictors = {o.name: predictor for o in objectives if (predictor := o.predictor(backbone.width)) is not None}
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in backbone.modules())
+    return {
+        "backbone": backbone,
+        "summary": build_summary(summary, backbone),
+        "heads": heads,
+        "predictors": predictors,
+        "names": [o.name for o in objectives],
+        "hosts": {o.name: host for o in objectives if (host := o.needs().host) and o.name not in heads},
+        "separate_views": has_batch_norm and any(o.needs().separate_views for o in objectives),
+    }
+
+
+def build_branches_on(backbone: Backbone, summary: str, objectives: Sequence[Objective]) -> tuple[Student, Teacher]:
+    """Both branches with a head per objective: the student on this backbone, the teacher on a copy that drops nothing."""
+    arguments = branch_arguments(backbone, summary, objectives)
+    copies = copy.deepcopy(arguments | {"predictors": {}})
+    student, teacher = Student(**arguments), Teacher(**copies | {"backbone": without_drops(copies["backbone"])})
+    teacher.start_from(student)
+    return student, teacher
+
+
+def without_drops(backbone: Backbone) -> Backbone:
+    """The backbone itself, from now on without stochastic depth and dropout."""
+    for module in backbone.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, child in module.named_children():
+            if type(child).__name__ in ("DropPath", "StochasticDepth"):  # ours, timm's and torchvision's
+                setattr(module, name, nn.Identity())
+    return backbone
 
 
 def check_teacher_student(teacher: Teacher, student: Student) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from ..objectives.weighted import WeightedObjectives
 from ..records import Now, Views
 from ..run import Run
+from .batch_loss import batch_loss
 from .branches import Student, Teacher
 from .gradients import GradientMean
 from .graph import Terms
 from .optim import StepState, Update
 from .parallel import Mesh
 from .precision import LossScaler, autocast
-from .sentinels import spread
 from .step_values import StepValues
 
 
@@ -66,10 +65,4 @@ class DeviceStep:
     def forward(self, views: Views, now: Now) -> tuple[Tensor, Terms]:
         """The loss of a batch; its terms, and a few numbers for the log."""
         with autocast(self.parallel.precision, self.mesh.device):
-            with torch.no_grad():
-                teacher_features = self.teacher(views, wanted=self.objectives.teacher_wants)
-            cues = self.objectives.cue(views, teacher_features.global_crops.grid, now)
-            student_features = self.student(views, cues, self.objectives.student_wants)
-            student, teacher = self.student.sides(student_features), self.teacher.sides(teacher_features)
-            loss, terms = self.objectives(student, teacher, views, cues, now)
-        return loss, terms | {"loss": loss, "teacher/spread": spread(teacher_features.global_crops)}
+            return batch_loss(self.student, self.teacher, self.objectives, views, now)

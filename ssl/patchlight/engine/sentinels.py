@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..records import Clock, Features
+from ..records import Clock
 from .branches import Student, Teacher, check_teacher_student
 from .dtensor import local
 from .optim import Update
@@ -34,12 +34,6 @@ class Diagnosis:
 
 class TrainingError(RuntimeError):
     """A diagnosis that ends the run."""
-
-
-def spread(features: Features) -> Tensor:
-    """How much the teacher's summaries differ between the images of this rank: 1 for random directions, 0 if constant."""
-    rows = nn.functional.normalize(features.summary.flatten(0, 1).float(), dim=-1)
-    return (rows - rows.mean(dim=0)).square().sum(dim=-1).mean().sqrt()
 
 
 class Sentinels:
