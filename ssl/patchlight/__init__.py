@@ -7,8 +7,12 @@ if TYPE_CHECKING:
     from patchlight_kernels import __version__
 
     from . import objectives, recipes
+    from .backbones.architectures import build_backbone
+    from .backbones.wrapped import wrap_backbone
+    from .data.multi_crop import MultiCrop
     from .engine.assembly import train
     from .evaluation.checkpoints import open_checkpoint as load_teacher
+    from .pretraining import Pretraining
     from .run import Data, Model, Objectives, Optim, Output, Parallel, Run, Schedule
 
 _PLACES = {  # module and name; without a name, the module itself
@@ -16,6 +20,10 @@ _PLACES = {  # module and name; without a name, the module itself
         name: ("run", name)
         for name in ("Run", "Model", "Objectives", "Data", "Optim", "Schedule", "Parallel", "Output")
     },
+    "Pretraining": ("pretraining", "Pretraining"),
+    "MultiCrop": ("data.multi_crop", "MultiCrop"),
+    "build_backbone": ("backbones.architectures", "build_backbone"),
+    "wrap_backbone": ("backbones.wrapped", "wrap_backbone"),
     "train": ("engine.assembly", "train"),
     "load_teacher": ("evaluation.checkpoints", "open_checkpoint"),
     "recipes": ("recipes", ""),
@@ -24,17 +32,21 @@ _PLACES = {  # module and name; without a name, the module itself
 __all__ = [
     "Data",
     "Model",
+    "MultiCrop",
     "Objectives",
     "Optim",
     "Output",
     "Parallel",
+    "Pretraining",
     "Run",
     "Schedule",
     "__version__",
+    "build_backbone",
     "load_teacher",
     "objectives",
     "recipes",
     "train",
+    "wrap_backbone",
 ]
 
 

@@ -31,7 +31,10 @@ MAY_IMPORT = {
     "objectives": GROUND | {"heads", "data.masking"},
     "evaluation": GROUND | {"report", "checkpoint", "backbones", "heads", "data"},
     "run": GROUND | {"objectives", "data"},
-    "engine": GROUND | {"report", "checkpoint", "backbones", "heads", "objectives", "data", "run", "evaluation"},
+    "needs": GROUND | {"backbones", "objectives", "data"},
+    "engine": GROUND
+    | {"report", "checkpoint", "backbones", "heads", "objectives", "data", "run", "needs", "evaluation"},
+    "pretraining": GROUND | {"backbones", "objectives", "data", "run", "needs", "engine"},
     "recipes": GROUND | {"objectives", "data", "run", "engine", "report"},
 }
 
