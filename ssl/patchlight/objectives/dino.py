@@ -18,32 +18,39 @@ from .targets import build_target, check_target_options, temperature_of
 
 @dataclass(frozen=True, slots=True)
 class DinoOptions(ObjectiveOptions):
-    """The defaults are those of the released code.
-
-    teacher_temperature and its warm-up: constant 0.04 as in the code's defaults; paper and 300-epoch command have
-        0.04 to 0.07 in 30 epochs. warmup_by: "epoch" as released, or "step" for the same line in small steps.
-    train_norm: train the prototypes' lengths. False as released (norm_last_layer=True); True is advised for ViT-S.
-    hidden_norm: None as released, or "batch": BatchNorm after the head's hidden layers, which the released code offers
-        and without which short runs on little data hardly learn.
-    target: "centering" as released, or "sinkhorn".
-    center_over: which teacher rows the center averages (or Sinkhorn balances): "global" crops, as DINO does, or "all"
-        crops, as the released SelfPatch does, whose teacher gets the local crops in any case; its paper has only "as DINO".
-    """
+    """The defaults are those of the released code; paper and 300-epoch command have a teacher's temperature of 0.04 to 0.07 in
+    30 epochs."""
 
     prototypes: int = 65536
+    """How many learned directions there are, K."""
     bottleneck: int = 256
+    """Width of the head's output, in which the prototypes are directions."""
     hidden: int = 2048
+    """Width of the head's hidden layers."""
     layers: int = 3
+    """Layers of the head before the prototypes."""
     hidden_norm: str | None = None
+    """none as released, or batch: BatchNorm after the head's hidden layers, which the released code offers and without which
+    short runs on little data hardly learn."""
     train_norm: bool = False
+    """Train the prototypes' lengths; False as released (norm_last_layer=True), True is advised for ViT-S."""
     student_temperature: float = 0.1
+    """By which the student's logits are divided."""
     teacher_temperature: float = 0.04
+    """By which the teacher's logits are divided after the warm-up."""
     warmup_teacher_temperature: float = 0.04
+    """The same at the start of the warm-up."""
     warmup_epochs: int = 0
+    """Epochs over which the teacher's temperature changes; 0: constant, as in the code's defaults."""
     warmup_by: str = "epoch"
+    """How the teacher's temperature rises: one value per epoch (epoch), as released, or per step on the same line (step)."""
     target: str = "centering"
+    """What keeps the teacher from collapse: centering, as released, or sinkhorn."""
     center_momentum: float = 0.9
+    """Share of the center that a step keeps."""
     center_over: str = "global"
+    """Which teacher rows the center averages (or Sinkhorn balances): global crops, as DINO does, or all crops, as the released
+    SelfPatch does, whose teacher gets the local crops in any case; its paper has only "as DINO"."""
 
     def __post_init__(self) -> None:
         check_target_options(self)

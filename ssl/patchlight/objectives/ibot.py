@@ -19,40 +19,52 @@ from .targets import TeacherTemperature, build_target, check_target_options, tem
 
 @dataclass(frozen=True, slots=True)
 class IbotOptions(ObjectiveOptions):
-    """The defaults are those of the published ViT-S command.
-
-    patch_prototypes: None lets the class token and the patches share one set of prototypes; a number gives patches a
-        set of their own. The released defaults separate them in the student and share them in the teacher, whose patch
-        targets then never follow the student's patch prototypes; paper and published command share them throughout.
-    patch_teacher_temperature and its warm-up: a separate schedule, as released. In the paper and in the command it is
-        that of the class token.
-    patch_start_epoch: before it nothing is masked, the patch term is 0 and its temperature's warm-up has not begun (50
-        in the published Swin command).
-    patch_average: "image", as released: the mean over an image's masked patches, then over images, of which those
-        without a mask count as 0. "sum", as in the paper: the sum over an image's masked patches.
-    patch_center_over: which teacher patches the patch center averages: "all" of the global crops, as released, or only
-        the "masked" ones, so that the teacher's head computes no others. Sinkhorn always balances the masked ones.
-    """
+    """The defaults are those of the published ViT-S command."""
 
     prototypes: int = 8192
+    """How many learned directions there are, K, for the class token."""
     patch_prototypes: int | None = None
+    """none lets the class token and the patches share one set of prototypes; a number gives patches a set of their own. The
+    released defaults separate them in the student and share them in the teacher, whose patch targets then never follow the
+    student's patch prototypes; paper and published command share them throughout."""
     bottleneck: int = 256
+    """Width of the head's output, in which the prototypes are directions."""
     hidden: int = 2048
+    """Width of the head's hidden layers."""
     layers: int = 3
+    """Layers of the head before the prototypes."""
     train_norm: bool = True
+    """Train the prototypes' lengths, as in the published command."""
     student_temperature: float = 0.1
+    """By which the student's logits are divided."""
     teacher_temperature: float = 0.07
+    """By which the teacher's logits of the class token are divided after the warm-up."""
     warmup_teacher_temperature: float = 0.04
+    """The same at the start of the warm-up."""
     patch_teacher_temperature: float = 0.07
+    """By which the teacher's logits of patches are divided after the warm-up: a separate schedule, as released. In the paper
+    and in the command it is that of the class token."""
     warmup_patch_teacher_temperature: float = 0.04
+    """The same at the start of the warm-up."""
     warmup_epochs: int = 30
+    """Epochs over which the teacher's temperatures change."""
     warmup_by: str = "epoch"
+    """How the teacher's temperature rises: one value per epoch (epoch), as released, or per step on the same line (step)."""
     target: str = "centering"
+    """What keeps the teacher from collapse: centering, as released, or sinkhorn."""
     center_momentum: float = 0.9
+    """Share of the class token's center that a step keeps."""
     patch_center_momentum: float = 0.9
+    """Share of the patches' center that a step keeps."""
     patch_center_over: str = "all"
+    """Which teacher patches the patch center averages: all of the global crops, as released, or only the masked ones, so that
+    the teacher's head computes no others. Sinkhorn always balances the masked ones."""
     patch_average: str = "image"
+    """image, as released: the mean over an image's masked patches, then over images, of which those without a mask count as 0;
+    sum, as in the paper: the sum over an image's masked patches."""
     patch_start_epoch: int = 0
+    """Before this epoch nothing is masked, the patch term is 0 and its temperature's warm-up has not begun; 50 in the published
+    Swin command."""
 
     def __post_init__(self) -> None:
         check_target_options(self)

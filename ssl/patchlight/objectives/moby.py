@@ -17,21 +17,24 @@ from .interface import BuildContext, Needs, Objective, ObjectiveOptions
 
 @dataclass(frozen=True, slots=True)
 class MobyOptions(ObjectiveOptions):
-    """The defaults are those of the released recipe.
-
-    queue: keys kept per view; the global batch must divide it.
-    hidden, out, layers, predictor_layers: of projector and predictor, both with biases and no norm at the end.
+    """The defaults are those of the released recipe. Projector and predictor have biases, and no norm at the end.
 
     The released code differs: it updates the teacher at the start of the next step, with that step's momentum (one
     step ahead of ours); and a resumed run starts its momentum's schedule again, while ours continues.
     """
 
     queue: int = 4096
+    """Keys kept per view; the global batch must divide it."""
     temperature: float = 0.2
+    """By which cosines are divided before the softmax."""
     hidden: int = 4096
+    """Width of the hidden layers of projector and predictor."""
     out: int = 256
+    """Width of what projector and predictor return."""
     layers: int = 2
+    """Layers of the projector."""
     predictor_layers: int = 2
+    """Layers of the predictor."""
 
     def __post_init__(self) -> None:
         check_contrast_options(self)

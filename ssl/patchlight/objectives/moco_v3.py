@@ -18,19 +18,22 @@ class MocoV3Options(ObjectiveOptions):
     """The defaults are those of the ViT recipes. The released ResNet-50 has temperature=1, layers=2,
     predictor_last_norm=False.
 
-    hidden, out, layers: of the projector; the predictor has `predictor_layers` of the same widths.
-    predictor_last_norm: BatchNorm (without scale and shift) ends the predictor too, as it always ends the projector.
-
     The released code updates the teacher at the start of the next step, with that step's momentum; so the only difference
     is that its schedule of the momentum is one step ahead of ours.
     """
 
     temperature: float = 0.2
+    """By which cosines are divided before the softmax."""
     hidden: int = 4096
+    """Width of the hidden layers of projector and predictor."""
     out: int = 256
+    """Width of what projector and predictor return."""
     layers: int = 3
+    """Layers of the projector."""
     predictor_layers: int = 2
+    """Layers of the predictor."""
     predictor_last_norm: bool = True
+    """BatchNorm (without scale and shift) ends the predictor too, as it always ends the projector."""
 
     def __post_init__(self) -> None:
         check_contrast_options(self)

@@ -25,30 +25,34 @@ QUERY_KEYS = ("all", "crop", "raw")
 
 @dataclass(frozen=True, slots=True)
 class PqclOptions(ObjectiveOptions):
-    """The defaults are those of the released code, except `flip_aware`.
-
-    heads: "shared", as released: the queries use the host's head (iBOT's or DINO's) too. "semi": the student has a
-        separate head for them, the teacher has not. "vanilla": both have one. Separate heads are built like the
-        host's. In the paper (Table 7) shared is better than semi, and semi than vanilla.
-    query_keys: what a query attends to besides the raw tokens: "all" queries, as released; those of its own "crop"; or
-        only the "raw" tokens, as Eq. (6) can also be read.
-    flip_aware: whether positions take account of mirrored crops. False as released: half of the global crops are
-        mirrored, and their positions are then those of the patches on the opposite side.
-    anchor: which point of a patch its position is: "corner" as in the code and the paper, or "center".
-    student_temperature: 0.1 as released; the paper has 0.04.
-    """
+    """The defaults are those of the released code, except `flip_aware`."""
 
     heads: str = "shared"
+    """shared, as released: the queries use the host's head (iBOT's or DINO's) too. semi: the student has a separate head for
+    them, the teacher has not. vanilla: both have one. Separate heads are built like the host's. In the paper (Table 7) shared
+    is better than semi, and semi than vanilla."""
     query_keys: str = "all"
+    """What a query attends to besides the raw tokens: all queries, as released; those of its own crop; or only the raw tokens,
+    as Eq. (6) can also be read."""
     flip_aware: bool = True
+    """Whether positions take account of mirrored crops. False as released: half of the global crops are mirrored, and their
+    positions are then those of the patches on the opposite side."""
     anchor: str = "corner"
+    """Which point of a patch its position is: its corner, as in the code and the paper, or its center."""
     student_temperature: float = 0.1
+    """By which the student's logits are divided: 0.1 as released; the paper has 0.04."""
     teacher_temperature: float = 0.07
+    """By which the teacher's logits are divided after the warm-up."""
     warmup_teacher_temperature: float = 0.04
+    """The same at the start of the warm-up."""
     warmup_epochs: int = 30
+    """Epochs over which the teacher's temperature changes."""
     warmup_by: str = "epoch"
+    """How the teacher's temperature rises: one value per epoch (epoch), as released, or per step on the same line (step)."""
     target: str = "centering"
+    """What keeps the teacher from collapse: centering, as released, or sinkhorn."""
     center_momentum: float = 0.9
+    """Share of the center that a step keeps."""
 
     def __post_init__(self) -> None:
         check_target_options(self)

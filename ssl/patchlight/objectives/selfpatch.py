@@ -29,34 +29,45 @@ class SelfPatchOptions(ObjectiveOptions):
 
     The paper weights this term by 0.1 and DINO's by 1; recipes set the weights. In its earlier version (PASS) the
     teacher's temperature rises from 0.04 to 0.07 in 30 epochs; in the released command it stays 0.04.
-
-    hidden_norm: as DINO's.
-    neighbors: the window, how many neighbors, what lies beyond the border and how they are pooled.
-    teacher_sees_local: True as released (not in the paper): the term is over local crops too, so the teacher must
-        compute them. False, as in DINO: the term is over global crops only, and the teacher is cheaper.
-    average: "crop", as released: the mean within each crop, then over crops, so that a patch of a small crop weighs
-        more (5.4 times for 36 against 196 patches). "patch": every patch of the batch weighs the same.
-    center_over: which teacher patches the center averages: those of "all" crops as released (the paper has no center
-        for patches), or of the "global" crops only, as DINO's center. In both, each patch counts once.
     """
 
     prototypes: int = 4096
+    """How many learned directions there are, K."""
     bottleneck: int = 256
+    """Width of the head's output, in which the prototypes are directions."""
     hidden: int = 2048
+    """Width of the head's hidden layers."""
     layers: int = 3
+    """Layers of the head before the prototypes."""
     hidden_norm: str | None = None
+    """none as released, or batch: BatchNorm after the head's hidden layers, as DINO's."""
     train_norm: bool = False
+    """Train the prototypes' lengths; False as released."""
     student_temperature: float = 0.1
+    """By which the student's logits are divided."""
     teacher_temperature: float = 0.04
+    """By which the teacher's logits are divided after the warm-up."""
     warmup_teacher_temperature: float = 0.04
+    """The same at the start of the warm-up."""
     warmup_epochs: int = 0
+    """Epochs over which the teacher's temperature changes; 0: constant."""
     warmup_by: str = "epoch"
+    """How the teacher's temperature rises: one value per epoch (epoch), as released, or per step on the same line (step)."""
     target: str = "centering"
+    """What keeps the teacher from collapse: centering, as released, or sinkhorn."""
     center_momentum: float = 0.9
+    """Share of the center that a step keeps."""
     center_over: str = "all"
+    """Which teacher patches the center averages: those of all crops as released (the paper has no center for patches), or of
+    the global crops only, as DINO's center. In both, each patch counts once."""
     neighbors: NeighborRule = field(default_factory=NeighborRule)
+    """The window, how many neighbors, what lies beyond the border and how they are pooled."""
     teacher_sees_local: bool = True
+    """True as released (not in the paper): the term is over local crops too, so the teacher must compute them. False, as in
+    DINO: the term is over global crops only, and the teacher is cheaper."""
     average: str = "crop"
+    """crop, as released: the mean within each crop, then over crops, so that a patch of a small crop weighs more (5.4 times for
+    36 against 196 patches); patch: every patch of the batch weighs the same."""
 
     def __post_init__(self) -> None:
         check_target_options(self)

@@ -21,16 +21,20 @@ class SelfPatchContrastOptions(ObjectiveOptions):
 
     The paper has only that sentence, and no code is released. Here the negatives are the teacher's summaries of all views
     of all other images of the global batch, through the neighbors' head; temperature and heads are MoBY's.
-
-    neighbors: the window, how many neighbors, what lies beyond the border and how they are pooled.
     """
 
     temperature: float = 0.2
+    """By which cosines are divided before the softmax."""
     hidden: int = 4096
+    """Width of the hidden layers of projector and predictor."""
     out: int = 256
+    """Width of what projector and predictor return."""
     layers: int = 2
+    """Layers of the projector."""
     predictor_layers: int = 2
+    """Layers of the predictor."""
     neighbors: NeighborRule = field(default_factory=NeighborRule)
+    """The window, how many neighbors, what lies beyond the border and how they are pooled."""
 
     def __post_init__(self) -> None:
         check_contrast_options(self)

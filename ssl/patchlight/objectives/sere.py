@@ -25,32 +25,35 @@ from .targets import distributed
 class SereOptions(ObjectiveOptions):
     """The defaults are those of the released code. Weights belong to the recipe, see `sere_weights`.
 
-    heads: M, the groups of channels that each have a spatial relation. None: as many as the backbone has attention
-        heads, as released; 6 in the paper, which is the same for a ViT-S. M must divide the width.
-    teacher_*_temperature and student_*_temperature: the teacher's targets are sharpened, as released and in the paper's
-        equations; its text has 0.5 and 0.1 for the student and 1 for the teacher.
-    global_points, local_points: points per side of the region that two global crops, or a global and a local one, share.
-    points: "ends", as released, puts the outermost points on the region's border; where it is also the view's border,
-        the sampled values are halved. "centers", as in the paper, puts them in the middle of equal cells.
-    scale: spatial products are divided by the root of the channels of a "head", as released, or of the "width", as in
-        the paper.
-    no_overlap: two crops without a common region have a constant loss, the log of the number of points, and no gradient;
-        "count", as released, includes them in the mean; "skip", as in the paper, leaves them out: the mean is then over
-        the pairs of all ranks.
-    asymmetric: only the student has a predictor after its projection. False: neither branch has one.
+    The teacher's targets are sharpened by their temperatures, as released and in the paper's equations; its text has 0.5 and
+    0.1 for the student and 1 for the teacher.
     """
 
     heads: int | None = None
+    """M, the groups of channels that each have a spatial relation; it must divide the width. none: as many as the backbone has
+    attention heads, as released; 6 in the paper, which is the same for a ViT-S."""
     teacher_spatial_temperature: float = 0.5
+    """By which the teacher's products of patches are divided."""
     teacher_channel_temperature: float = 0.1
+    """By which the teacher's products of channels are divided."""
     student_spatial_temperature: float = 1.0
+    """By which the student's products of patches are divided."""
     student_channel_temperature: float = 1.0
+    """By which the student's products of channels are divided."""
     global_points: int = 13
+    """Points per side of the region that two global crops share."""
     local_points: int = 6
+    """Points per side of the region that a global and a local crop share."""
     points: str = "ends"
+    """ends, as released, puts the outermost points on the region's border; where it is also the view's border, the sampled
+    values are halved. centers, as in the paper, puts them in the middle of equal cells."""
     scale: str = "head"
+    """Spatial products are divided by the root of the channels of a head, as released, or of the width, as in the paper."""
     no_overlap: str = "count"
+    """Two crops without a common region have a constant loss, the log of the number of points, and no gradient; count, as
+    released, includes them in the mean; skip, as in the paper, leaves them out: the mean is then over the pairs of all ranks."""
     asymmetric: bool = True
+    """Only the student has a predictor after its projection. False: neither branch has one."""
 
     def __post_init__(self) -> None:
         check_choice("SereOptions.points", self.points, ("ends", "centers"))
