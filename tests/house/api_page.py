@@ -7,6 +7,9 @@ from dataclasses import MISSING, fields
 
 import patchlight
 import patchlight_kernels
+from patchlight.data.policy import dino_policy, ibot_policy, pqcl_policy, selfpatch_policy
+from patchlight.engine.optim import has_decay, prototype_names
+from patchlight.engine.schedules import cosine, rates_at
 from patchlight.evaluation.encoder import Encoder
 from patchlight.objectives import OBJECTIVES, register
 from patchlight.recipes import RECIPES
@@ -31,6 +34,12 @@ encoder = patchlight.load_teacher(run.output.folder)
 """
 
 
+# What of the trainer a loop of one's own may import.
+LOOP_PARTS = [("data.policy", policy) for policy in (dino_policy, selfpatch_policy, ibot_policy, pqcl_policy)]
+LOOP_PARTS += [("engine.schedules", cosine), ("engine.schedules", rates_at), ("engine.optim", has_decay)]
+LOOP_PARTS += [("engine.optim", prototype_names)]
+
+
 def first_line(thing) -> str:
     """The first paragraph of a docstring on one line."""
     return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
@@ -40,14 +49,25 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def signature(value) -> str:
+    return str(inspect.signature(value)).replace("'", "")  # around types
+
+
 def function(name: str, value) -> str:
-    signature = str(inspect.signature(value)).replace("'", "")  # around types
-    return f"### `{name}{signature}`\n\n{inspect.getdoc(value)}\n"
+    return f"### `{name}{signature(value)}`\n\n{inspect.getdoc(value)}\n"
 
 
-def record(kind: type) -> str:
+def class_(name: str, kind: type, *methods: str) -> str:
+    """A class: what it is, how it is made, and its methods."""
+    parts = [f"### `{name}`", inspect.getdoc(kind), f"`{kind.__name__}{signature(kind)}`"]
+    parts += [inspect.getdoc(kind.__init__)] if kind.__init__.__doc__ and "__init__" in vars(kind) else []
+    parts += [function(f"{kind.__name__}.{method}", getattr(kind, method)).strip() for method in methods]
+    return "\n\n".join([*parts, ""])
+
+
+def record(kind: type, place: str = "patchlight") -> str:
     """A dataclass: its fields, their defaults and what is said about them."""
-    lines = [f"### `patchlight.{kind.__name__}`", "", first_line(kind), ""]
+    lines = [f"### `{place}.{kind.__name__}`", "", first_line(kind), ""]
     lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
     for field in fields(kind):
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -76,10 +96,15 @@ def page() -> str:
     ]
     parts += [
         "## Objectives\n",
-        "The options of the methods, for `Objectives.options`.\n",
-        table("`patchlight.objectives`", OBJECTIVES),
+        "The options of the methods, for `Objectives.options` and for `Pretraining`.\n",
+        *(record(kind, "patchlight.objectives") for kind in OBJECTIVES.values()),
     ]
     parts += [function("patchlight.objectives.register", register)]
+    parts += ["## A training loop of one's own\n", "[own_loop.md](own_loop.md) explains it.\n"]
+    parts += [class_("patchlight.Pretraining", patchlight.Pretraining, "forward", "after_step")]
+    parts += [function(f"patchlight.{name}", getattr(patchlight, name)) for name in ("build_backbone", "wrap_backbone")]
+    parts += [class_("patchlight.MultiCrop", patchlight.MultiCrop)]
+    parts += [function(f"patchlight.{place}.{f.__name__}", f) for place, f in LOOP_PARTS]
     parts += ["## Trained models\n", function("patchlight.load_teacher", patchlight.load_teacher)]
     parts += [function(f"Encoder.{name}", getattr(Encoder, name)) for name in ("normalize", "forward")]
     parts += ["## Operations\n", "`patchlight_kernels` can be used alone; it imports torch.\n"]
