@@ -46,7 +46,7 @@ def check_objectives(given: Given, objectives: Sequence[Objective]) -> None:
         raise ValueError(sentence(rule, given.backbone, "use 'mean' or 'class_attention'"))
     if given.summary == "class_attention" and given.class_token:
         rule = f"{summary}='class_attention' needs a backbone without a class token"
-        remedy = "build it with class_token=False (a timm ViT also with global_pool='avg'), or use 'cls'"
+        remedy = "build it with class_token=False (a timm ViT also with global_pool='avg', fc_norm=False), or use 'cls'"
         raise ValueError(sentence(rule, f"{given.backbone} with one", remedy))
     for objective in objectives:
         for reason in refusals(given, objective.name, objective.needs()):

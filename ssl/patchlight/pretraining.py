@@ -99,7 +99,8 @@ class Pretraining(nn.Module):
 
     def forward(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, whose gradients are the student's; and numbers for a log, without gradients: the unweighted
-        terms by name, "loss", and "teacher/spread", which is about 1 for an untrained teacher and 0 where it has collapsed."""
+        terms by name, "loss", and "teacher/spread", by which the teacher's summaries differ: 1 for independent directions, 0
+        where they have collapsed to one."""
         rule, remedy = "Pretraining must be called in training mode", "evaluate pretraining.teacher.backbone"
         check(self.training, rule, "evaluation mode, in which centers and queues would move too", remedy)
         self._check_views(views)
