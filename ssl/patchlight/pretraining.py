@@ -92,10 +92,8 @@ class Pretraining(nn.Module):
     def _not_of_ddp(self) -> list[str]:
         """What DistributedDataParallel must leave alone: the sums of a step, which are each rank's own, where it would copy the
         first rank's; and a mask token that nothing uses, for whose gradient it would wait."""
-        kept, parts = self.state_dict(), self.objectives.objectives()
-        names = [name for name, _ in self.named_buffers() if name not in kept]
-        masked = any(o.needs().masks or o.needs().queries for o in parts)
-        return names if masked else [*names, "student.backbone.mask_token"]
+        masked = any(o.needs().masks or o.needs().queries for o in self.objectives.objectives())
+        return [*self._sums(), *([] if masked else ["student.backbone.mask_token"])]
 
     def forward(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, whose gradients are the student's; and numbers for a log, without gradients: the unweighted
@@ -128,6 +126,19 @@ class Pretraining(nn.Module):
         self.teacher.follow(self.student, momentum)
         self.objectives.after_step()
         self.clock, self._images = self.clock.next(images), 0
+
+    @torch.no_grad()
+    def skip_step(self) -> None:
+        """In place of `after_step`, where the optimizer's step was left out, as one that is not finite: teacher, centers,
+        queues and clock stay, and the step's batches are forgotten. Only statistics of BatchNorm have seen them."""
+        for buffer in self._sums().values():
+            buffer.zero_()
+        self._images = 0
+
+    def _sums(self) -> dict[str, Tensor]:
+        """The buffers of the objectives that hold sums of the batches of a step, by name: they are in no checkpoint."""
+        kept = self.objectives.state_dict()
+        return {f"objectives.{name}": buffer for name, buffer in self.objectives.named_buffers() if name not in kept}
 
     def _check_views(self, views: Views) -> None:
         """Views must have the crops of the policy, by which the objectives were built."""

@@ -229,6 +229,28 @@ def test_a_saved_training_continues_with_the_same_loss():
     assert not torch.equal(again(views)[0], own(views)[0]), "the clock counts"
 
 
+@pytest.mark.parametrize("options", [(IBOT,), (MOBY,)], ids=["ibot", "moby"])
+def test_a_step_that_is_left_out_leaves_nothing(options):
+    """Neither in centers, nor in the queue, nor in the clock; the next step is the one that would have come."""
+    own = own_of(tiny_run("", options=options))
+    views, other = views_of(own.crops, 8), views_of(own.crops, 8)
+    own(views)
+    own.after_step(0.9)
+    again = copy.deepcopy(own)
+    broken = views.with_tensors(x * torch.nan if x.dtype == torch.float32 else x for x in views.tensors())
+    assert not own(broken)[0].isfinite()
+    own.skip_step()
+    for module in (own, again):
+        module(other)
+        module.after_step(0.9)
+    assert own.clock == again.clock
+    state = again.state_dict()
+    for name, tensor in own.state_dict().items():
+        assert (
+            name == "_extra_state" or "running" in name or "num_batches" in name or torch.equal(tensor, state[name])
+        ), name
+
+
 IBOT_SIZES = {"prototypes": 32, "bottleneck": 8, "hidden": 16}
 
 

@@ -101,7 +101,7 @@ def page() -> str:
     ]
     parts += [function("patchlight.objectives.register", register)]
     parts += ["## A training loop of one's own\n", "[own_loop.md](own_loop.md) explains it.\n"]
-    parts += [class_("patchlight.Pretraining", patchlight.Pretraining, "forward", "after_step")]
+    parts += [class_("patchlight.Pretraining", patchlight.Pretraining, "forward", "after_step", "skip_step")]
     parts += [function(f"patchlight.{name}", getattr(patchlight, name)) for name in ("build_backbone", "wrap_backbone")]
     parts += [class_("patchlight.MultiCrop", patchlight.MultiCrop)]
     parts += [function(f"patchlight.{place}.{f.__name__}", f) for place, f in LOOP_PARTS]
