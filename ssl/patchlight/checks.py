@@ -62,3 +62,14 @@ def check_number(name: str, value: object, allowed: str, remedy: str, whole: boo
     inside = inside and (value < min(high, LARGEST) or (value == high and allowed[-1] == "]"))  # type: ignore[operator]
     kind = "a whole number" if whole else "a number"
     check(bool(inside), f"{name} must be {kind} in {allowed.replace('inf', '2^53')}", repr(value), remedy)
+
+
+def check_tuple(name: str, values: object, count: int, allowed: str, ascending: bool = False) -> None:
+    """A ValueError unless these are so many numbers in a range, as in `check_number`."""
+    what = "ascending numbers" if ascending else "numbers"
+    rule, remedy = f"{name} must be {count} {what}", "correct them"
+    if not isinstance(values, tuple | list) or len(values) != count:
+        raise ValueError(sentence(rule, repr(values), remedy))
+    for number, value in enumerate(values):
+        check_number(f"{name}[{number}]", value, allowed, remedy)
+    check(not ascending or sorted(values) == list(values), rule, values, remedy)

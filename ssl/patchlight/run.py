@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .checks import check, check_choice, check_number, check_numbers
+from .checks import check, check_choice, check_number, check_numbers, sentence
 from .data.interface import MOST_BAD
 from .data.loaders import LOADERS
 from .data.masking import MaskRule
 from .data.policy import CropPolicy, dino_policy
 from .data.reading import TIMEOUT
 from .data.stored import MOST_PIXELS, PILLOWS_MOST_PIXELS
+from .file_functions import names_function
 from .objectives import OBJECTIVES, DinoOptions, ObjectiveOptions
 from .values import Reader, nearest
+
+PASSED = "source="  # how Data.path begins where images were passed to train; the name of their class follows
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,11 @@ class Data:
     """Where images come from and how they are cropped."""
 
     path: str = ""
-    """Images: a folder, tar shards, or what check_data wrote (docs/data.md); empty for the procedural images."""
+    """Images: a folder, tar shards, what check_data wrote, or my_file.py:my_function, which returns a data set
+    (docs/data.md); empty for the procedural images."""
     loader: str = "auto"
-    """auto: dali on a GPU, torchvision elsewhere; dali: decoded and cropped by NVIDIA DALI; torchvision: read and cropped
-    on the CPU; procedural: generated images."""
+    """auto: dali for files on a GPU, torchvision elsewhere; dali: decoded and cropped by NVIDIA DALI; torchvision: read and
+    cropped on the CPU; procedural: generated images."""
     photometric: str = "op"
     """What changes colors: op, our own operation, or dali, DALI's operators, whose results differ (docs/data.md)."""
     crops: CropPolicy = dino_policy()  # noqa: RUF009 frozen
@@ -121,22 +125,31 @@ class Data:
             f"loader={self.loader!r}",
             'set loader="dali"',
         )
-        check(0 <= self.most_bad <= 1, "Data.most_bad must lie in [0, 1]", self.most_bad, "0.05 is usual")
-        check(
-            0 < self.most_pixels <= PILLOWS_MOST_PIXELS,
-            f"Data.most_pixels must lie in 1..{PILLOWS_MOST_PIXELS}, as Pillow opens no larger image",
-            self.most_pixels,
-            f"{MOST_PIXELS} is usual",
+        check_numbers(self, batch_per_rank="[1, inf)", workers="[0, inf)", procedural_images="[1, inf)")
+        check_numbers(self, most_bad="[0, 1]", timeout="(0, inf)")
+        check_numbers(self, most_pixels=f"[1, {PILLOWS_MOST_PIXELS}]")  # Pillow opens no larger image
+        if self.path and self.loader == "procedural":
+            self._refuse_path()
+
+    @property
+    def own(self) -> bool:
+        """Whether the images are a data set of the user's own."""
+        return names_function(self.path) or self.path.startswith(PASSED)
+
+    def check_path(self) -> None:
+        """A ValueError unless it says where images are; where they are passed to `train`, it need not."""
+        if not self.path and self.loader != "procedural":
+            self._refuse_path()
+        rule = (
+            "The images of this run were passed to train as source, which its settings do not hold; they must be there"
         )
-        check(self.timeout > 0, "Data.timeout must be positive", self.timeout, f"{TIMEOUT:g} is usual")
-        check(self.batch_per_rank > 0, "Data.batch_per_rank must be positive", self.batch_per_rank, "use 1 or more")
-        check(self.workers >= 0, "Data.workers must not be negative", self.workers, "use 0 or more")
-        check(
-            bool(self.path) == (self.loader != "procedural"),
-            "Data.path must be set for every loader except procedural, and empty for that one",
-            f"path={self.path!r} with loader={self.loader!r}",
-            'set loader="auto" and a path for your images, or loader="procedural" and no path',
-        )
+        remedy = "call patchlight.train(run, source=...) again, or set Data.path to my_file.py:my_function"
+        check(not self.path.startswith(PASSED), rule, f"only the name of their class, {self.path}", remedy)
+
+    def _refuse_path(self) -> None:
+        rule = "Data.path must be set for every loader except procedural, and empty for that one"
+        remedy = 'set loader="auto" and a path for your images, or loader="procedural" and no path'
+        raise ValueError(sentence(rule, f"path={self.path!r} with loader={self.loader!r}", remedy))
 
 
 HIGHEST_RATES = {"adamw": 0.05, "lamb": 1.0, "lars": 100.0}  # far above all published runs

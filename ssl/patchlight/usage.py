@@ -224,6 +224,8 @@ def _make_group(kind: type, default: Any, path: tuple[str, ...], given: Mapping,
             object.__setattr__(blank, name, value)
         words = ", ".join(text for p, text in typed.items() if p[: len(path)] == path)
         text = str(error).replace(repr(blank), words)
+        if any(part.isdecimal() for part in path):  # one of several groups of this class
+            text = re.sub(rf"\b{kind.__name__}\.(\w+)", lambda found: as_flag((*path, found[1])), text)
         raise ValueError(re.sub(rf"^{kind.__name__}:", f"{as_flag(path)}:", text)) from None
 
 

@@ -8,6 +8,7 @@ from torchvision.transforms import RandomResizedCrop
 from patchlight.data.policy import (
     CropPolicy,
     CropSpec,
+    Photometric,
     dino_policy,
     ibot_policy,
     pqcl_policy,
@@ -146,5 +147,48 @@ def test_wrong_policies_are_named():
         CropPolicy(
             (CropSpec(1, 224, (0.4, 1)),), local_crops=(CropSpec(1, 96, (0.1, 0.4)), CropSpec(1, 64, (0.1, 0.4)))
         )
-    with pytest.raises(ValueError, match="scale"):
-        CropSpec(1, 224, (0.5, 0.2))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (
+            lambda: CropSpec(1, 224, (0.5, 0.2)),
+            r"CropSpec.scale must be 2 ascending numbers, got \(0.5, 0.2\); correct",
+        ),
+        (lambda: CropSpec(1, 224, (0.0, 0.2)), r"CropSpec.scale\[0\] must be a number in \(0, 1\], got 0.0"),
+        (lambda: CropSpec(1, 224, (0.5, NAN)), r"CropSpec.scale\[1\] must be .* got nan"),
+        (lambda: CropSpec(1, 224, 0.5), r"CropSpec.scale must be 2 ascending numbers, got 0.5"),
+        (lambda: CropSpec(1, 224, (0.4, 1), (0.75, INF)), r"CropSpec.ratio\[1\] must be .* got inf"),
+        (lambda: CropSpec(2.0, 224, (0.4, 1)), r"CropSpec.count must be a whole number .* got 2.0; leave"),
+        (lambda: CropSpec(True, 224, (0.4, 1)), r"CropSpec.count must be a whole number .* got True"),
+        (lambda: CropSpec(1, "224", (0.4, 1)), r"CropSpec.size must be a whole number .* got '224'"),
+        (lambda: CropSpec(1, 224, (0.4, 1), flip=1.5), r"CropSpec.flip must be a number in \[0, 1\], got 1.5"),
+        (
+            lambda: Photometric(jitter=NAN),
+            r"Photometric.jitter must be a number in \[0, 1\], got nan; the default is 0.8",
+        ),
+        (lambda: Photometric(solarize=-0.1), r"Photometric.solarize must be .* got -0.1"),
+        (lambda: Photometric(brightness="0.4"), r"Photometric.brightness must be a number .* got '0.4'"),
+        (lambda: Photometric(hue=0.6), r"Photometric.hue must be a number in \[0, 0.5\], got 0.6"),
+        (lambda: Photometric(blur_sigma=(0.1, 5)), r"Photometric.blur_sigma\[1\] must be a number in \(0, 4\], got 5"),
+        (lambda: Photometric(blur_sigma=(2.0, 0.1)), r"Photometric.blur_sigma must be 2 ascending numbers"),
+        (lambda: CropPolicy((CropSpec(1, 8, (1, 1)),), mean=(0, NAN, 0)), r"CropPolicy.mean\[1\] must be .* got nan"),
+        (lambda: CropPolicy((CropSpec(1, 8, (1, 1)),), std=(1, 1, 0)), r"CropPolicy.std\[2\] must be .* got 0"),
+        (lambda: CropPolicy((CropSpec(1, 8, (1, 1)),), std=(1, 1)), r"CropPolicy.std must be 3 numbers, got \(1, 1\)"),
+        (lambda: dino_policy(local_count=-1), r"CropSpec.count must be a whole number .* got -1"),
+    ],
+)
+def test_wrong_numbers_are_named(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        wrong()
+
+
+def test_right_numbers_are_accepted():
+    """At the ends of their ranges, and of numpy's types."""
+    sharp = Photometric(1, 1.0, 0, 1, 0.5, 1, 0, (4, 4), np.float64(1))
+    spec = CropSpec(np.int64(3), 8, (1, 1), (1, 1), 1, sharp)
+    assert CropPolicy((spec,), mean=(-1, 0, 1), std=(1e-3, 1, 2)).pixels_per_image == 3 * 64

@@ -45,10 +45,15 @@ def place(tmp_path_factory):
     for file in (folder / "hurt").rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:99])
     (folder / "mine.py").write_text(
+        "import numpy as np\n"
         "from patchlight import Run\n"
         "def good(): return Run()\n"
         "def needs(epochs): return Run()\n"
         "def other(): return 3\n"
+        "def images(): return [np.zeros((9, 9, 3), np.uint8)] * 64\n"
+        "def floats(): return [np.zeros((9, 9, 3))]\n"
+        "def stream(): return iter(images())\n"
+        "def parts(): return {'train': images(), 'val': images()}\n"
         "def wrong():\n    from patchlight import Schedule\n    return Run(schedule=Schedule(epochs=0))\n"
     )
     files = {
@@ -65,6 +70,9 @@ def place(tmp_path_factory):
         "broken.yaml": "schedule: [",
         "double.yaml": "schedule: {epochs: 1}\nschedule: {epochs: 2}\n",
         "run.txt": "{}",
+        "passed.json": json.dumps(
+            plain | {"data": plain["data"] | {"path": "source=MyImages", "loader": "torchvision"}}
+        ),
     }
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -110,13 +118,22 @@ WRONG = [
     ("train demo --model.init-from @/none.pth", "@/none.pth"),
     ("train demo --model.init-from @/notes.pth", "@/notes.pth"),
     ("train demo --data.crops.local-crops.0.count 0", "--data.crops.local-crops none has no such crops"),
-    ("train demo --data.crops.local-crops.0.count -2", "got --data.crops.local-crops.0.count -2; correct"),
+    ("train demo --data.crops.local-crops.0.count -2", "local-crops.0.count must be a whole number ... got -2; leave"),
+    ("train demo --data.crops.local-crops.0.photometric.hue 2", "crops.0.photometric.hue must be ... got 2.0"),
+    ("train demo --data.crops.local-crops.0.scale 0.5 0.2", "--data.crops.local-crops.0.scale must be 2 ascending"),
+    ("train demo --data.crops.std nan 1 1", "--data.crops.std[0] must be a number in (0, 2^53), got nan"),
     ("train demo --data.crops.local-crops 3", "--data.crops.local-crops as a whole can only be none, got 3"),
     ("train demo --data.crops.local-crops.0.scale 0.5", "must be 2 values, each a number, got '0.5'"),
     ("train demo --data.crops.local-crops.7.count 1", "perhaps --data.crops.local-crops.0.count"),
     ("train demo --data.batch-per-rank 0", "--data.batch-per-rank must be ... got 0"),
     ("train demo --data.path @/images", "got --data.path @/images with --data.loader procedural; set --data.loader auto"),
     ("train demo --data.loader dali", "--data.path must be set for every loader except procedural"),
+    ("train demo --data.procedural-images 99999999999999999999", "must be a whole number ... got 99999999999999999999"),
+    ("train demo --data.procedural-images 9999999999", "must fit in memory, got 9999999999 ... lower --data.procedural-images"),
+    ("train demo --data.workers -1", "--data.workers must be a whole number in [0, 2^53), got -1"),
+    ("train demo --data.most-bad nan", "--data.most-bad must be a number in [0, 1], got nan"),
+    ("train demo --data.most-pixels 0", "--data.most-pixels must be a whole number in [1, 178956970], got 0"),
+    ("train demo --data.timeout 0", "--data.timeout must be a number in (0, 2^53), got 0"),
     ("train demo --data.procedural-images 3", "got 3 images for 64"),
     ("train demo --objectives.options none", "--objectives.options needs at least one objective, got none"),
     ("train demo --objectives.weights selfpatch/patch", "--objectives.weights must be names, each with a number"),
@@ -128,6 +145,19 @@ WRONG = [
     ("train dino_vits16_in1k", "got path/to/images, which stands for them; add --data.path FOLDER"),
     ("train dino_vits16_in1k --data.path @/none", "@/none"),
     ("train dino_vits16_in1k --data.path @/empty", "@/empty"),
+    ("train small_data --data.path @/none.py:images", "A data set's file must exist, got @/none.py"),
+    ("train small_data --data.path @/mine.py:imagse", "have the data set that is named, got imagse; name one of its functions"),
+    ("train small_data --data.path @/mine.py:needs", "The data set @/mine.py:needs must work without arguments, got epochs"),
+    ("train small_data --data.path @/mine.py:other", "items by number, or be iterable, got one int; give"),
+    ("train small_data --data.path @/mine.py:floats", "item 0 of list ... got an array [9, 9, 3] of float64; give values from"),
+    ("train small_data --data.path @/mine.py:stream", "needs --schedule.steps-per-epoch ... got none; set"),
+    ("train small_data --data.path @/mine.py:images --data.loader dali", "got --data.loader dali; use --data.loader auto"),
+    ("train debug --data.path @/mine.py:images", "with --data.loader procedural; set --data.loader auto"),
+    ("train --config @/passed.json", "passed to train as source ... got only the name of their class, source=MyImages"),
+    ("train --config @/passed.json --dry-run", "got only the name of their class, source=MyImages; call patchlight.train"),
+    ("check-data @/mine.py:stream", "Images must have numbers here, got @/mine.py:stream, which returns an iterable"),
+    ("evaluate knn --checkpoint @/tiny --data @/mine.py:images", "must return a dict of data sets with train, got list"),
+    ("evaluate knn --checkpoint @/tiny --data @/mine.py:parts", "need numbers and classes, got none in train of"),
     ("train mine.py", "write mine.py:NAME"),
     ("train @/none.py:run", "A recipe's file must exist, got @/none.py"),
     ("train @/mine.py:god", "got god; name one of its functions: good, needs"),

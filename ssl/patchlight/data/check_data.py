@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..checks import sentence
 from ..usage import POSITIONAL, call
 from .lists import write_rows
-from .reading import REPORT_FILE, describe_error
+from .reading import REPORT_FILE, WrongItem, describe_error
 from .shards import INDEX_SUFFIX, TarShards
 from .sources import open_source
 from .stored import MOST_PIXELS, Source, StoredImages
@@ -38,7 +38,7 @@ class CheckResult:
 
     images: int
     bad: tuple[BadImage, ...]
-    clean: Path  # the readable images, in a form that Data.path takes
+    clean: Path | None  # the readable images, in a form that Data.path takes; files only
     report: Path  # a line per bad image: its name, a tab, the reason
 
     @property
@@ -46,8 +46,8 @@ class CheckResult:
         return len(self.bad) / self.images
 
 
-def check_images(source: StoredImages, out: Path, workers: int) -> CheckResult:
-    """Reads every image of a source; writes the clean list and the report into the folder `out`."""
+def check_images(source: Source, out: Path, workers: int) -> CheckResult:
+    """Reads every image of a source; writes the report into the folder `out`, and of files the clean list."""
     columns = TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[bad]} bad")
     bad: list[BadImage] = []
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -56,10 +56,11 @@ def check_images(source: StoredImages, out: Path, workers: int) -> CheckResult:
             bad += found
             progress.update(task, advance=images, bad=len(bad))
     out.mkdir(parents=True, exist_ok=True)
-    clean = out / f"clean{INDEX_SUFFIX if isinstance(source, TarShards) else '.txt'}"
-    report, bad_indices = out / REPORT_FILE, {b.index for b in bad}
-    write_rows(clean, (source.row(index) for index in range(len(source)) if index not in bad_indices))
+    report, clean, bad_indices = out / REPORT_FILE, None, {b.index for b in bad}
     write_rows(report, ((source.name(b.index), b.reason) for b in bad))
+    if isinstance(source, StoredImages):
+        clean = out / f"clean{INDEX_SUFFIX if isinstance(source, TarShards) else '.txt'}"
+        write_rows(clean, (source.row(index) for index in range(len(source)) if index not in bad_indices))
     return CheckResult(len(source), tuple(bad), clean, report)
 
 
@@ -69,6 +70,7 @@ def find_bad_images(source: Source, workers: int) -> Iterator[tuple[int, list[Ba
     def check_part(indices: range) -> tuple[int, list[BadImage]]:
         return len(indices), [bad for bad in (_read_error(source, index) for index in indices) if bad]
 
+    workers = workers if isinstance(source, StoredImages) else 1  # a data set of the user's own may allow no threads
     parts = [range(first, min(first + _PER_TASK, len(source))) for first in range(0, len(source), _PER_TASK)]
     with ThreadPoolExecutor(workers) as pool:  # decoders release the interpreter lock
         yield from pool.map(check_part, parts)
@@ -77,6 +79,8 @@ def find_bad_images(source: Source, workers: int) -> Iterator[tuple[int, list[Ba
 def _read_error(source: Source, index: int) -> BadImage | None:
     try:
         source.read(index)
+    except WrongItem:
+        raise
     except Exception as error:  # a damaged file can raise any exception in a decoder
         return BadImage(index, describe_error(error))
     return None
@@ -94,17 +98,19 @@ def check_data(
     Ends with an error if too large a share of them is bad.
 
     Args:
-        path: folder of images, folder of tar shards, shard, or list of files.
-        out: folder for clean.txt (clean.index for shards), which Data.path takes, and bad_files.tsv.
-        workers: threads.
+        path: folder of images, folder of tar shards, shard, list of files, or my_file.py:my_function, which returns a data
+            set.
+        out: folder for bad_files.tsv and clean.txt (clean.index for shards; none for a data set), which Data.path takes.
+        workers: threads; a data set is read by one.
         most_bad: share of bad images that is accepted.
         most_pixels: an image of more pixels is bad, as in a run whose Data.most_pixels is this.
     """
     result = check_images(open_source(path, most_pixels), out, workers)
-    print(f"{len(result.bad)} of {result.images} images are bad; report: {result.report}; clean: {result.clean}")
+    clean = result.clean or "leave those out of the data set"
+    print(f"{len(result.bad)} of {result.images} images are bad; report: {result.report}; clean: {clean}")
     if result.bad_share > most_bad:
         rule = f"check_data: at most {most_bad:.2%} of the images may be bad"
-        remedy = f"read {result.report}, then repair the data or train on {result.clean}"
+        remedy = f"read {result.report}, then repair the data or {f'train on {clean}' if result.clean else clean}"
         raise SystemExit(sentence(rule, f"{result.bad_share:.2%}", remedy))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..checks import sentence
 from ..records import Views
 from .dali_photometric import apply_photometric_in_dali
-from .interface import Loader, Position, host_tensors
+from .interface import Position, SourceLoader, host_tensors
 from .policy import CropPolicy, CropTable, sample_crops
 from .reading import Replacement, read_samples, wait_while_moving
 from .stored import Source, as_ppm, decode, open_image
@@ -54,7 +54,7 @@ class _Progress:
     image: int = -1  # the number of the last one
 
 
-class DaliLoader(Loader):
+class DaliLoader(SourceLoader):
     """Decodes and cuts with DALI: on a GPU, with its JPEG decoder, if `device` is a GPU, else on the CPU.
 
     Boxes, flips, ids and colors are those of the TorchvisionLoader with the same arguments. `workers` threads read files

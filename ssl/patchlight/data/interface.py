@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,17 +40,13 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 class Loader(ABC):
-    """An endless iterator of Views. Ids and augmentations depend on seed, epoch and position in the epoch only.
-
-    Each step takes the next `batch * world` samples of the epoch's order and rank r keeps the r-th part of them.
-    What is left at the end of an epoch and does not fill a step is dropped.
-    """
+    """An endless iterator of Views. Each step takes the next `batch * world` samples and rank r keeps the r-th part of them."""
 
     name: str  # for reports and messages
+    dataset_size: int  # images of an epoch, over all ranks
 
     def __init__(
         self,
-        source: Source,
         policy: CropPolicy,
         batch: int,
         seed: int = 0,
@@ -66,63 +62,128 @@ class Loader(ABC):
 
         timeout: seconds in which a worker must begin another image.
         """
-        self.source, self.policy, self.batch, self.seed = source, policy, batch, seed
+        self.policy, self.batch, self.seed = policy, batch, seed
         self.rank, self.world, self.workers, self.device = rank, world, workers, torch.device(device)
         self.most_bad, self.report, self.timeout = most_bad, report, timeout
         self.stall_seconds = 0.0  # time that the last next() waited for data
         self.replaced = 0  # unreadable samples that were replaced, on this rank, since the run began
         self._bad: set[int] = set()  # samples found unreadable by this object
-        self._position = Position()
-        self._cached_order: tuple[int, np.ndarray] | None = None
         check(
             batch >= 1 and 0 <= rank < world,
             f"{self.name} loader: batch must be positive and rank in [0, world)",
             f"batch={batch}, rank={rank}, world={world}",
             "pass this process's rank and the number of processes",
         )
-        check(
-            len(source) >= self.global_batch,
-            f"{self.name} loader: an epoch needs at least one global batch",
-            f"{len(source)} images for {batch} images x {world} ranks",
-            "use a smaller batch or more images",
-        )
-        # One rank looks at the files: they are the same for all.
-        self._contents = look_at(source.files() if rank == 0 else ()).state()
 
     @property
     def global_batch(self) -> int:
         return self.batch * self.world
-
-    @property
-    def dataset_size(self) -> int:
-        return len(self.source)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.dataset_size // self.global_batch
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Views:
         began = time.perf_counter()
-        start = self._batch_start(self._position)
-        if start.epoch != self._position.epoch:
-            self._compare_contents("at the start of the last epoch")
-        views = self._fetch(start)
+        views = self._next()
         self.stall_seconds = time.perf_counter() - began
-        self._position = Position(start.epoch, start.samples + self.global_batch)
         return views
 
     @abstractmethod
-    def _fetch(self, start: Position) -> Views:
-        """This rank's part of the batch that starts there."""
+    def _next(self) -> Views:
+        """This rank's part of the next batch; moves on."""
+
+    @abstractmethod
+    def sample_name(self, number: int) -> str:
+        """A sample's name in messages."""
+
+    @abstractmethod
+    def state_dict(self) -> dict:
+        """Where the loader is, in plain values. A key `of_rank`, if there is one, has what differs between ranks."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from there."""
 
     def close(self) -> None:  # noqa: B027 a loader that reads nothing ahead has nothing to end
         """Ends the threads or processes that read ahead."""
 
     def _restart(self) -> None:  # noqa: B027 a loader that reads nothing ahead has nothing to discard
         """Discards what was read ahead: the position has changed."""
+
+    def _may_be_bad(self) -> int:
+        """The number of images of which the share `most_bad` may be unreadable."""
+        return self.dataset_size
+
+    def _report(self, replacements: list[Replacement]) -> None:
+        """Counts and reports what was replaced; ends the run when too many images are bad."""
+        for r in replacements:
+            self.replaced += 1
+            name = self.sample_name(r.bad)
+            warnings.warn(
+                f"{self.name} loader: {name} cannot be read ({r.reason}); sample {r.substitute} took its place,"
+                f" {self.replaced} so far on rank {self.rank}"
+            )
+            if r.bad not in self._bad and self.report is not None:
+                self.report.parent.mkdir(parents=True, exist_ok=True)
+                with self.report.open("a", encoding="utf-8") as file:
+                    file.write(f"{format_row((name, r.reason))}\n")
+            self._bad.add(r.bad)
+        if len(self._bad) > self.most_bad * self._may_be_bad():
+            rule = f"{self.name} loader: at most {self.most_bad:.2%} of {self._may_be_bad()} images may be unreadable"
+            listed = self.report or "the warnings above"
+            got = f"{len(self._bad)} on rank {self.rank} alone, listed in {listed}"
+            remedy = "run patchlight check-data and train on its clean list"
+            raise RuntimeError(sentence(rule, got, remedy))
+
+    def _views(self, batch: dict[str, Tensor]) -> Views:
+        """A batch of cut crops and their host_tensors as Views. Without a photometric table, crops are changed already."""
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        crops: dict[str, Crops] = {}
+        for kind, _ in self.policy.kinds():
+            pixels, table = batch[f"{kind}.pixels"], batch.get(f"{kind}.photometric")
+            changed = pixels if table is None else apply_photometric(pixels, table, self.policy)
+            crops[kind] = Crops(pixels=changed, box=batch[f"{kind}.box"], flip=batch[f"{kind}.flip"])
+        return Views(crops["global_crops"], crops.get("local_crops"), crops.get("query_crops"), batch["ids"])
+
+
+class SourceLoader(Loader):
+    """A loader of numbered images. Ids and augmentations depend on seed, epoch and position in the epoch only.
+
+    What is left at the end of an epoch and does not fill a step is dropped.
+    """
+
+    def __init__(self, source: Source, policy: CropPolicy, batch: int, *rest, **options):
+        super().__init__(policy, batch, *rest, **options)
+        self.source, self.dataset_size = source, len(source)
+        self._position = Position()
+        self._cached_order: tuple[int, np.ndarray] | None = None
+        check(
+            len(source) >= self.global_batch,
+            f"{self.name} loader: an epoch needs at least one global batch",
+            f"{len(source)} images for {batch} images x {self.world} ranks",
+            "use a smaller batch or more images",
+        )
+        # One rank looks at the files: they are the same for all.
+        self._contents = look_at(source.files() if self.rank == 0 else ()).state()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.dataset_size // self.global_batch
+
+    def sample_name(self, number: int) -> str:
+        return self.source.name(number)
+
+    def _next(self) -> Views:
+        start = self._batch_start(self._position)
+        if start.epoch != self._position.epoch:
+            self._compare_contents("at the start of the last epoch")
+        views = self._fetch(start)
+        self._position = Position(start.epoch, start.samples + self.global_batch)
+        return views
+
+    @abstractmethod
+    def _fetch(self, start: Position) -> Views:
+        """This rank's part of the batch that starts there."""
 
     def _batch_start(self, position: Position) -> Position:
         """Where the next batch starts: in the next epoch, when this epoch has no full batch left."""
@@ -144,27 +205,6 @@ class Loader(ABC):
             yield start, self._ids(start)
             start = Position(start.epoch, start.samples + self.global_batch)
 
-    def _report(self, replacements: list[Replacement]) -> None:
-        """Counts and reports what was replaced; ends the run when too many images are bad."""
-        for r in replacements:
-            self.replaced += 1
-            name = self.source.name(r.bad)
-            warnings.warn(
-                f"{self.name} loader: {name} cannot be read ({r.reason}); sample {r.substitute} took its place,"
-                f" {self.replaced} so far on rank {self.rank}"
-            )
-            if r.bad not in self._bad and self.report is not None:
-                self.report.parent.mkdir(parents=True, exist_ok=True)
-                with self.report.open("a", encoding="utf-8") as file:
-                    file.write(f"{format_row((name, r.reason))}\n")
-            self._bad.add(r.bad)
-        if len(self._bad) > self.most_bad * self.dataset_size:
-            rule = f"{self.name} loader: at most {self.most_bad:.2%} of {self.dataset_size} images may be unreadable"
-            listed = self.report or "the warnings above"
-            got = f"{len(self._bad)} on rank {self.rank} alone, listed in {listed}"
-            remedy = "run patchlight check-data and train on its clean list"
-            raise RuntimeError(sentence(rule, got, remedy))
-
     def _compare_contents(self, when: str) -> None:
         """Says aloud if files have changed since then; from now on, compares with what they are now."""
         if self.rank == 0:
@@ -175,16 +215,6 @@ class Loader(ABC):
                     " the files hold now; restore them or start a new run if that is not meant."
                 )
             self._contents = now.state()
-
-    def _views(self, batch: dict[str, Tensor]) -> Views:
-        """A batch of cut crops and their host_tensors as Views. Without a photometric table, crops are changed already."""
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        crops: dict[str, Crops] = {}
-        for kind, _ in self.policy.kinds():
-            pixels, table = batch[f"{kind}.pixels"], batch.get(f"{kind}.photometric")
-            changed = pixels if table is None else apply_photometric(pixels, table, self.policy)
-            crops[kind] = Crops(pixels=changed, box=batch[f"{kind}.box"], flip=batch[f"{kind}.flip"])
-        return Views(crops["global_crops"], crops.get("local_crops"), crops.get("query_crops"), batch["ids"])
 
     def state_dict(self) -> dict:
         return {
@@ -198,19 +228,23 @@ class Loader(ABC):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        here = self.state_dict()
-        for key in ("dataset_size", "fingerprint", "seed"):
-            check(
-                state[key] == here[key],
-                f"{self.name} loader: a resumed run must have the same data in the same order",
-                f"{key}={here[key]!r} where the checkpoint has {state[key]!r}",
-                "restore the data and the seed, or start a new run",
-            )
+        check_same_data(self.name, state, self.state_dict(), ("dataset_size", "fingerprint", "seed"))
         self._position = Position(state["epoch"], state["samples"])
         self.replaced = state["replaced"]
         self._contents = state["contents"]
         self._compare_contents("when the run that is resumed looked at them")
         self._restart()
+
+
+def check_same_data(loader: str, saved: dict, here: dict, keys: Sequence[str]) -> None:
+    """Refuses the state of a loader that read other data."""
+    for key in keys:
+        check(
+            key in saved and saved[key] == here[key],
+            f"{loader} loader: a resumed run must have the same data in the same order",
+            f"{key}={here[key]!r} where the checkpoint has {saved.get(key)!r}",
+            "restore the data and the seed, or start a new run",
+        )
 
 
 def host_tensors(kind: str, table: CropTable) -> dict[str, Tensor]:

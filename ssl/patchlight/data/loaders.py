@@ -8,9 +8,10 @@ from importlib.util import find_spec
 import torch
 
 from ..checks import sentence
-from .interface import Loader
+from .interface import Loader, SourceLoader
 from .policy import CropPolicy
 from .stored import Source
+from .streams import ImageStream
 
 LOADERS = ("auto", "dali", "torchvision", "procedural")  # as Data.loader names them
 
@@ -23,8 +24,13 @@ class LoaderChoice:
     why: str
 
 
-def choose_loader(wanted: str, device: torch.device) -> LoaderChoice:
-    """The wanted loader, or with "auto" the faster loader for the device."""
+def choose_loader(wanted: str, device: torch.device, own: bool = False) -> LoaderChoice:
+    """The wanted loader, or with "auto" the faster loader for the device. own: for a data set of the user's own."""
+    if own and wanted == "dali":
+        rule = "The dali loader reads files in threads, which a data set of your own may not allow"
+        raise ValueError(sentence(rule, 'Data.loader="dali"', 'use loader="auto" or loader="torchvision"'))
+    if own and wanted == "auto":
+        return LoaderChoice("torchvision", "a data set of your own is read by Python, not by NVIDIA DALI")
     if wanted == "dali" and not dali_is_there():
         remedy = 'pip install nvidia-dali-cuda130, or use loader="torchvision"'
         raise ModuleNotFoundError(sentence('Data.loader="dali" needs NVIDIA DALI', "a Python without it", remedy))
@@ -43,7 +49,7 @@ def dali_is_there() -> bool:
 
 def build_loader(
     name: str, source: Source, policy: CropPolicy, batch: int, *, photometric: str = "op", **options
-) -> Loader:
+) -> SourceLoader:
     """The loader of that name; options are those of `interface.Loader`. photometric="dali" is for the DALI loader only."""
     if name == "dali":
         from .dali_loader import DaliLoader
@@ -52,3 +58,10 @@ def build_loader(
     from .torchvision_loader import TorchvisionLoader
 
     return TorchvisionLoader(source, policy, batch, **options)
+
+
+def build_stream_loader(stream: ImageStream, policy: CropPolicy, batch: int, **options) -> Loader:
+    """The loader of an iterable; options are those of `stream_loader.StreamLoader`."""
+    from .stream_loader import StreamLoader
+
+    return StreamLoader(stream, policy, batch, **options)

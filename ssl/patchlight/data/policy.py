@@ -9,7 +9,7 @@ import numpy as np
 
 from patchlight_kernels import JITTER_ORDERS
 
-from ..checks import check
+from ..checks import check, check_number, check_numbers, check_tuple
 from .random_numbers import CROPS, random_uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -34,15 +34,11 @@ class Photometric:
     solarize: float = 0.0  # probability of inverting values of 128 and more
 
     def __post_init__(self):
-        low, high = self.blur_sigma
-        strengths = (self.brightness, self.contrast, self.saturation, 2 * self.hue)
-        check(
-            all(0 <= s <= 1 for s in strengths) and 0 < low <= high <= 4,
-            "Photometric: strengths must lie in 0..1 (hue: 0..0.5) and 0 < blur_sigma[0] <= blur_sigma[1] <= 4, where the"
-            " blur's kernel ends",
-            self,
-            "correct the numbers",
-        )
+        probabilities = ("jitter", "gray", "blur", "solarize")
+        check_numbers(self, **dict.fromkeys((*probabilities, "brightness", "contrast", "saturation"), "[0, 1]"))
+        check_numbers(self, hue="[0, 0.5]")
+        # 4 is where the blur's kernel ends
+        check_tuple("Photometric.blur_sigma", self.blur_sigma, 2, "(0, 4]", ascending=True)
 
 
 UNCHANGED = Photometric(jitter=0.0, gray=0.0, blur=0.0)
@@ -60,13 +56,11 @@ class CropSpec:
     photometric: Photometric = Photometric()
 
     def __post_init__(self):
-        low, high = self.scale
-        check(
-            self.count > 0 and self.size > 0 and 0 < low <= high <= 1 and 0 < self.ratio[0] <= self.ratio[1],
-            "CropSpec: count and size must be positive, 0 < scale[0] <= scale[1] <= 1 and ratios ascending",
-            self,
-            "correct the numbers",
-        )
+        check_number("CropSpec.count", self.count, "[1, inf)", "leave the rule out for no crops", whole=True)
+        check_number("CropSpec.size", self.size, "[1, inf)", "224 and 96 are usual", whole=True)
+        check_numbers(self, flip="[0, 1]")
+        check_tuple("CropSpec.scale", self.scale, 2, "(0, 1]", ascending=True)
+        check_tuple("CropSpec.ratio", self.ratio, 2, "(0, inf)", ascending=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +78,8 @@ class CropPolicy:
         for kind, specs in self.kinds():
             sizes = [spec.size for spec in specs]
             check(len(set(sizes)) == 1, f"CropPolicy: all {kind} must share one size", sizes, "make them equal")
+        check_tuple("CropPolicy.mean", self.mean, 3, "(-inf, inf)")
+        check_tuple("CropPolicy.std", self.std, 3, "(0, inf)")
 
     def kinds(self) -> list[tuple[str, tuple[CropSpec, ...]]]:
         """The kinds of crops that exist, by their names in Views."""

@@ -7,6 +7,7 @@ for all classes. Image i is a pure function of (seed, i, size).
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import torch
@@ -51,6 +52,13 @@ class ProceduralSource:
             "ProceduralSource: count must be positive and size 16 or more",
             f"{count} and {size}",
             "use larger numbers",
+        )
+        needed, there = count * size * size * 3, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        check(
+            needed < there,
+            "ProceduralSource: all images must fit in memory",
+            f"{count} images of {needed / 2**30:.3g} GiB where there are {there / 2**30:.3g} GiB",
+            "lower Data.procedural_images",
         )
         self.count, self.size, self.seed = count, size, seed
         self.fingerprint = f"procedural-1 count={count} size={size} seed={seed}"

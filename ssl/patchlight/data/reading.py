@@ -22,6 +22,10 @@ _LOOK = 0.5  # seconds between two looks at whether a worker gets on
 T = TypeVar("T")
 
 
+class WrongItem(ValueError):
+    """An item that is no image: a mistake in a data set of the user's own, no damage that a substitute makes good."""
+
+
 class Named(Protocol):
     """Samples that have names."""
 
@@ -62,6 +66,8 @@ def read_sample(source: Named, seed: int, sample: int, read: Callable[[int], T])
         try:
             content = read(candidate)
             return Sample(content, candidate, Replacement(sample, candidate, reason) if reason else None)
+        except WrongItem:
+            raise
         except Exception as error:  # a damaged file can raise any exception in a decoder
             reason = reason or describe_error(error)
         candidate = int(random_bits(seed, SUBSTITUTE, sample, attempt)[0] % np.uint64(len(source)))

@@ -1,15 +1,26 @@
-"""Where images come from: a folder, a list of files, or tar shards, and the one function that opens any of them."""
+"""Where images come from: a folder, a list of files, tar shards, or a data set of the user's own; and what opens any of them."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
 
 from ..checks import check, sentence
+from ..file_functions import call_alone, function_of, names_function
+from .dataset_source import DatasetSource, NumberedItems
 from .lists import read_rows
 from .shards import INDEX_SUFFIX, TarShards
-from .stored import EXTENSIONS, MOST_PIXELS, StoredImages
+from .stored import EXTENSIONS, MOST_PIXELS, Source, StoredImages
+from .streams import ImageStream
+
+OwnImages = NumberedItems | Iterable[Any]  # a data set of the user's own
+DATA_SET = "data set"  # what such a function returns
 
 
 class Files(StoredImages):
@@ -73,12 +84,24 @@ class FileList(Files):
         super().__init__([path.parent / name for name in names], names, [row[1] for row in rows if len(row) == 2])
 
 
-def open_source(path: str | Path, most_pixels: int = MOST_PIXELS) -> StoredImages:
-    """Opens a folder of images, a folder of tar shards, a shard, an index of shards, or a list of files.
+def open_source(path: str | Path, most_pixels: int = MOST_PIXELS) -> Source:
+    """Opens a folder of images, a folder of tar shards, a shard, an index of shards, a list of files, or the data set that a
+    function of a file returns (`my_images.py:images`).
 
     most_pixels: an image that has more is not read.
     """
-    path = Path(path)
+    found = open_images(path, most_pixels)
+    rule, remedy = "Images must have numbers here", "return a data set that has len(data) and data[number]"
+    if isinstance(found, ImageStream):
+        raise ValueError(sentence(rule, f"{path}, which returns an iterable", remedy))
+    return found
+
+
+def open_images(path: str | Path, most_pixels: int = MOST_PIXELS) -> Source | ImageStream:
+    """The same, but the function may also return an iterable."""
+    text, path = str(path), Path(path)
+    if names_function(text):
+        return open_own(call_alone(text, function_of(text, DATA_SET), DATA_SET), most_pixels)
     source: StoredImages
     if path.suffix in (".tar", INDEX_SUFFIX) or (path.is_dir() and any(path.glob("*.tar"))):
         source = TarShards(path)
@@ -86,6 +109,26 @@ def open_source(path: str | Path, most_pixels: int = MOST_PIXELS) -> StoredImage
         source = ImageFolder(path) if path.is_dir() else FileList(path)
     source.most_pixels = most_pixels
     return source
+
+
+def open_own(images: OwnImages, most_pixels: int = MOST_PIXELS) -> DatasetSource | ImageStream:
+    """A data set of the user's own: one with a length and numbered items, or an iterable."""
+    title = type(images).__name__
+    rule = "A data set must have a length and items by number, or be iterable"
+    if isinstance(images, str | bytes | Path):
+        raise ValueError(sentence(rule, repr(images), "give a path as Data.path"))
+    if isinstance(images, Mapping):
+        raise ValueError(sentence(rule, f"a {title} with {', '.join(map(str, images))}", "take one of its parts"))
+    if isinstance(images, DataLoader) and images.batch_size is not None:
+        raise ValueError(sentence(rule, f"a {title}, whose items are batches", "pass its data set"))
+    # torch's IterableDataset has both by name, but has no items by number.
+    if isinstance(images, NumberedItems) and not isinstance(images, IterableDataset):
+        return DatasetSource(images, most_pixels)
+    if isinstance(images, Iterable):
+        return ImageStream(images)
+    called = f"the function {images.__name__}" if inspect.isroutine(images) else f"one {title}"
+    remedy = "pass what it returns" if inspect.isroutine(images) else "give it len(data) and data[number], or iteration"
+    raise ValueError(sentence(rule, called, remedy))
 
 
 def _image_names(root: Path) -> tuple[list[str], list[str]]:

@@ -126,45 +126,53 @@ class StoredImages(ABC):
         return decode(self.encoded(index), self.most_pixels)
 
     def read_bytes(self, path: Path, offset: int = 0, size: int | None = None) -> bytes:
-        """A file, or a part of it. What it says of itself is checked before memory is taken for it."""
-        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("it is no regular file")
-            rest = max(0, status.st_size - offset)
-            wanted = rest if size is None else size
-            most = _BYTES_PER_PIXEL * self.most_pixels + _HEADERS
-            if wanted > most:
-                raise ValueError(
-                    f"it has {wanted} bytes, where an image of {self.most_pixels} pixels has at most {most}"
-                )
-            data = b""
-            if wanted <= rest:
-                file.seek(offset)
-                data = file.read(wanted)
-        if len(data) < wanted:
-            raise OSError(f"the file ends early: {len(data) or rest} of {wanted} bytes")
-        return data
+        """A file, or a part of it."""
+        return read_file(path, self.most_pixels, offset, size)
 
     @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
+def read_file(path: Path, most_pixels: int, offset: int = 0, size: int | None = None) -> bytes:
+    """A file of an image, or a part of it. What it says of itself is checked before memory is taken for it."""
+    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no regular file")
+        rest = max(0, status.st_size - offset)
+        wanted = rest if size is None else size
+        most = _BYTES_PER_PIXEL * most_pixels + _HEADERS
+        if wanted > most:
+            raise ValueError(f"it has {wanted} bytes, where an image of {most_pixels} pixels has at most {most}")
+        data = b""
+        if wanted <= rest:
+            file.seek(offset)
+            data = file.read(wanted)
+    if len(data) < wanted:
+        raise OSError(f"the file ends early: {len(data) or rest} of {wanted} bytes")
+    return data
+
+
 def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> np.ndarray:
     """A stored image as [H, W, 3] uint8 RGB. Its EXIF orientation is ignored, as in the published recipes."""
     with open_image(data, most_pixels) as image:
-        if image.mode.startswith("I"):  # 16 bits per pixel: Pillow would clip instead of scale
-            gray = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(gray[:, :, None], 3, axis=2)
-        image.load()
-        pixels = np.empty((image.height, image.width, 3), np.uint8)
-        rows = max(1, _STRIP // image.width)
-        for top in range(0, image.height, rows):  # Pillow keeps four bytes per pixel, and copies to convert
-            bottom = min(image.height, top + rows)
-            part = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
-            pixels[top:bottom] = np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
-        return pixels
+        return pixels_of(image)
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """An image of any mode as [H, W, 3] uint8 RGB."""
+    if image.mode.startswith("I"):  # 16 bits per pixel: Pillow would clip instead of scale
+        gray = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    image.load()
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):  # Pillow keeps four bytes per pixel, and copies to convert
+        bottom = min(image.height, top + rows)
+        part = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
+        pixels[top:bottom] = np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
+    return pixels
 
 
 def open_image(data: bytes, most_pixels: int) -> Image.Image:
@@ -177,10 +185,18 @@ def open_image(data: bytes, most_pixels: int) -> Image.Image:
         raise ValueError("the file is no image that Pillow knows") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"the image has more than {most_pixels} pixels, the most that are read") from None
-    if not 0 < image.width * image.height <= most_pixels:
+    try:
+        check_size(image.width, image.height, most_pixels)
+    except ValueError:
         image.close()
-        raise ValueError(f"the image has {image.width} x {image.height} pixels; 1 to {most_pixels} are read")
+        raise
     return image
+
+
+def check_size(width: int, height: int, most_pixels: int) -> None:
+    """A ValueError for an image of no pixels, or of too many."""
+    if not 0 < width * height <= most_pixels:
+        raise ValueError(f"the image has {width} x {height} pixels; 1 to {most_pixels} are read")
 
 
 def as_ppm(image: np.ndarray) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +12,16 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from ..records import Views
-from .interface import Loader, Position, host_tensors
+from .interface import Loader, Position, SourceLoader, host_tensors
 from .policy import CropPolicy, CropTable, sample_crops
 from .reading import Replacement, read_samples
-from .stored import Source
-from .workers import Workers
+from .stored import Images, Source
+from .workers import ReadsBatches, Task, Workers
 
 _GROUP_BYTES = 3 * 2**23  # of decoded images, after which their crops are cut
 
 
-class TorchvisionLoader(Loader):
+class TorchvisionLoader(SourceLoader):
     """Reads with Pillow and crops with torchvision on the CPU; the photometric step runs on whole batches on the device.
 
     With workers=0 the calling process does the work, otherwise that many processes read ahead, a batch each.
@@ -31,50 +31,61 @@ class TorchvisionLoader(Loader):
 
     def __init__(self, source: Source, policy: CropPolicy, batch: int, *rest, **options):
         super().__init__(source, policy, batch, *rest, **options)
-        self._batches = _Batches(self.source, self.policy, self.batch, self.seed)
-        self._ahead: Workers | None = None
+        self._reader = BatchReader(self, SourceBatches(self.policy, self.batch, self.seed, self.source))
 
     def _fetch(self, start: Position) -> Views:
-        if self.workers:
-            if self._ahead is None:
-                self._ahead = self._read_ahead(start)
-            try:
-                batch, replacements = next(self._ahead)
-            except BaseException:
-                self._restart()  # what is read ahead is no longer what follows this position
-                raise
-        else:
-            batch = self._batches.blank()
-            replacements = self._batches.read((start.epoch, self._ids(start)), batch, lambda image: None)
+        batch, replacements = self._reader.read((position.epoch, ids) for position, ids in self._schedule(start))
         self._report(replacements)
         return self._views(batch)
 
-    def _read_ahead(self, start: Position) -> Workers:
-        tasks = ((position.epoch, ids) for position, ids in self._schedule(start))
-        pin_memory = self.device.type == "cuda"
-        return Workers(self.name, self._batches, tasks, self.workers, self.timeout, pin_memory)
-
     def _restart(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-        self._ahead = None
+        self._reader.restart()
 
     def close(self) -> None:
         """Ends the workers."""
         self._restart()
 
 
-@dataclass(frozen=True)
-class _Batches:
-    """From (epoch, ids) to a batch of crops on the CPU; this runs in the workers."""
+class BatchReader:
+    """Reads the batches of a loader one after the other: in this process, or in workers, ahead."""
 
-    source: Source
+    def __init__(self, loader: Loader, reads: ReadsBatches):
+        self.loader, self.reads = loader, reads
+        self._tasks: Iterator[Task] | None = None
+        self._ahead: Workers | None = None
+
+    def read(self, tasks: Iterator[Task]) -> tuple[dict[str, Tensor], list[Replacement]]:
+        """The next batch. tasks: those from the loader's position on, which are taken where none are under way."""
+        try:
+            if self._tasks is None:
+                self._tasks = tasks
+                self._ahead = self._workers(tasks) if self.loader.workers else None
+            if self._ahead is not None:
+                return next(self._ahead)
+            batch = self.reads.blank()
+            return batch, self.reads.read(next(self._tasks), batch, lambda image: None)
+        except BaseException:
+            self.restart()  # what is read ahead is no longer what follows the position
+            raise
+
+    def _workers(self, tasks: Iterator[Task]) -> Workers:
+        loader, pin_memory = self.loader, self.loader.device.type == "cuda"
+        return Workers(loader.name, self.reads, tasks, loader.workers, loader.timeout, pin_memory)
+
+    def restart(self) -> None:
+        """Ends the workers; the next batch is the first of other tasks."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._tasks, self._ahead = None, None
+
+
+@dataclass(frozen=True)
+class CutBatches:
+    """Cuts batches on the CPU; this runs in the workers."""
+
     policy: CropPolicy
     batch: int
     seed: int
-
-    def name(self, image: int) -> str:
-        return self.source.name(image)
 
     def blank(self) -> dict[str, Tensor]:
         """The tensors of a batch, in the sizes that any crops have."""
@@ -85,19 +96,27 @@ class _Batches:
             batch |= host_tensors(kind, table) | {f"{kind}.pixels": torch.empty(shape, dtype=torch.uint8)}
         return batch
 
-    def read(
-        self, task: tuple[int, np.ndarray], into: dict[str, Tensor], begin: Callable[[int], None]
+    def read_from(
+        self,
+        source: Images,
+        ids: np.ndarray,
+        keys: tuple[int, np.ndarray],
+        into: dict[str, Tensor],
+        begin: Callable[[int], None],
     ) -> list[Replacement]:
-        """Reads and cuts the images in groups, so that few of them are in memory at a time."""
-        epoch, ids = task
+        """Reads and cuts images of a source in groups, so that few of them are in memory at a time.
+
+        keys: the epoch, and a number for each image, that its crops depend on.
+        """
+        epoch, numbers = keys
 
         def read(image: int) -> np.ndarray:
             begin(image)
-            return self.source.read(image)
+            return source.read(image)
 
         replacements: list[Replacement] = []
         images: list[np.ndarray] = []
-        samples = read_samples(self.source, self.seed, ids, read)
+        samples = read_samples(source, self.seed, ids, read)
         for number in range(len(ids)):
             sample = next(samples)
             images.append(sample.content)
@@ -105,7 +124,7 @@ class _Batches:
             replacements += [sample.replacement] if sample.replacement else []
             if number == len(ids) - 1 or sum(image.size for image in images) >= _GROUP_BYTES:
                 part = slice(number + 1 - len(images), number + 1)
-                self._cut(epoch, ids[part], images, {k: t[:, part] for k, t in into.items() if k != "ids"})
+                self._cut(epoch, numbers[part], images, {k: t[:, part] for k, t in into.items() if k != "ids"})
                 images.clear()
             del sample  # or it would be in memory while the next one is read
         return replacements
@@ -116,6 +135,21 @@ class _Batches:
             cut(images, table, into[f"{kind}.pixels"])
             for name, tensor in host_tensors(kind, table).items():
                 into[name].copy_(tensor)
+
+
+@dataclass(frozen=True)
+class SourceBatches(CutBatches):
+    """From (epoch, ids) to a batch of crops of a source."""
+
+    source: Source
+
+    def name(self, image: int) -> str:
+        return self.source.name(image)
+
+    def read(
+        self, task: tuple[int, np.ndarray], into: dict[str, Tensor], begin: Callable[[int], None]
+    ) -> list[Replacement]:
+        return self.read_from(self.source, task[1], task, into, begin)
 
 
 def cut(images: list[np.ndarray], table: CropTable, out: Tensor) -> None:

@@ -25,12 +25,13 @@ from torch import Tensor
 from ..checks import sentence
 from ..process import end_with_parent
 from .reading import Replacement, describe_error, wait_while_moving
+from .shared_bytes import SharedBytes
 
 MOST_STARTS = 4  # of a worker for the same batch
 
 _SLOTS = 2  # batches that a worker reads ahead
 
-Task = Any  # what a batch is read from: picklable
+Task = Any  # what a batch is read from: picklable; its `memory`, if it has SharedBytes of this name, is not copied
 
 
 class ReadsBatches(Protocol):
@@ -72,6 +73,8 @@ class _Worker:
     def _send(self, slot: int, task: Task) -> None:
         with contextlib.suppress(OSError):  # it is dead, which is seen when its batch is awaited
             self.connection.send((slot, task))
+            if isinstance(memory := getattr(task, "memory", None), SharedBytes):
+                memory.send(self.connection, self.process.pid)
 
     def await_answer(self, timeout: float) -> tuple[Any, str]:
         """The answer to the oldest task; or None, and why there is none."""
@@ -183,17 +186,20 @@ def _work(reads: ReadsBatches, slots: list[dict[str, Tensor]], progress: Tensor,
     while True:
         try:
             slot, task = connection.recv()
+            if isinstance(memory := getattr(task, "memory", None), SharedBytes):
+                memory.receive(connection)
         except EOFError:
             return
         answer: Any
         try:
             answer = reads.read(task, slots[slot], begin)
         except Exception as error:
-            answer = _sendable(error)
+            answer = sendable(error)
         connection.send(answer)
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
+    """The error, or one with its text if it cannot be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # of a library, with other arguments than its message

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,20 +15,22 @@ from ..backbones.architectures import build_backbone, capabilities_of
 from ..backbones.interface import Backbone
 from ..backbones.timm_line import timm_line
 from ..checkpoint.folder import TEACHER
-from ..checks import check
+from ..checks import check, sentence
 from ..data import loaders
-from ..data.interface import Loader
+from ..data.interface import Loader, SourceLoader
 from ..data.masking import FixedMasks, ReleasedMasks
 from ..data.procedural import ProceduralSource
 from ..data.reading import REPORT_FILE as BAD_FILES
-from ..data.sources import open_source
+from ..data.sources import OwnImages, open_images, open_own
+from ..data.stored import Source
+from ..data.streams import ImageStream
 from ..objectives.interface import BuildContext, Objective
 from ..objectives.weighted import WeightedObjectives
 from ..records import Clock
 from ..report.console import Display
 from ..report.journal import Journal
 from ..report.run_folder import REPORT_FILE
-from ..run import Model, Run
+from ..run import PASSED, Data, Model, Run
 from ..threads import limit_spinning
 from .branches import Student, Teacher, build_branches_on, check_teacher_student
 from .checkpoint import Checkpoints
@@ -46,12 +49,19 @@ from .step_values import StepValues
 from .trainer import Trainer
 
 
-def train(run: Run) -> None:
-    """Trains on the processes that torchrun started, or on this process alone, and evaluates the teacher at intervals."""
+def train(run: Run, source: OwnImages | None = None) -> None:
+    """Trains on the processes that torchrun started, or on this process alone, and evaluates the teacher at intervals.
+
+    source: a data set of your own, in place of Data.path: anything with `__len__` and `__getitem__`, or an iterable
+    (docs/data.md). A run that is resumed needs it again.
+    """
     with processes(run.parallel) as mesh:
-        trainer = build_trainer(run, mesh)
-        if run.output.evaluate_every != 0:
-            trainer.probe = TeacherProbe(trainer.run, trainer.loader.source, mesh)
+        trainer = build_trainer(run, mesh, source=source)
+        if source is not None and run.data.path not in ("", trainer.run.data.path):
+            trainer.say(
+                f"note: the images come from the {type(source).__name__} that was passed, not from {run.data.path}"
+            )
+        add_probe(trainer)
         for doubt in run.optim.doubts(trainer.global_batch):
             trainer.say(f"note: {doubt}")
         try:
@@ -65,16 +75,40 @@ def train(run: Run) -> None:
         trainer.say(timm_line(shapes, teacher.heads, run.model.image_size, path))
 
 
+def add_probe(trainer: Trainer) -> None:
+    """Lets the teacher be evaluated at intervals, where the run wants it and its images allow it."""
+    if trainer.run.output.evaluate_every == 0:
+        return
+    without = "so the teacher's k-NN accuracy is not computed during the run"
+    if not isinstance(trainer.loader, SourceLoader):
+        trainer.say(
+            f"note: the images of an iterable have neither numbers nor classes, {without}, and no pictures are drawn."
+        )
+        return
+    if trainer.loader.source.labels is None:
+        trainer.say(f"note: the images have no classes, {without}; pictures are drawn.")
+    trainer.probe = TeacherProbe(trainer.run, trainer.loader.source, trainer.mesh)
+
+
 def build_trainer(
-    run: Run, mesh: Mesh | None = None, loader: Loader | None = None, metrics: Metrics | None = None
+    run: Run,
+    mesh: Mesh | None = None,
+    loader: Loader | None = None,
+    metrics: Metrics | None = None,
+    source: OwnImages | None = None,
 ) -> Trainer:
-    """The trainer of a run; without a mesh, for one process. Tests pass a loader or metrics that replace the run's."""
+    """The trainer of a run; without a mesh, for one process. Tests pass a loader or metrics that replace the run's.
+
+    source: a data set of the user's own, in place of Data.path.
+    """
     mesh = mesh or Mesh(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     precision, precision_reason = choose_precision(run.parallel.precision, mesh.device)
     run = replace(run, parallel=replace(run.parallel, precision=precision))
+    if source is not None:
+        run = replace(run, data=data_from(source, run.data))
     loader_reason = ""
     if loader is None:
-        choice = loaders.choose_loader(run.data.loader, mesh.device)
+        choice = loaders.choose_loader(run.data.loader, mesh.device, run.data.own)
         run = replace(run, data=replace(run.data, loader=choice.name))  # so reports name the loader in use
         loader_reason = choice.why
     torch.manual_seed(run.parallel.seed)  # the same weights on every rank, each of which then keeps its shard
@@ -99,7 +133,7 @@ def build_trainer(
     if compiled:
         compile_objectives(objectives, student, run.parallel, mesh)
         update.compile()
-    loader = loader or build_loader(run, mesh)
+    loader = loader or build_loader(run, mesh, source)
     clock = build_clock(run, mesh.world, loader.dataset_size)
     values = build_step_values(run, mesh, objectives, clock)
     return Trainer(
@@ -173,27 +207,45 @@ def freeze_patch_embed(arch: str, backbone: nn.Module) -> None:
     backbone.patch_embed.requires_grad_(False)
 
 
-def build_loader(run: Run, mesh: Mesh) -> Loader:
-    """The loader of a run, for this rank."""
+def data_from(source: OwnImages, data: Data) -> Data:
+    """The description of data that are passed to `train`: run.json names their class."""
+    loader = "auto" if data.loader == "procedural" else data.loader
+    return replace(data, path=f"{PASSED}{type(source).__name__}", loader=loader)
+
+
+def build_loader(run: Run, mesh: Mesh, source: OwnImages | None = None) -> Loader:
+    """The loader of a run, for this rank. source: a data set of the user's own, in place of Data.path."""
     data, seed = run.data, run.parallel.seed
-    source = (
-        open_source(data.path, data.most_pixels) if data.path else ProceduralSource(data.procedural_images, seed=seed)
-    )
-    return loaders.build_loader(
-        data.loader,
-        source,
-        data.crops,
-        data.batch_per_rank,
-        photometric=data.photometric,
-        seed=seed,
-        rank=mesh.rank,
-        world=mesh.world,
-        workers=data.workers,
-        device=mesh.device,
-        most_bad=data.most_bad,
-        report=Path(run.output.folder) / BAD_FILES,
-        timeout=data.timeout,
-    )
+    images: Source | ImageStream
+    if source is not None:
+        images = open_own(source, data.most_pixels)
+    else:
+        data.check_path()
+        generated = data.loader == "procedural"
+        images = (
+            ProceduralSource(data.procedural_images, seed=seed)
+            if generated
+            else open_images(data.path, data.most_pixels)
+        )
+    options: dict[str, Any] = {
+        "seed": seed,
+        "rank": mesh.rank,
+        "world": mesh.world,
+        "workers": data.workers,
+        "device": mesh.device,
+        "most_bad": data.most_bad,
+        "report": Path(run.output.folder) / BAD_FILES,
+        "timeout": data.timeout,
+    }
+    if not isinstance(images, ImageStream):
+        chosen = data.loader, images, data.crops, data.batch_per_rank
+        return loaders.build_loader(*chosen, photometric=data.photometric, **options)
+    steps = run.schedule.steps_per_epoch
+    rule = "A run over an iterable needs Schedule.steps_per_epoch, as an iterable has no length"
+    if steps is None:
+        raise ValueError(sentence(rule, "none", "set how many steps count as an epoch"))
+    options |= {"epoch_images": steps * run.global_batch(mesh.world), "most_pixels": data.most_pixels}
+    return loaders.build_stream_loader(images, data.crops, data.batch_per_rank, **options)
 
 
 def build_metrics(run: Run, mesh: Mesh, objectives: WeightedObjectives) -> Metrics:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..data.interface import Loader
@@ -66,4 +68,10 @@ class Batches:
                     self.stalled += self.loader.stall_seconds
 
     def state_dict(self) -> dict:
-        return self.loader.state_dict() if self.state_before is None else self.state_before
+        """All ranks must call this: what differs between them is put together, as one of them writes it."""
+        state = self.loader.state_dict() if self.state_before is None else self.state_before
+        if "of_rank" in state and dist.is_initialized():
+            of_ranks: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(of_ranks, state["of_rank"])
+            state = state | {"of_ranks": of_ranks}
+        return state

@@ -88,7 +88,7 @@ class LabeledOptions:
     """Which labeled images are used, and how they are read."""
 
     data: str = PROCEDURAL
-    """A folder with train/ and val/, or `procedural`."""
+    """A folder with train/ and val/, my_file.py:my_function that returns data sets of these names, or `procedural`."""
     reading: Reading = field(default_factory=Reading)
     """How images are read."""
 

@@ -3,7 +3,6 @@ any of its settings by flag."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checks import check, sentence
+from ..file_functions import call_alone, function_of_file, names_function
 from ..report.console import print_sentence
 from ..run import Run
 from ..usage import (
@@ -83,7 +83,7 @@ def request(words: Sequence[str], prog: str) -> Request:
 def recipe_of(words: Sequence[str], prog: str) -> tuple[str, Callable[[], Run]]:
     """The recipe that the first word names."""
     first = words[0] if words else ""
-    if ".py:" in first:
+    if names_function(first):
         path, name = first.rsplit(":", 1)
         return first, recipe_of_file(Path(path), name)
     rule, remedy = "A recipe in a file must be named", f"write {first}:NAME, the name of its function"
@@ -93,24 +93,13 @@ def recipe_of(words: Sequence[str], prog: str) -> tuple[str, Callable[[], Run]]:
 
 
 def recipe_of_file(path: Path, name: str) -> Callable[[], Run]:
-    """A recipe from a file outside the package. The file is executed, so it may register objectives of its own."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(sentence("A recipe's file must exist", path, "check the path"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    functions = [n for n, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == path.stem]
-    remedy = f"name one of its functions: {', '.join(functions) or 'there are none'}"
-    check(name in functions, f"{path} must have the recipe that is named", name or "nothing", remedy)
-    return getattr(module, name)
+    """A recipe from a file outside the package."""
+    return function_of_file(path, name, "recipe")
 
 
 def made_by(name: str, recipe: Callable[[], Run]) -> Run:
     """What a recipe returns; an error if it is no run."""
-    needed = [p.name for p in inspect.signature(recipe).parameters.values() if p.default is p.empty]
-    check(not needed, f"The recipe {name} must work without arguments", ", ".join(needed), "give each a default")
-    run = recipe()
+    run = call_alone(name, recipe, "recipe")
     check(
         isinstance(run, Run), f"The recipe {name} must return a Run", type(run).__name__, "return the Run that it makes"
     )
@@ -130,6 +119,7 @@ def _run_of(asked: Request, group: Group) -> Run:
     run = Run(**group.make(read.given, read.typed))
     rule, got = "Data.path must be your own images for this recipe", f"{YOUR_IMAGES}, which stands for them"
     check(asked.dry or run.data.path != YOUR_IMAGES, rule, got, "add --data.path FOLDER")
+    run.data.check_path()
     return run
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ...checks import sentence
+from ...checks import check, sentence
 from ...data.lists import read_rows
 from ...data.procedural import ProceduralSource
-from ...data.sources import FileList, Files, ImageFolder
+from ...data.sources import DATA_SET, FileList, Files, ImageFolder, open_own
 from ...data.stored import Images, Subset
+from ...data.streams import ImageStream
+from ...file_functions import call_alone, function_of, names_function
 from ..images import PROCEDURAL, Unreadable
 
 _IMAGENET = (1000, 50_000)  # classes, images of its validation set
@@ -41,13 +45,18 @@ class LabeledData:
 
 
 def open_labeled(path: str, procedural_images: int = 2048) -> LabeledData:
-    """A folder with train/ and val/ (or test/), each a folder of class folders or a list <name>.txt; or `procedural`."""
+    """A folder with train/ and val/ (or test/), each a folder of class folders or a list <name>.txt; the function of a file
+    that returns data sets under these names (`my_images.py:both`); or `procedural`."""
     if path == PROCEDURAL:
         drawn = ProceduralSource(procedural_images), ProceduralSource(512, seed=1)
         train, test = (_all_images(source, source.labels, source.classes) for source in drawn)
         return LabeledData(PROCEDURAL, train, test, whole=True)
     root = Path(path)
-    train, test = _open_part(root, "train"), _open_part(root, "val", "test")
+    if names_function(path):
+        parts = call_alone(path, function_of(path, DATA_SET), DATA_SET)
+        train, test = _part_of(parts, path, "train"), _part_of(parts, path, "val", "validation", "test")
+    else:
+        train, test = _open_part(root, "train"), _open_part(root, "val", "test")
     train_only, test_only = set(train.classes) - set(test.classes), set(test.classes) - set(train.classes)
     if train_only or test_only:
         got = (
@@ -83,6 +92,20 @@ def _open_part(root: Path, *names: str) -> LabeledImages:
         return _all_images(source, source.labels, source.classes)
     rule, got = "A data set must have the parts train and val", f"no {' or '.join(names)} in {root}"
     raise FileNotFoundError(sentence(rule, got, "make folders or lists of these names"))
+
+
+def _part_of(parts: Any, path: str, *names: str) -> LabeledImages:
+    """The data set under the first of the names that exists."""
+    found = [name for name in names if isinstance(parts, Mapping) and name in parts]
+    got = f"a dict with {', '.join(map(str, parts))}" if isinstance(parts, Mapping) else type(parts).__name__
+    remedy = 'return {"train": one, "val": another}'
+    check(bool(found), f"{path} must return a dict of data sets with {' or '.join(names)}", got, remedy)
+    source = open_own(parts[found[0]])
+    if isinstance(source, ImageStream) or source.labels is None:
+        rule, got = "Images of a labeled data set need numbers and classes", f"none in {found[0]} of {path}"
+        remedy = "give each data set a length, items by number and a list `targets`"
+        raise ValueError(sentence(rule, got, remedy))
+    return _all_images(source, source.labels, source.classes)
 
 
 def choose_labels(part: LabeledImages, share: float, names: str = "", seed: int = 0) -> LabeledImages:
