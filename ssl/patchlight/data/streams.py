@@ -41,7 +41,8 @@ class ImageStream:
         self.sharded = bool(getattr(images, "sharded", False))
         self.quiet = False  # another process says the same
         self._has_state = all(callable(getattr(images, name, None)) for name in ("state_dict", "load_state_dict"))
-        self._passes, self._taken, self._failed = 0, 0, 0
+        self._passes, self._taken = 0, 0
+        self._errors: list[str] = []  # of the last items, in a row
         self._iterator: Iterator[Any] | None = None
 
     def name(self, number: int) -> str:
@@ -88,17 +89,19 @@ class ImageStream:
             try:
                 item = next(self._iterator)
             except StopIteration:
-                check(not self._failed, *self._must_go_on("its end after an error"))
+                if self._errors:
+                    raise RuntimeError(self._must_go_on("its end after ")) from None
                 self._begin_next_pass(least)
                 continue
             except Exception as error:
-                self._failed += 1
-                if inspect.isgenerator(self._iterator) or self._failed > MAX_SUBSTITUTES:  # a generator ends with it
-                    rule, got, remedy = self._must_go_on(describe_error(error))
-                    raise RuntimeError(sentence(rule, got, remedy)) from error
+                self._errors.append(describe_error(error))
                 self._taken += 1
+                if (
+                    inspect.isgenerator(self._iterator) or len(self._errors) > MAX_SUBSTITUTES
+                ):  # a generator ends with it
+                    raise RuntimeError(self._must_go_on("")) from error
                 return error
-            self._failed = 0
+            self._errors.clear()
             self._taken += 1
             return item
 
@@ -117,7 +120,8 @@ class ImageStream:
     def _open(self, passes: int) -> None:
         """Starts iterating."""
         self._set_epoch(passes)
-        self._iterator, self._passes, self._taken, self._failed = iter(self.images), passes, 0, 0
+        self._iterator, self._passes, self._taken = iter(self.images), passes, 0
+        self._errors.clear()
 
     def _set_epoch(self, passes: int) -> None:
         if callable(set_epoch := getattr(self.images, "set_epoch", None)):
@@ -137,9 +141,12 @@ class ImageStream:
             )
             return None
 
-    def _must_go_on(self, got: str) -> tuple[str, str, str]:
-        rule = f"{self.title}: an iterable must go on after an item that cannot be read, {self._taken} of its pass"
-        return rule, got, "catch the error there and leave the item out, or give paths or bytes, which loaders decode"
+    def _must_go_on(self, how: str) -> str:
+        """What is wrong with an iterable that ends with an error. how: it has ended."""
+        rule = f"{self.title}: an iterable must go on after an item that cannot be read"
+        got = f"{how}{self._errors[-1]}, after {self._taken - len(self._errors)} items of pass {self._passes + 1}"
+        remedy = "catch the error there and leave the item out, or give paths or bytes, which loaders decode"
+        return sentence(rule, got, remedy)
 
     def _say(self, text: str) -> None:
         if not self.quiet:
