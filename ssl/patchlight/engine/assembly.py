@@ -30,7 +30,7 @@ from ..records import Clock
 from ..report.console import Display
 from ..report.journal import Journal
 from ..report.run_folder import REPORT_FILE
-from ..run import PASSED, Data, Model, Run
+from ..run import PASSED, Model, Run
 from ..threads import limit_spinning
 from .branches import Student, Teacher, build_branches_on, check_teacher_student
 from .checkpoint import Checkpoints
@@ -104,13 +104,9 @@ def build_trainer(
     mesh = mesh or Mesh(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     precision, precision_reason = choose_precision(run.parallel.precision, mesh.device)
     run = replace(run, parallel=replace(run.parallel, precision=precision))
-    if source is not None:
-        run = replace(run, data=data_from(source, run.data))
     loader_reason = ""
     if loader is None:
-        choice = loaders.choose_loader(run.data.loader, mesh.device, run.data.own)
-        run = replace(run, data=replace(run.data, loader=choice.name))  # so reports name the loader in use
-        loader_reason = choice.why
+        run, loader_reason = with_loader(run, mesh.device, source)
     torch.manual_seed(run.parallel.seed)  # the same weights on every rank, each of which then keeps its shard
     objectives = build_objectives(run, mesh.world).to(mesh.device)
     student, teacher = build_branches(run.model, objectives.objectives())
@@ -207,10 +203,14 @@ def freeze_patch_embed(arch: str, backbone: nn.Module) -> None:
     backbone.patch_embed.requires_grad_(False)
 
 
-def data_from(source: OwnImages, data: Data) -> Data:
-    """The description of data that are passed to `train`: run.json names their class."""
-    loader = "auto" if data.loader == "procedural" else data.loader
-    return replace(data, path=f"{PASSED}{type(source).__name__}", loader=loader)
+def with_loader(run: Run, device: torch.device, source: OwnImages | None) -> tuple[Run, str]:
+    """The run with its loader, so that reports name it, and why it is this one. A source is named by its class."""
+    data = run.data
+    if source is not None:
+        loader = "auto" if data.loader == "procedural" else data.loader
+        data = replace(data, path=f"{PASSED}{type(source).__name__}", loader=loader)
+    choice = loaders.choose_loader(data.loader, device, data.own)
+    return replace(run, data=replace(data, loader=choice.name)), choice.why
 
 
 def build_loader(run: Run, mesh: Mesh, source: OwnImages | None = None) -> Loader:
