@@ -44,6 +44,7 @@ class Loader(ABC):
 
     name: str  # for reports and messages
     dataset_size: int  # images of an epoch, over all ranks
+    bad_remedy = "leave them out of the data set, or raise Data.most_bad"  # where too many images cannot be read
 
     def __init__(
         self,
@@ -132,8 +133,7 @@ class Loader(ABC):
             rule = f"{self.name} loader: at most {self.most_bad:.2%} of {self._may_be_bad()} images may be unreadable"
             listed = self.report or "the warnings above"
             got = f"{len(self._bad)} on rank {self.rank} alone, listed in {listed}"
-            remedy = "run patchlight check-data and train on its clean list"
-            raise RuntimeError(sentence(rule, got, remedy))
+            raise RuntimeError(sentence(rule, got, self.bad_remedy))
 
     def _views(self, batch: dict[str, Tensor]) -> Views:
         """A batch of cut crops and their host_tensors as Views. Without a photometric table, crops are changed already."""
@@ -155,6 +155,8 @@ class SourceLoader(Loader):
     def __init__(self, source: Source, policy: CropPolicy, batch: int, *rest, **options):
         super().__init__(policy, batch, *rest, **options)
         self.source, self.dataset_size = source, len(source)
+        if source.files():
+            self.bad_remedy = "run patchlight check-data and train on its clean list"
         self._position = Position()
         self._cached_order: tuple[int, np.ndarray] | None = None
         check(
