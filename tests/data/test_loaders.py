@@ -28,6 +28,17 @@ def test_the_choice(monkeypatch, wanted, device, installed, name, why):
     assert why in choice.why
 
 
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_a_data_set_of_the_users_own_is_read_by_python(monkeypatch, device):
+    """In processes, where DALI's threads might read what allows one at a time."""
+    monkeypatch.setattr(loaders, "dali_is_there", lambda: True)
+    choice = loaders.choose_loader("auto", device, own=True)
+    assert (choice.name, choice.why) == ("torchvision", "a data set of your own is read by Python, not by NVIDIA DALI")
+    assert loaders.choose_loader("torchvision", device, own=True).why == "set by Data.loader"
+    with pytest.raises(ValueError, match=r'may not allow, got Data.loader="dali"; use loader="auto" or loader="torchv'):
+        loaders.choose_loader("dali", device, own=True)
+
+
 def test_dali_is_never_replaced_when_it_is_set(monkeypatch):
     monkeypatch.setattr(loaders, "dali_is_there", lambda: False)
     with pytest.raises(ModuleNotFoundError, match=r"needs NVIDIA DALI, got a Python without it; pip install"):

@@ -154,6 +154,25 @@ def test_kinds_of_items_reach_workers_unchanged(build, tmp_path):
     assert_same(steps(build(Kinds(tmp_path), workers=2), 9), alone)
 
 
+def test_each_pass_has_its_number(build):
+    class Told(Shuffled):
+        told: tuple[int, ...] = ()
+
+        def set_epoch(self, epoch):
+            super().set_epoch(epoch)
+            self.told += (epoch,)
+
+    images = Told(12)
+    first = build(images)
+    found = steps(first, 4)
+    assert images.told == (0, 1)
+    again = build(Told(12))
+    again.load_state_dict(first.state_dict())
+    steps(again, 1)
+    assert again.stream.images.told == (1, 2)
+    assert not torch.equal(found[0][0].mean((0, 2, 3, 4)).sort()[0], found[2][0].mean((0, 2, 3, 4)).sort()[0])
+
+
 def itself(item):
     return item
 
