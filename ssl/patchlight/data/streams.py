@@ -96,9 +96,8 @@ class ImageStream:
             except Exception as error:
                 self._errors.append(describe_error(error))
                 self._taken += 1
-                if (
-                    inspect.isgenerator(self._iterator) or len(self._errors) > MAX_SUBSTITUTES
-                ):  # a generator ends with it
+                ends = inspect.isgenerator(self._iterator)  # a generator ends with an error
+                if ends or len(self._errors) > MAX_SUBSTITUTES:
                     raise RuntimeError(self._must_go_on("")) from error
                 return error
             self._errors.clear()
@@ -106,14 +105,11 @@ class ImageStream:
             return item
 
     def _begin_next_pass(self, least: int) -> None:
-        check(
-            self._taken >= least,
-            f"{self.title}: a pass must have the images of a global batch, {least}",
-            f"{self._taken or 'none'} in pass {self._passes + 1}",
-            "give more images or use a smaller batch"
-            if self._taken or not self._passes
-            else "pass an object that can be iterated anew, no iterator",
-        )
+        rule = f"{self.title}: a pass must have the images of a global batch, {least}"
+        got, remedy = f"{self._taken or 'none'} in pass {self._passes + 1}", "give more images or use a smaller batch"
+        if self._passes and not self._taken:
+            remedy = "pass an object that can be iterated anew, no iterator"
+        check(self._taken >= least, rule, got, remedy)
         self._say(f"pass {self._passes + 1} has ended after {self._taken} items; pass {self._passes + 2} begins")
         self._open(self._passes + 1)
 
