@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data.pictures import picture
+from engine.test_parallel import STEP_LENGTH
 from engine.tiny_run import MetricsInMemory, largest_difference, on_processes, outcome, tiny_run
 from torch.utils.data import Dataset, IterableDataset
 
@@ -127,9 +128,9 @@ def test_two_ranks_train_on_the_images_of_one(name, mine, tmp_path):
     run = own_run(tmp_path / "two", path, data={"batch_per_rank": 4})
     two = on_processes(2, trained, run, None, 6, True)
     for before, after in zip(single["terms"], two[0]["terms"], strict=False):
-        assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
+        assert after["loss"] == pytest.approx(before["loss"], rel=2e-5)
     rest = trained(resumed(own_run(tmp_path / "two", path)))
-    assert largest_difference(single["student"], rest["student"]) < 1e-4
+    assert largest_difference(single["student"], rest["student"]) < STEP_LENGTH / 20, "fp32 rounding"
     assert rest["clock"] == single["clock"]
 
 
