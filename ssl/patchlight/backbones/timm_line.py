@@ -1,4 +1,4 @@
-"""The line of Python with which timm loads an exported backbone."""
+"""timm's name and options for an exported backbone, and the line of Python with which timm loads it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ _SWINS: dict[tuple[int, tuple[int, ...]], str] = {
 }
 
 
-def timm_line(shapes: Mapping[str, Sequence[int]], heads: int, image_size: int, path: Path | str) -> str:
-    """timm.create_model(...) for weights of these shapes, with every option that timm's own model has otherwise.
+def timm_name(shapes: Mapping[str, Sequence[int]], heads: int, image_size: int) -> tuple[str, dict[str, Any]]:
+    """A timm model's name for weights of these shapes, and every option that it has otherwise.
 
     heads: attention heads of a vision transformer. image_size: of the global crops.
     """
     if "conv1.weight" in shapes:
-        name, options = _resnet(shapes)
-    elif "layers.0.blocks.0.norm1.weight" in shapes:
-        name, options = _swin(shapes, image_size)
-    else:
-        name, options = _vit(shapes, heads)
+        return _resnet(shapes)
+    if "layers.0.blocks.0.norm1.weight" in shapes:
+        return _swin(shapes, image_size)
+    return _vit(shapes, heads)
+
+
+def timm_line(shapes: Mapping[str, Sequence[int]], heads: int, image_size: int, path: Path | str) -> str:
+    """timm.create_model(...) for a file of weights of these shapes; the rest as in `timm_name`."""
+    name, options = timm_name(shapes, heads, image_size)
     given = "".join(f", {key}={value!r}" for key, value in options.items())
     return f'timm.create_model("{name}"{given}, num_classes=0, checkpoint_path="{path}")'
 
