@@ -194,7 +194,7 @@ class VisionTransformer(Backbone):
         positions = self.positions(grid)
         if self.cls_token is None:
             return x + positions
-        cls = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
+        cls = (self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)  # len(x) would be a constant in an export
         x = x + positions[:, 1:]
         return torch.cat([cls.to(x.dtype), x], dim=1)
 

@@ -177,7 +177,8 @@ class ClassAttentionBlock(nn.Module):
         """
         q = self._split(self.q(state) * (x.shape[-1] // self.heads) ** -0.5).squeeze(1)
         q_k = torch.einsum("mhe,hed->mhd", q, self._by_head(self.k.weight))
-        scores = torch.cat([(q_k @ state.mT).expand(len(x), -1, -1), q_k.expand(len(x), -1, -1) @ x.mT], dim=2)
+        images = x.shape[0]  # len(x) would be a constant in an export
+        scores = torch.cat([(q_k @ state.mT).expand(images, -1, -1), q_k.expand(images, -1, -1) @ x.mT], dim=2)
         # The softmax does not depend on the bias of keys.
         scores = scores + (q * self._by_head(self.k.bias)).sum(dim=-1, keepdim=True)
         weights = scores.softmax(dim=2)
