@@ -1,4 +1,4 @@
-"""Opens checkpoints: a run's folder, a teacher.safetensors, a published file, or a timm model by name."""
+"""Opens checkpoints: a run's folder, an exported folder, a teacher.safetensors, a published file, or a timm model by name."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ from ..backbones.interface import Backbone
 from ..backbones.published import MAY_START_ANEW, read_published, without_ones
 from ..backbones.timm_backbone import TimmBackbone
 from ..backbones.vit import VisionTransformer
+from ..backbones.weight_file import read_tensors
 from ..checkpoint.folder import FACTS, complete, load_tensors, read_facts
 from ..checkpoint.manifest import MANIFEST
 from ..checks import check_least, sentence
 from ..heads.summary import ClassTokenSummary, MeanSummary, build_summary
 from .encoder import Encoder, InputFormat
 
+# An exported folder: the backbone under timm's names; the class attention, which timm does not have, if that is the summary.
+EXPORTED, EXPORTED_SUMMARY = "model.safetensors", "summary.safetensors"
+HUB = "hf-hub:"  # as timm writes it
 _MEAN_NOTE = "an image is summed up by the mean of its patches"
 
 
 def open_checkpoint(checkpoint: str, heads: int | None = None) -> Encoder:
     """An encoder in eval mode on the CPU.
 
-    checkpoint: a run's folder (its latest checkpoint), one step's folder, a .safetensors or .pth file, or timm's name. Of
-    files with several networks the one that their authors evaluate is taken. heads: attention heads, which a file of
-    weights does not state. Runs of this library record them; others are taken to have 64 channels per head (MoCo v3's
-    ViT-S has 12 heads).
+    checkpoint: a run's folder (its latest checkpoint), one step's folder, what `patchlight export hub` wrote or uploaded
+    ("hf-hub:user/name"), a .safetensors or .pth file, or timm's name. Of files with several networks the one that their
+    authors evaluate is taken. heads: attention heads, which a file of weights does not state. Runs of this library record
+    them; others are taken to have 64 channels per head (MoCo v3's ViT-S has 12 heads).
     """
+    if checkpoint.startswith(HUB):
+        return _open_file(_download(checkpoint) / EXPORTED, heads, checkpoint).eval()
     path = Path(checkpoint)
     if path.is_dir():
         return _open_folder(path).eval()
     if path.is_file():
         return _open_file(path, heads).eval()
-    if path.suffix or "/" in checkpoint.removeprefix("hf-hub:") or not timm.is_model(checkpoint):
+    if path.suffix or "/" in checkpoint or not timm.is_model(checkpoint):
         rule, got = (
             "A checkpoint must be a folder, a file or the name of a timm model",
             f"{checkpoint!r}, which is none",
@@ -54,12 +60,32 @@ def run_folder_of(checkpoint: str) -> Path | None:
     return next((folder for folder in (path, *path.parents) if (folder / "run.json").is_file()), None)
 
 
-def _open_folder(path: Path) -> Encoder:
+def latest_step(path: Path) -> Path:
+    """The folder of a run's latest complete checkpoint, or of the one checkpoint that the path is."""
     steps = [path] if (path / MANIFEST).exists() else complete(path / "checkpoints")
     if not steps:
         rule, got = "A run's folder must hold a complete checkpoint", f"none in {path / 'checkpoints'}"
         raise FileNotFoundError(sentence(rule, got, "train until the first save, or pass a file"))
-    run = read_facts(steps[-1])["run"]
+    return steps[-1]
+
+
+def facts_of(checkpoint: str) -> dict[str, Any] | None:
+    """The facts of the run that made a checkpoint, as far as they are beside it; None where there are none."""
+    path = Path(checkpoint)
+    if path.is_dir() and not (path / EXPORTED).is_file():
+        return read_facts(latest_step(path))
+    facts = path / FACTS if path.is_dir() else path.with_name(FACTS)
+    if not path.exists() or not facts.exists():
+        return None
+    run = _read_run(facts)  # which names what is wrong with the file
+    return {**json.loads(facts.read_text()), "run": run}
+
+
+def _open_folder(path: Path) -> Encoder:
+    if (path / EXPORTED).is_file():
+        return _open_file(path / EXPORTED, None, str(path))
+    step = latest_step(path)
+    run = read_facts(step)["run"]
     backbone = _build_backbone_of_run(run["model"])
     assert isinstance(backbone, nn.Module)
     summary = build_summary(run["model"]["summary"], backbone)
@@ -67,14 +93,40 @@ def _open_folder(path: Path) -> Encoder:
         "teacher": {f"backbone.{n}": t for n, t in backbone.state_dict().items()}
         | {f"summary.{n}": t for n, t in summary.state_dict().items()}
     }
-    load_tensors(steps[-1], state)  # into the tensors themselves
-    return Encoder(backbone, summary, str(steps[-1]), _input_format(run))
+    load_tensors(step, state)  # into the tensors themselves
+    return Encoder(backbone, summary, str(step), _input_format(run))
 
 
-def _open_file(path: Path, heads: int | None) -> Encoder:
+def _download(name: str) -> Path:
+    """The folder of an exported teacher on the Hugging Face Hub."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    files = [EXPORTED, EXPORTED_SUMMARY, FACTS]
+    try:
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+    except Exception as error:  # the Hub's own errors, the network's, and those of the folder of downloads
+        rule, got = f"{HUB} needs a repository of the Hugging Face Hub that can be read", first_line(error)
+        raise OSError(
+            sentence(rule, f"{name}: {got}", "check the name and the network, or run hf auth login")
+        ) from error
+    if not (folder / EXPORTED).is_file() or not (folder / FACTS).is_file():
+        rule, got = f"{HUB} needs a repository that patchlight export hub made", f"{name} without {EXPORTED} or {FACTS}"
+        raise FileNotFoundError(sentence(rule, got, "pass timm's own name of a model, or a file of its weights"))
+    return folder
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says first, as a part of a sentence."""
+    text = (str(error).strip() or "no reason").splitlines()[0].rstrip(":. ")
+    return f"{type(error).__name__} ({text})"
+
+
+def _open_file(path: Path, heads: int | None, name: str = "") -> Encoder:
+    """name: of the encoder, if it is not the file's path."""
     published, facts = read_published(path), path.with_name(FACTS)
     run = _read_run(facts) if facts.exists() else None
-    summary_weights = _under("summary.", published.weights)
+    summary_weights = _under("summary.", published.weights) or _read_summary(path.with_name(EXPORTED_SUMMARY), path)
     weights = {name: t for name, t in published.weights.items() if not name.startswith("summary.")}
     backbone = _build_backbone_of_run(run["model"]) if run else _build_plain_vit(weights, path, heads)
     assert isinstance(backbone, nn.Module)
@@ -83,10 +135,13 @@ def _open_file(path: Path, heads: int | None) -> Encoder:
     if summary_weights:
         summary = build_summary("class_attention", backbone)
         _load_weights(summary, summary_weights, path)
+        if not _under("norm.", backbone.state_dict()):  # it is the summary's
+            weights = {name: t for name, t in weights.items() if not name.startswith("norm.")}
     elif backbone.has_class_token:
         summary = ClassTokenSummary()
     else:
-        notes.append(f"no summary head in the file: {_MEAN_NOTE}")
+        if not run or run["model"]["summary"] != "mean":
+            notes.append(f"no summary head in the file: {_MEAN_NOTE}")
         norm = _under("norm.", weights)
         summary = build_summary("mean", backbone) if norm or backbone.norm_eps is None else MeanSummary()
         if norm and not _under("norm.", backbone.state_dict()):
@@ -97,13 +152,19 @@ def _open_file(path: Path, heads: int | None) -> Encoder:
     _load_weights(backbone, weights, path)
     if left_out := published.beside:
         notes.append(f"{len(left_out)} tensors are no part of the backbone and were left out, such as {left_out[0]}")
-    return Encoder(backbone, summary, str(path), _input_format(run), tuple(notes))
+    return Encoder(backbone, summary, name or str(path), _input_format(run), tuple(notes))
+
+
+def _read_summary(path: Path, weights: Path) -> dict[str, Tensor]:
+    """The class attention beside the weights of an exported folder, if there is one."""
+    return read_tensors(path) if weights.name == EXPORTED and path.is_file() else {}
 
 
 def _read_run(facts: Path) -> dict[str, Any]:
     """The run that made the file beside these facts."""
     try:
-        return {part: dict(json.loads(facts.read_text())["run"][part]) for part in ("model", "data")}
+        run = json.loads(facts.read_text())["run"]
+        return {**run, "model": dict(run["model"]), "data": dict(run["data"])}
     except (ValueError, KeyError, TypeError, OSError) as error:
         rule, got = f"{FACTS} beside weights must describe their run", f"{type(error).__name__}: {error} in {facts}"
         raise ValueError(
