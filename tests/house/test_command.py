@@ -203,6 +203,30 @@ WRONG = [
     ("evaluate segment --checkpoint @/tiny linear --steps 0", "--steps must be ... got 0"),
     ("evaluate davis --checkpoint @/tiny --data @/none", "@/none"),
     ("evaluate render --out @/images", "must be new or empty"),
+    ("export", "must be a command, got nothing; patchlight export --help"),
+    ("export onx", "got onx; perhaps onnx"),
+    ("export hub", "--checkpoint must be given, got nothing"),
+    ("export hub --checkpoint @/tiny", "--folder must be given, got nothing; it is a path"),
+    ("export hub --checkpoint @/none --folder @/new", "--checkpoint must be a run's folder ... got @/none, nothing there"),
+    ("export hub --checkpoint @/notes.pth --folder @/new", "got @/notes.pth, a file; pass the folder"),
+    ("export hub --checkpoint @/empty --folder @/new", "must hold a complete checkpoint, got none in @/empty"),
+    ("export hub --checkpoint @/hurt --folder @/new", "@/hurt"),
+    ("export hub --checkpoint @/tiny --folder @/images", "got @/images, which holds other files; choose another"),
+    ("export hub --checkpoint @/tiny --folder @/text.txt", "got @/text.txt, which is a file; choose another"),
+    ("export hub --checkpoint @/tiny --folder @/new --private", "got no --push; add --push user/name"),
+    ("export hub --checkpoint @/tiny --folder @/new --push teacher", "--push must name a repository ... got 'teacher'"),
+    ("export hub --checkpoint @/tiny --folder @/new --push me/a--b", "--push must name a repository ... got 'me/a--b'"),
+    ("export hub --checkpoint @/tiny --folder @/new --pusch me/a", "got --pusch; perhaps --push"),
+    ("export onnx --checkpoint @/tiny", "--file must be given, got nothing; it is a path"),
+    ("export onnx --checkpoint @/tiny --file @/new.pt", "--file must end in .onnx, got @/new.pt; write --file new.onnx"),
+    ("export onnx --checkpoint @/tiny --file @/new.onnx --opset 0", "--opset must be a whole number in [1, 2^53), got 0"),
+    ("export onnx --checkpoint @/tiny --file @/new.onnx --opset new", "--opset must be a whole number, or none, got 'new'"),
+    ("export onnx --checkpoint @/tiny --file @/new.onnx --tolerance 0", "--tolerance must be ... got 0"),
+    ("export torch --checkpoint @/tiny --file @/new.onnx", "--file must end in .pt2, got @/new.onnx"),
+    ("export torch --checkpoint @/none --file @/new.pt2", "got '@/none', which is none; check the path"),
+    ("export torch --checkpoint @/tiny --file @/new.pt2 --size 17", "multiple of the patch size 4, got 17; the nearest is 16"),
+    ("export torch --checkpoint @/tiny --file @/new.pt2 --size 0", "--size must be ... got 0"),
+    ("export torch --checkpoint @/tiny --file @/new.pt2 --heads 0", "--heads must be ... got 0"),
     ("check-data", "PATH must be given, got nothing"),
     ("check-data @/none", "@/none"),
     ("check-data @/images @/empty", "got @/empty; see patchlight check-data --help"),
@@ -281,6 +305,7 @@ def test_help_imports_little():
     heavy = {"torch._dynamo", "timm", "patchlight.engine.assembly", "sympy"}
     assert not heavy & imported_by(ROOT / "train.py", "selfpatch_vits16_in1k", "--help")
     assert not heavy & imported_by("-m", "patchlight.command", "train", "--help")
+    assert not {"torch", "numpy", "timm"} & imported_by("-m", "patchlight.command", "export", "onnx", "--help")
     assert not {"torch", "numpy"} & imported_by("-c", "import patchlight; dir(patchlight)")
 
 

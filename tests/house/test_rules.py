@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "data": GROUND,
     "objectives": GROUND | {"heads", "data.masking"},
     "evaluation": GROUND | {"report", "checkpoint", "backbones", "heads", "data"},
+    "export": GROUND | {"report", "checkpoint", "backbones", "heads", "data", "evaluation"},
     "run": GROUND | {"objectives", "data"},
     "needs": GROUND | {"backbones", "objectives", "data"},
     "engine": GROUND
