@@ -15,7 +15,7 @@ from parity import ROOT
 from patchlight.command import main
 from patchlight.evaluation.checkpoints import open_checkpoint
 from patchlight.export import comparison, files, onnx_file, torch_file
-from patchlight.export.traced import foreign_ops, open_teacher
+from patchlight.export.traced import foreign_ops, open_teacher, trace
 
 ALONE = """
 import sys
@@ -124,6 +124,8 @@ def test_another_size_and_opset(tmp_path):
         expected = open_checkpoint(str(run))(pixels)
     found = runtime.InferenceSession(str(file)).run(["patches"], {"pixels": pixels.numpy()})[0]
     assert abs(found - expected.patches.numpy()).max() < 1e-5 * float(expected.patches.abs().max())
+    native, larger = (trace(open_teacher(str(run), size, None)).graph.nodes for size in (16, 24))
+    assert len(native) == len(larger), "no operation resizes the table again"
     import onnx
 
     model = onnx.load(str(file))

@@ -43,8 +43,8 @@ LAYERS = {
 def export_hub(checkpoint: Path, folder: Path, push: str, private: bool, license: str, picture: bool) -> None:
     """Writes the folder, and uploads it if `push` names a repository."""
     check(bool(push) or not private, "--private is of a repository", "no --push", "add --push user/name")
+    check_installed("huggingface_hub")
     if push:
-        check_installed("huggingface_hub")
         check_repository(push)
     step = _step(checkpoint)
     _check_folder(folder)

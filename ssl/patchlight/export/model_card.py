@@ -98,7 +98,7 @@ class Card:
             ("width", f"{encoder.width} numbers per vector"),
             ("summary", SUMMARIES[self.kind]),
         ]
-        return f"{about}\n\n{table(('', ''), rows)}"
+        return f"{about}\n\n{table(('property', 'value'), rows)}"
 
     def _picture(self, name: str) -> str:
         if not name:
@@ -122,8 +122,8 @@ class Card:
             "from PIL import Image",
             "",
             f"model = timm.create_model({quoted(f'hf-hub:{self.repository}')}, pretrained=True).eval()  # or local-dir:FOLDER",
-            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)",
-            'pixels = transform(Image.open("image.jpg").convert("RGB"))[None]',
+            "prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+            'pixels = prepare(Image.open("image.jpg").convert("RGB"))[None]',
             "with torch.no_grad():",
             "    features = model.forward_features(pixels)",
             f"    patches = {patches}  # [1, N, D], row by row",
