@@ -150,6 +150,16 @@ def test_another_network_in_timm_is_refused(wrong, tmp_path, monkeypatch):
     assert not list(out.iterdir()), "nothing that could be taken for a model"
 
 
+def test_a_norm_that_timm_does_not_have(tmp_path):
+    model = RUNS["resnet"]["model"] | {"summary": "class_attention"}
+    run = saved_run(tmp_path / "run", "resnet", model=model)
+    with pytest.raises(
+        SystemExit, match=r"got class attention on a ResNet, .*; patchlight export onnx and torch write"
+    ):
+        export("--checkpoint", run, "--folder", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_weights_are_not_exported(tmp_path):
     run, out = saved_run(tmp_path / "run"), tmp_path / "out"
     (file,) = run.rglob("teacher.safetensors")

@@ -99,6 +99,20 @@ def test_numbers_come_from_the_files_of_the_run_up_to_the_checkpoint(bare, tmp_p
     assert "knn-old.json is of another checkpoint: the card leaves it out." in capsys.readouterr().out
 
 
+def test_a_damaged_file_is_said_and_left_out(bare, tmp_path, capsys):
+    run = shutil.copytree(bare, tmp_path / "run")
+    (run / "environment.json").write_text("{")
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "knn-x.json").write_text("[]")
+    (run / "knn.jsonl").write_text('{"step": 1, "k10"\n{"step": 2, "k10": null, "k20": 0.5}\n')
+    card = card_of(run, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "environment.json cannot be read (" in printed
+    assert "knn-x.json cannot be read (knn-x.json must hold an object): the card leaves it out." in printed
+    assert rows_of(card)["2"] == ["50.00"]
+    assert "software" not in rows_of(card)
+
+
 def test_a_license_that_is_known(bare, tmp_path):
     card = card_of(bare, tmp_path / "out", "--license", "cc-by-4.0")
     assert front_matter(card)["license"] == "cc-by-4.0"

@@ -50,6 +50,7 @@ def export_hub(checkpoint: Path, folder: Path, push: str, private: bool, license
     _check_folder(folder)
     facts = RunFacts(run_folder_of(str(step)), step, read_facts(step))
     teacher = _open(step)
+    _check_norm(teacher)
     name, options = _timm_name(teacher, facts.run["model"]["image_size"])
     files = _write_model(teacher, step, folder, timm_config(teacher, name, options))
     shared = {"clock": facts.clock, "run": facts.shareable_run()}
@@ -63,9 +64,9 @@ def export_hub(checkpoint: Path, folder: Path, push: str, private: bool, license
         print(f"{CARD} shows {shown.name} of the run, which holds images that it has read; --no-picture leaves it out.")
     elif (folder / PICTURE).exists():
         (folder / PICTURE).unlink()  # of an earlier export
+    write_whole(folder / CARD, card.text(shown.name if shown else ""))
     for line in facts.left_out():
         print(line)
-    write_whole(folder / CARD, card.text(shown.name if shown else ""))
     files += [RUN_FILE, FACTS, CARD]
     print(f"folder: {folder} ({', '.join(sorted(files))}; {EXPORTED}: {file_size(folder / EXPORTED)})")
     if push:
@@ -93,6 +94,17 @@ def _check_folder(folder: Path) -> None:
 def _open(step: Path) -> Teacher:
     encoder = open_checkpoint(str(step))
     return Teacher(Features(encoder).eval().requires_grad_(False), encoder.input_format.image_size, {})
+
+
+def _check_norm(teacher: Teacher) -> None:
+    """An error unless timm has the norm that ends the network; a ResNet has none, but its class attention may."""
+    backbone = teacher.encoder.backbone
+    lacks = isinstance(backbone, Backbone) and backbone.norm_eps is None and _kind(teacher) == "class_attention"
+    rule, got = (
+        "timm must have the norm that ends the network",
+        "class attention on a ResNet, which has a norm of its own",
+    )
+    check(not lacks, rule, got, "patchlight export onnx and torch write the whole network")
 
 
 def _timm_name(teacher: Teacher, image_size: int) -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..heads.summary import SummaryHead
+from ..report.log_file import number
 from .files import last_part
 from .markdown import code, escaped, quoted, table, word
 from .papers import METHODS, kinds_of, methods_of, papers_of
@@ -203,8 +204,9 @@ def _numbers(values: tuple[float, ...]) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f}"
+def _percent(share: object) -> str:
+    measured = number(share)
+    return "" if measured is None else f"{100 * measured:.2f}"
 
 
 def _result_row(result: Mapping[str, Any]) -> tuple[str, ...]:

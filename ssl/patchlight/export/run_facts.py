@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class RunFacts:
     folder: Path | None  # None for a checkpoint that was taken out of its run's folder
     step: Path
     facts: Mapping[str, Any]
+    said: list[str] = field(default_factory=list)  # about files that cannot be used
 
     @property
     def run(self) -> dict[str, Any]:
@@ -45,7 +46,14 @@ class RunFacts:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        return read_json(self.folder / ENVIRONMENT_FILE) if self.folder else {}
+        return self._read(self.folder / ENVIRONMENT_FILE) if self.folder else {}
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            return read_json(path)
+        except ValueError as error:
+            self.said.append(f"{path.name} cannot be read ({error}): the card leaves it out.")
+            return {}
 
     def _lines(self, name: str) -> list[dict]:
         """The lines of a log file up to this checkpoint."""
@@ -66,7 +74,7 @@ class RunFacts:
     @cached_property
     def _found(self) -> list[tuple[Path, dict]]:
         files = sorted((self.folder / EVALUATION_FOLDER).glob("*.json")) if self.folder else []
-        found = [(path, read_json(path)) for path in files]
+        found = [(path, self._read(path)) for path in files]
         return [(p, r) for p, r in found if all(isinstance(r.get(n), kind) for n, kind in RESULT_KEYS.items())]
 
     @cached_property
@@ -75,9 +83,9 @@ class RunFacts:
         return [result for _, result in self._found if _step_in(result["checkpoint"]) == self.clock["step"]]
 
     def left_out(self) -> list[str]:
-        """Sentences about results that are of other checkpoints."""
+        """Sentences about results that are of other checkpoints, and about files that cannot be read."""
         others = [path.name for path, result in self._found if result not in self.results]
-        return [f"{name} is of another checkpoint: the card leaves it out." for name in others]
+        return [*self.said, *(f"{name} is of another checkpoint: the card leaves it out." for name in others)]
 
     def picture(self) -> Path | None:
         """The latest picture of attention up to this checkpoint; else that of the crops, if there is one."""

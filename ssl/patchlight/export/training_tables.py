@@ -33,7 +33,7 @@ def training_rows(facts: RunFacts) -> list[tuple[str, str]]:
         rows.append(("hardware", escaped(hardware)))
     if packages := environment.get("packages"):
         versions = ", ".join(f"{name} {version}" for name, version in packages.items())
-        rows.append(("software", escaped(f"Python {environment['python']}, {versions}")))
+        rows.append(("software", escaped(f"Python {environment.get('python', '?')}, {versions}")))
     if commit := environment.get("commit"):
         rows.append(("commit of patchlight", escaped(commit)))
     return rows
