@@ -12,10 +12,15 @@ from timm.models.vision_transformer import VisionTransformer
 from patchlight.backbones.vit import VisionTransformer as OurVisionTransformer
 from patchlight.data.procedural import ProceduralSource
 from patchlight.evaluation.encoder import Encoder, InputFormat
-from patchlight.evaluation.pictures.attention import query_attention_maps
+from patchlight.evaluation.pictures.attention import (
+    class_attention_maps,
+    query_attention_maps,
+    summary_attention_maps,
+)
 from patchlight.evaluation.pictures.page import write_page
 from patchlight.evaluation.pictures.patch_features import (
     PictureProtocol,
+    attention_maps,
     draw_pictures,
     draw_queries,
     principal_components,
@@ -30,7 +35,7 @@ from patchlight.evaluation.pictures.relations import (
     spatial_relations,
 )
 from patchlight.evaluation.ranks import Ranks
-from patchlight.heads.summary import ClassTokenSummary
+from patchlight.heads.summary import ClassAttentionSummary, ClassTokenSummary, MeanSummary
 
 CPU = Ranks(torch.device("cpu"))
 
@@ -45,6 +50,21 @@ def test_query_maps_are_those_of_timms_attention(monkeypatch):
         expected = probabilities(monkeypatch, lambda: vit(pixels))[-1][:, :, 3 + patches, 3:]
     assert maps.shape == (2, 3, 3, 16)
     assert (maps - expected).abs().max() < 1e-6
+
+
+def test_attention_is_that_of_the_summary():
+    """Of the class token in the last block; of class attention where there is no class token; a mean has none."""
+    pixels, size = torch.randn(2, 3, 16, 16), {"width": 24, "depth": 2, "heads": 3, "patch_size": 4, "image_size": 16}
+    vit, plain = OurVisionTransformer(**size), OurVisionTransformer(**size, class_token=False)
+    encode = lambda backbone, summary: Encoder(backbone, summary, "small", InputFormat(16)).eval()
+    found = attention_maps(encode(vit, ClassTokenSummary()), pixels)
+    assert torch.equal(found, class_attention_maps(vit, vit.blocks[-1], pixels))
+    head = ClassAttentionSummary(24, heads=3)
+    found = attention_maps(encode(plain, head), pixels)
+    assert torch.equal(found, summary_attention_maps(head, plain(pixels).patches))
+    assert found.shape == (2, 3, 16)
+    with pytest.raises(ValueError, match="got the mean of the patches in small; draw similarities"):
+        attention_maps(encode(plain, MeanSummary()), pixels)
 
 
 def test_top_patches_are_as_many_as_the_share():
@@ -140,8 +160,6 @@ class MeanColors(torch.nn.Module):
 
 
 def test_relation_differences_are_measured_over_all_pairs():
-    from patchlight.heads.summary import MeanSummary
-
     encoder = Encoder(MeanColors(), MeanSummary(), "colors", InputFormat(32))
     found = evaluate_relations(encoder, ProceduralSource(20, 48), RelationProtocol(images=20, heads=1), CPU, batch=5)
     assert 0 < found.metrics["spatial difference"] < 1

@@ -81,16 +81,32 @@ def _attention_sheets(
     if not hasattr(block, "attn"):
         return {}
     sheets = {}
-    prefix = getattr(backbone, "prefix_tokens", int(backbone.has_class_token))
-    if backbone.has_class_token:
-        maps = class_attention_maps(backbone, block, pixels, prefix)
-        sheets["class attention"] = draw_attention(images, maps.cpu(), grid, SIDE)
-    elif isinstance(encoder.summary, ClassAttentionSummary):
-        maps = summary_attention_maps(encoder.summary, backbone(pixels).patches)
-        sheets["class attention"] = draw_attention(images, maps.cpu(), grid, SIDE)
+    if backbone.has_class_token or isinstance(encoder.summary, ClassAttentionSummary):
+        sheets["class attention"] = draw_attention(images, attention_maps(encoder, pixels).cpu(), grid, SIDE)
+    prefix = _prefix_tokens(encoder)
     attention = query_attention_maps(backbone, block, pixels, numbers, prefix).mean(1).cpu()
     sheets["query attention"] = draw_queries(images, attention, numbers, grid, top)
     return sheets
+
+
+@torch.no_grad()
+def attention_maps(encoder: Encoder, pixels: Tensor) -> Tensor:
+    """What an image's summary attends to, [B, heads, N]: the class token in the last block, or class attention.
+
+    pixels [B, 3, H, W] as `Encoder.normalize` returns them. Rows sum to less than 1: attention to itself is cut off.
+    """
+    backbone = encoder.backbone
+    if backbone.has_class_token:
+        return class_attention_maps(backbone, backbone.blocks[-1], pixels, _prefix_tokens(encoder))
+    rule, remedy = "The summary of an image must be attention to its patches", "draw similarities of patches instead"
+    got = f"the mean of the patches in {encoder.name}"
+    check(isinstance(encoder.summary, ClassAttentionSummary), rule, got, remedy)
+    return summary_attention_maps(encoder.summary, backbone(pixels).patches)
+
+
+def _prefix_tokens(encoder: Encoder) -> int:
+    """How many tokens come before the patches."""
+    return getattr(encoder.backbone, "prefix_tokens", int(encoder.backbone.has_class_token))
 
 
 def top_patches(maps: Tensor, share: float) -> Tensor:
