@@ -79,7 +79,7 @@ def is_drawn(picture: Image.Image | Path) -> bool:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """The loss of each step of a run that has a line in its log; no step may have two."""
+    """The losses in the log of a run by their steps. No step may have two lines."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line["loss"] for line in lines}
     assert len(found) == len(lines)
@@ -186,14 +186,40 @@ def notebook(place: Path) -> None:
     assert all(is_drawn(picture) for cell in fresh.cells for picture in pictures_of(cell))
 
 
-def trains(place: Path, name: str) -> None:
-    """A training whose log has finite losses, and whose teacher can be opened."""
-    run_example(place, name, "--output", "a run")
-    runs = [path.parent for path in (place / "a run").rglob("metrics.jsonl")]
-    assert runs
-    for run in runs:
-        assert len(losses(run)) > 1
-        assert sum(p.numel() for p in patchlight.load_teacher(str(run)).parameters()) > 0
+def own_dataset(place: Path) -> None:
+    """Two runs, of items by number and of an iterable; the first has labels."""
+    printed = run_example(place, "own_dataset.py", "--output", "a run")
+    for name in ("Shapes", "ShapesInOrder"):
+        run = place / "a run" / name
+        assert max(losses(run)) == 10
+        assert patchlight.load_teacher(str(run)).name.endswith("step-00000010")
+        assert (run / "knn.jsonl").exists() == (name == "Shapes")
+    assert "features of an image: [1, 32], of its patches: [1, 36, 32]" in printed
+
+
+def own_loop(place: Path) -> None:
+    """The loss falls, and timm's file of the teacher can be opened."""
+    printed = run_example(place, "own_loop.py", "--output", "a run")
+    found = [float(loss) for loss in re.findall(r"^step \d+: loss (\S+),", printed, re.MULTILINE)]
+    assert len(found) == 5
+    assert 0 < found[-1] < found[0] - 0.1
+    encoder = patchlight.load_teacher(str(place / "a run/teacher.safetensors"), heads=3)
+    assert (encoder.width, encoder.depth, encoder.patch_size) == (96, 3, 8)
+
+
+def new_objective(place: Path) -> None:
+    """In a loop, which saves its state, and as a recipe for the trainer, with an option as a flag."""
+    printed = run_example(place, "new_objective.py", "--output", "a run")
+    found = re.findall(r"^step (\d+):.* likeness/images ([\d.]+)", printed, re.MULTILINE)
+    assert [step for step, _ in found] == ["8", "16"]
+    assert all(0 < float(loss) < 5 for _, loss in found), "ln 15 is 2.7"
+    assert torch.load(place / "a run/training.pt", weights_only=True)
+    recipe = f"{EXAMPLES / 'new_objective.py'}:run"
+    options = ["--objectives.options.1.width", "32", "--output.folder", "with the trainer"]
+    call(place, [sys.executable, "-m", "patchlight.command", "train", recipe, *options])
+    lines = [json.loads(line) for line in (place / "with the trainer/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 20
+    assert all(0 < line["likeness/images"] < 5 for line in lines)
 
 
 RUNS: dict[str, Callable[[Path], None]] = {
@@ -201,9 +227,9 @@ RUNS: dict[str, Callable[[Path], None]] = {
     "train_on_folder.sh": train_on_folder,
     "evaluate_and_look.py": evaluate_and_look,
     "patchlight.ipynb": notebook,
-    "own_dataset.py": lambda place: trains(place, "own_dataset.py"),
-    "own_loop.py": lambda place: trains(place, "own_loop.py"),
-    "new_objective.py": lambda place: trains(place, "new_objective.py"),
+    "own_dataset.py": own_dataset,
+    "own_loop.py": own_loop,
+    "new_objective.py": new_objective,
 }
 AWAITED = {"own_dataset.py", "own_loop.py", "new_objective.py"}  # goes, with what reads it, when these files are there
 
