@@ -68,7 +68,7 @@ fi
 patchlight evaluate attention --checkpoint "$run" --data "$list"
 
 # 6. Share: a folder for the Hugging Face Hub, with a model card.
-# patchlight export hub --checkpoint "$run" --folder "$output/hub"
+patchlight export hub --checkpoint "$run" --folder "$output/hub"
 
 echo
 echo "Report:   $run/report.html"

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from patchlight.data.multi_crop import MultiCrop, image_of
+from patchlight.data.multi_crop import MultiCrop
 from patchlight.data.policy import dino_policy, pqcl_policy
 from patchlight.data.procedural import ProceduralSource
 from patchlight.data.torchvision_loader import TorchvisionLoader
@@ -61,36 +61,17 @@ def test_a_batch_goes_to_a_device_whole():
     assert not views.ids.is_meta
 
 
-def test_an_image_may_come_in_many_ways():
-    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    gray = array[..., 0]
-    tensor = torch.from_numpy(array)
-    for item in (array, tensor, tensor.permute(2, 0, 1), Image.fromarray(array), (array, 3), [tensor, 3, "more"]):
-        assert np.array_equal(image_of(item), array)
-    for item in (gray, gray[..., None], torch.from_numpy(gray), torch.from_numpy(gray)[None], Image.fromarray(gray)):
-        assert np.array_equal(image_of(item), np.stack([gray] * 3, axis=-1))
-    palette = Image.fromarray(array).quantize(8)
-    assert np.array_equal(image_of(palette), np.asarray(palette.convert("RGB")))
-    assert not np.shares_memory(image_of(Image.fromarray(array)), array) and image_of(palette).flags.writeable
-
-
-@pytest.mark.parametrize(
-    ("item", "got"),
-    [
-        (torch.zeros(3, 4, 4), r"float32 of \(4, 4, 3\)"),
-        (np.zeros((4, 4, 4), np.uint8), r"uint8 of \(4, 4, 4\)"),
-        (np.zeros((0, 4, 3), np.uint8), r"uint8 of \(0, 4, 3\)"),
-        ((7, np.zeros((4, 4, 3), np.uint8)), "a int"),
-        ({"image": 1}, "a dict"),
-        ((), "a tuple"),
-        ("a.jpg", "a str"),
-    ],
-)
-def test_what_is_no_image_is_a_sentence(item, got):
+def test_items_are_those_of_other_sources():
+    array = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    items = [array, (Image.fromarray(array), 3), {"image": torch.from_numpy(array).permute(2, 0, 1)}]
+    torch.manual_seed(1)
+    expected = MultiCrop(POLICY)([array] * 3)
+    torch.manual_seed(1)
+    assert torch.equal(MultiCrop(POLICY)(items).global_crops.pixels, expected.global_crops.pixels)
     with pytest.raises(
-        ValueError, match=rf"An item must be a PIL image or uint8 .*, got {got}; return it from the dataset"
+        ValueError, match=r"item 1 of a batch must be a Pillow image, .*, got a tensor \[3, 4, 4\] of float32; give"
     ):
-        MultiCrop(POLICY)([item])
+        MultiCrop(POLICY)([array, torch.zeros(3, 4, 4)])
 
 
 def test_what_is_no_batch_or_policy_is_a_sentence():

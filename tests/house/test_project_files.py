@@ -14,7 +14,7 @@ MAKEFILE, SETUP, SUPPORT = ((ROOT / name).read_text() for name in ("Makefile", "
 VERBS = set(re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)[1].split())
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
 FORMS = sorted(path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config")
-FOLDERS = ("bench", "docs", "kernels", "ssl", "tests", "csrc")
+FOLDERS = ("bench", "docs", "examples", "kernels", "ssl", "tests", "csrc")
 PAGES = sorted(
     path
     for path in [
