@@ -23,6 +23,7 @@ from ..engine.settings_table import settings_table
 from ..engine.trainer import Trainer
 from ..report.console import print_sentence
 from ..run import Run
+from ..threads import limit_spinning
 from .papers import YOUR_IMAGES
 
 CPU_BATCH = 2  # images of a measured step on a CPU: some batches of a GPU do not fit
@@ -49,7 +50,8 @@ def dry_run(run: Run) -> None:
         run = replace(run, data=replace(run.data, path="", loader="procedural"))
     objectives = build_objectives(run, world)  # an error if so many processes do not allow them
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as nowhere:  # the list of unreadable images, if a step finds some
+    # The folder is for the list of unreadable images, if a step finds some. Threads wait as they do in the run itself.
+    with tempfile.TemporaryDirectory() as nowhere, limit_spinning(print_sentence):
         trainer = build_small(run, Mesh(device), nowhere)
         try:
             clock = build_clock(run, world, trainer.loader.dataset_size)
