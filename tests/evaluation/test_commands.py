@@ -1,6 +1,7 @@
 """The commands from the command line: numbers in a JSON file and in the run's report, protocols, errors for bad input."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -126,6 +127,11 @@ def test_a_share_of_labels(images, tmp_path):
     names.write_text("train00.png\nother.png\n")
     with pytest.raises(ValueError, match="got 1 of 2"):
         choose_labels(train, 1, str(names))
+
+
+def test_no_more_readers_than_processors():
+    """torch warns of more at every evaluation."""
+    assert 1 <= Reading().workers <= min(4, len(os.sched_getaffinity(0)))
 
 
 def test_published_numbers():

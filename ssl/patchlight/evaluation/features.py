@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,8 +24,8 @@ class Reading:
 
     batch: int = 256
     """Images per forward pass of the backbone."""
-    workers: int = 4
-    """Processes that read ahead, per rank; 0 reads in the evaluating process."""
+    workers: int = min(4, len(os.sched_getaffinity(0)))  # more than processors, and torch warns
+    """Processes that read ahead, per rank, by default 4 or as many as processors; 0 reads in the evaluating process."""
     precision: str = "fp32"
     """fp32 or bf16: the format of the backbone's forward pass."""
 
