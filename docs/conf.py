@@ -35,6 +35,7 @@ repository_pages = {
     "readme": "README.md",
     "contributing": "CONTRIBUTING.md",
     "changes": "CHANGELOG.md",
+    "examples": "examples/README.md",
     "results": "bench/results/README.md",
     "gaps": "bench/results/gaps.md",
     **{

@@ -26,6 +26,7 @@ LOADED = {
 }  # what a browser fetches by itself
 LISTED = [*DOCS.rglob("*.md"), *(ROOT / "kernels/patchlight_kernels/ops").glob("*/README.md")]
 LISTED += [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+LISTED += [ROOT / "examples/README.md"]
 LISTED += [ROOT / "bench/results" / name for name in ("README.md", "gaps.md")]
 
 
@@ -77,6 +78,8 @@ def address(path: Path) -> str:
         return f"{path.relative_to(DOCS).with_suffix('')}.html"
     if path.parent == ROOT:
         return f"{names[path.name]}.html"
+    if path.parent == ROOT / "examples":
+        return "examples.html"
     if path.parent == ROOT / "bench/results":
         return "results.html" if path.stem == "README" else f"{path.stem}.html"
     return f"ops/{path.parent.name}.html"

@@ -21,9 +21,10 @@ from .torchvision_loader import cut
 class MultiCrop:
     """Images to `Views`, with the crops of a policy: `DataLoader(dataset, batch_size=64, collate_fn=MultiCrop(policy))`.
 
-    An item of the dataset is what `train(source=...)` takes: a Pillow image, an array or a tensor of uint8, the bytes of a file or
-    its path; alone, first in a tuple such as (image, label), or as "image" in a dict. Where crops lie and how colors change is drawn from PyTorch's random numbers, as by torchvision's
-    transforms: they differ between epochs and workers, and `torch.manual_seed` repeats them.
+    An item of the dataset is what `train(source=...)` takes: a Pillow image, an array or a tensor of uint8, the bytes of a file
+    or its path; alone, first in a tuple such as (image, label), or as "image" in a dict. Where crops lie and how colors change
+    is drawn from PyTorch's random numbers, as by torchvision's transforms: they differ between epochs and workers, and
+    `torch.manual_seed` repeats them.
     """
 
     def __init__(self, policy: CropPolicy) -> None:
