@@ -1,4 +1,4 @@
-"""This process beside others: one at a time writes into a folder, and none outlives its launcher."""
+"""This process beside others: one at a time writes into a folder, none outlives its launcher, and a signal is a request."""
 
 from __future__ import annotations
 
@@ -80,3 +80,26 @@ def end_with_parent(number: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it ended before the request
         os.kill(os.getpid(), number)
+
+
+class StopRequest:
+    """Turns SIGTERM, the signal of schedulers and torchrun, and Ctrl-C into a flag that is read between steps.
+
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""  # the signal's name
+
+    def __enter__(self) -> StopRequest:
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _receive(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.received == "Ctrl-C":
+            raise KeyboardInterrupt
+        self.received = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"

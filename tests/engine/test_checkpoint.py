@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from patchlight.checkpoint.folder import TEACHER, read_facts
 from patchlight.engine import checkpoint
 from patchlight.engine.assembly import build_trainer
-from patchlight.engine.checkpoint import StopRequest
 from patchlight.engine.parallel import processes
+from patchlight.process import StopRequest
 from patchlight.report.run_folder import RUN_FILE
 from patchlight_kernels import force
 

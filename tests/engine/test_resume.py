@@ -24,10 +24,9 @@ from engine.tiny_run import (
 from patchlight.checkpoint.folder import complete
 from patchlight.data.procedural import ProceduralSource
 from patchlight.engine.assembly import build_trainer
-from patchlight.engine.checkpoint import StopRequest
 from patchlight.engine.parallel import processes
 from patchlight.engine.probe import TeacherProbe
-from patchlight.process import FolderLock, end_with_launcher
+from patchlight.process import FolderLock, StopRequest, end_with_launcher
 from patchlight.report.log_file import read_lines
 from patchlight.report.run_folder import KNN_FILE
 

@@ -176,8 +176,8 @@ class Notes:
             if os.getppid() != self.parent:
                 time.sleep(ORPHAN_PAUSE)
 
-        def saves(trainer) -> None:
-            save(trainer)
+        def saves(trainer, *best) -> None:
+            save(trainer, *best)
             if not trainer.run.output.save_async:
                 self.complete(trainer.clock.step)
                 return

@@ -80,11 +80,12 @@ def delete(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def delete_old(folder: Path, keep: int) -> None:
-    """Deletes the oldest checkpoints, so that `keep` remain that have all their files."""
+def delete_old(folder: Path, keep: int, also: int | None = None) -> None:
+    """Deletes the oldest checkpoints, so that `keep` remain that have all their files. also: a step that is kept too."""
     whole = [path for path in complete(folder) if not verify(path, contents=False)]
     for path in whole[:-keep]:
-        delete(path)
+        if also is None or path.name != name_of(also):
+            delete(path)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

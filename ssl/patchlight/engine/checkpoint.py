@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -18,13 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from ..checkpoint.best import Best, BestMark
 from ..checkpoint.folder import complete, delete_old, name_of, publish, set_aside, verify, write_rest
 from ..checkpoint.manifest import StoredTensor
 from ..checkpoint.tensors import Tensors, TensorWriter
 from ..checks import check
 from ..durable import make_folder
 from ..process import FolderLock
-from ..report.run_folder import METRICS_FILE
+from ..report.run_folder import BEST_FILE, METRICS_FILE
 from .branches import Branch
 from .parallel import Mesh
 
@@ -36,6 +36,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, mesh: Mesh, keep: int, asynchronous: bool = False) -> None:
         self.folder, self.mesh, self.keep, self.asynchronous = Path(folder), mesh, keep, asynchronous
+        self.mark = BestMark(self.folder.parent / BEST_FILE, self.folder)
+        self.newest: Path | None = None  # the last one that was written or resumed from
         self.under_way: tuple[Future, Path] | None = None
         # A save beside the training has a process group of its own: its messages must not mix with those of training.
         self.group: Any = dist.new_group(backend="gloo") if asynchronous and mesh.world > 1 else None
@@ -52,15 +54,9 @@ class Checkpoints:
         self.mesh.barrier()
         found = self.all()
         for path in reversed(found):
-            here = verify(path, part=self.mesh.rank, parts=self.mesh.world)
-            wrong = [line for lines in self.mesh.gather(here) for line in lines]
-            if not wrong:
+            if self._is_whole(path, say, "the next older one is read"):
+                self.newest = path
                 return path
-            for line in dict.fromkeys(wrong):
-                say(line)
-            if self.mesh.rank == 0:
-                say(f"It is now called {set_aside(path).name}; the next older one is read.")
-            self.mesh.barrier()
         set_aside_before = sorted(path.name for path in self.folder.glob("step-*.damaged*"))
         check(
             not set_aside_before,
@@ -70,10 +66,58 @@ class Checkpoints:
         )
         return None
 
-    def save(self, step: int, state: dict[str, Any], facts: dict, teacher: dict[str, Tensor]) -> Path:
-        """Saves from all ranks: `state` of tensors, `facts` that fit JSON, and the teacher for use elsewhere."""
+    def _is_whole(self, path: Path, say: Callable[[str], None], otherwise: str) -> bool:
+        """Whether a checkpoint is as it was written; one that is not is said and set aside. otherwise: what happens then."""
+        here = verify(path, part=self.mesh.rank, parts=self.mesh.world)
+        wrong = [line for lines in self.mesh.gather(here) for line in lines]
+        for line in dict.fromkeys(wrong):
+            say(line)
+        if wrong and self.mesh.rank == 0:
+            say(f"It is now called {set_aside(path).name}; {otherwise}.")
+        self.mesh.barrier()
+        return not wrong
+
+    def resume_best(self, name: str, looks: Mapping[int, float], say: Callable[[str], None]) -> None:
+        """Marks the best checkpoint among the looks up to the one that is resumed, which a kill may have prevented."""
+        last = int(self.newest.name.removeprefix("step-")) if self.newest else 0
+        found = self.mark.candidates(name, looks, last)
+        there = [best for best in found if (self.folder / name_of(best.step)).exists()]
+        whole = "the best of the others is marked"
+        names = self.mesh.gather([name_of(best.step) for best in there])[0]  # as rank 0 has the looks
+        chosen = next((n for n in names if n == name_of(last) or self._is_whole(self.folder / n, say, whole)), None)
+        best = next((best for best in there if name_of(best.step) == chosen), None)
+        if self.mesh.rank == 0 and (best != self.mark.marked or (best and not self.mark.link.exists())):
+            self.mark.mark(best)
+
+    def keep_if_best(self, look: Best, save: Callable[[Best], None], say: Callable[[str], None]) -> None:
+        """Marks the checkpoint of this step if its look is the best so far; saves it if that has not been done."""
+        if not self.mesh.any(self.mesh.rank == 0 and self.mark.improves(look.name, look.value)):
+            return
+        self.mark.best = look
+        say(f"step {look.step}: the best {look.name} so far; the checkpoint is kept as {self.mark.link}.")
+        path = self.folder / name_of(look.step)
+        if self.newest != path:
+            return save(look)
         self.finish()
-        path = self.folder / name_of(step)
+        self._attempt(path, lambda: self._finish(look))
+
+    def _finish(self, best: Best | None) -> None:
+        """On rank 0, when a checkpoint is complete: marks it if it is the best, and deletes older ones."""
+        if self.mesh.rank != 0:
+            return
+        if best is not None:
+            self.mark.mark(best)
+        delete_old(self.folder, self.keep, self.mark.marked.step if self.mark.marked else None)
+
+    def save(
+        self, step: int, state: dict[str, Any], facts: dict, teacher: dict[str, Tensor], best: Best | None = None
+    ) -> Path:
+        """Saves from all ranks: `state` of tensors, `facts` that fit JSON, and the teacher for use elsewhere.
+
+        best: the look of this step, if it is the best so far.
+        """
+        self.finish()
+        path = self.newest = self.folder / name_of(step)
         partial = path.with_suffix(".partial")
         self._attempt(path, lambda: self._make_room(partial))
 
@@ -81,7 +125,7 @@ class Checkpoints:
             """On rank 0, when the tensors of all ranks are on the disk."""
             write_rest(partial, step, facts, teacher, tensors)
             publish(partial, path)
-            delete_old(self.folder, self.keep)
+            self._finish(best)
 
         writer, alone = TensorWriter(partial, finish), self.mesh.world == 1
         if self.asynchronous:
@@ -204,26 +248,3 @@ def locked(folder: Path, mesh: Mesh, say: Callable[[str], None]) -> Iterator[Non
     finally:
         if lock:
             lock.release()
-
-
-class StopRequest:
-    """Turns SIGTERM, the signal of schedulers and torchrun, and Ctrl-C into a flag that is read between steps.
-
-    A second Ctrl-C ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.received = ""  # the signal's name
-
-    def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def _receive(self, number: int, _: object) -> None:
-        if number == signal.SIGINT and self.received == "Ctrl-C":
-            raise KeyboardInterrupt
-        self.received = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"

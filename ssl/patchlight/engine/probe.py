@@ -27,6 +27,7 @@ from ..report.log_file import LogFile, number
 from ..report.outlet import Outlet
 from ..report.run_folder import KNN_FILE, PICTURES_FOLDER
 from ..run import Run
+from ..values import nearest
 from .branches import Teacher
 from .parallel import Mesh
 from .precision import autocast
@@ -49,10 +50,22 @@ class TeacherProbe:
         self.pictures = self.folder / PICTURES_FOLDER
         self.gallery, self.queries = split(source, run.parallel.seed)
         self.labeled = source.labels is not None
+        self.counts = [count for count in NEIGHBORS if count <= len(self.gallery)] or [len(self.gallery)]
+        if run.output.best:
+            self._check_best(run.output.best)
+        self.looks: dict[int, float] = {}  # Output.best by step, of the results that were there before
         self.unreadable = Unreadable()
         self.results = LogFile(self.folder / KNN_FILE, warn)
         self.newest: int | None = None  # step of the last result that was there before
         self.drawn: Outlet[tuple[Path, bytes]] = Outlet(PICTURES_FOLDER, self._write_pictures, warn, most=16)
+
+    def _check_best(self, best: str) -> None:
+        """An error unless looks will have this number."""
+        remedy = "add labels (docs/data.md), or leave it out"
+        check(self.labeled, "Output.best needs labeled images", f"{best!r} for images without labels", remedy)
+        known = [f"k{count}" for count in self.counts]
+        rule = f"Output.best must be a number of the evaluations, {' or '.join(known)}"
+        check(best in known, rule, repr(best), nearest(best, known, f"use {known[-1]}"))
 
     def rewind(self, clock: Clock) -> dict[str, float]:
         """Removes results that a run which goes on from here computes again: those of later steps, and all at the start.
@@ -63,6 +76,8 @@ class TeacherProbe:
 
         def visit(line: dict) -> None:
             self.newest = line["step"]
+            if (best := number(line.get(self.run.output.best))) is not None:
+                self.looks[line["step"]] = best
             if line["step"] == 0:
                 untrained.update(
                     {name: value for name, value in line.items() if name != "step" and number(value) is not None}
@@ -100,7 +115,7 @@ class TeacherProbe:
         accuracies: dict[str, float] = {}
         if self.labeled:
             (gallery, gallery_labels), queries = (self._features(teacher, p) for p in (self.gallery, self.queries))
-            k = [count for count in NEIGHBORS if count <= len(gallery)] or [len(gallery)]
+            k = [count for count in self.counts if count <= len(gallery)] or [len(gallery)]  # some may be unreadable
             found = knn_accuracy(gallery, gallery_labels, *queries, k)
             accuracies = {f"k{count}": accuracy for count, accuracy in found.items()}
             if self.writes:

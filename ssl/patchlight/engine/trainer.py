@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,10 +14,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..checkpoint.best import Best
 from ..checkpoint.folder import load_tensors, read_facts, stored_tensors
 from ..checkpoint.random_state import blank_random_state, random_state, set_random_state
 from ..data.interface import Loader
 from ..durable import write_whole
+from ..process import StopRequest
 from ..records import Clock, Views
 from ..report.console import print_sentence
 from ..report.run_folder import RUN_FILE
@@ -24,7 +27,6 @@ from ..run import Run
 from .batches import Batches
 from .checkpoint import (
     Checkpoints,
-    StopRequest,
     check_fits,
     check_folder,
     check_same_run,
@@ -148,6 +150,9 @@ class Trainer:
         for name, accuracy in result.items():
             before = f", untrained {self.first_probe[name]:.1%}" if name in self.first_probe else ""
             self.say(f"step {self.clock.step}: k-NN accuracy of the teacher ({name}) {accuracy:.1%}{before}")
+        if self.run.output.best and self.clock.step > 0:  # the untrained teacher is no result of the training
+            best = Best(self.run.output.best, result.get(self.run.output.best, math.nan), self.clock.step)
+            self.checkpoints.keep_if_best(best, self.save, self.say)
         return result
 
     def log(self) -> None:
@@ -175,14 +180,19 @@ class Trainer:
                 self.load(newest)
         if self.probe is not None:
             self.first_probe = self.probe.rewind(self.clock)
+            if self.run.output.best:
+                self.checkpoints.resume_best(self.run.output.best, self.probe.looks, self.say)
         if self.mesh.rank == 0:
             write_whole(self.folder / RUN_FILE, json.dumps(self.run.to_dict(), indent=1))
             Console().print(
                 settings_table(self.run, self.clock, self.mesh.world, self.loader.dataset_size, self.choices)
             )
 
-    def save(self) -> None:
-        """Writes a checkpoint: everything that the next step depends on, and the teacher for use elsewhere."""
+    def save(self, best: Best | None = None) -> None:
+        """Writes a checkpoint: everything that the next step depends on, and the teacher for use elsewhere.
+
+        best: the look of this step, if it is the best so far.
+        """
         facts = {
             "clock": self.clock.state(),
             "run": self.run.to_dict(),
@@ -192,7 +202,7 @@ class Trainer:
         }
         random_numbers = {f"rank{self.mesh.rank}": random_state(self.mesh.device)}
         state: dict[str, Any] = {**self.tensors(), "optimizer": self.update.state_dict(), "random": random_numbers}
-        self.checkpoints.save(self.clock.step, state, facts, timm_weights(self.teacher))
+        self.checkpoints.save(self.clock.step, state, facts, timm_weights(self.teacher), best)
 
     def load(self, path: Path) -> None:
         """Continues from a checkpoint, which any number of processes may have written."""
