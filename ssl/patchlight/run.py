@@ -305,11 +305,14 @@ class Output:
     """Steps between evaluations of the teacher (k-NN accuracy, attention pictures); by default those of an epoch. 0: never."""
     best: str = ""
     """A number of the evaluations, k10 or k20: the checkpoint of its highest value is kept beside the latest, as `best`."""
+    profile: int = 0
+    """Steps to record with torch's profiler, after the warm-up: operations, kernels and parts of a step, in profile/. 0: none."""
     resume: bool = False
     """Continue from the latest checkpoint in the folder; start anew if there is none."""
 
     def __post_init__(self) -> None:
         check_numbers(self, save_every="[1, inf)", keep="[1, inf)", log_every="[1, inf)", evaluate_every="[0, inf)")
+        check_numbers(self, profile="[0, inf)")
         check(
             not self.best or self.evaluate_every != 0,
             "Output.best needs evaluations of the teacher",

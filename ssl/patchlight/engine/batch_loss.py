@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..objectives.weighted import WeightedObjectives
 from ..records import Features, Now, Views
+from ..report.step_profile import part
 from .branches import Student, Teacher
 
 
@@ -17,11 +18,13 @@ def batch_loss(
 
     A CUDA graph may record it: no number comes from the host.
     """
-    with torch.no_grad():
+    with part("teacher"), torch.no_grad():
         teacher_features = teacher(views, wanted=objectives.teacher_wants)
     cues = objectives.cue(views, teacher_features.global_crops.grid, now)
-    student_features = student(views, cues, objectives.student_wants)
-    loss, terms = objectives(student.sides(student_features), teacher.sides(teacher_features), views, cues, now)
+    with part("student"):
+        student_features = student(views, cues, objectives.student_wants)
+    with part("losses"):  # with the heads
+        loss, terms = objectives(student.sides(student_features), teacher.sides(teacher_features), views, cues, now)
     return loss, terms | {"loss": loss, "teacher/spread": spread(teacher_features.global_crops)}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.interface import Loader
 from ..records import Views
+from ..report.step_profile import part
 
 
 class Batches:
@@ -37,7 +38,8 @@ class Batches:
         for views in ahead:
             yield self._measure(views)
         for _ in range(self.count - len(ahead)):
-            views = next(self.loader)
+            with part("data"):
+                views = next(self.loader)
             self.stalled += self.loader.stall_seconds
             yield self._measure(views)
 
@@ -63,7 +65,8 @@ class Batches:
         self.state_before = self.loader.state_dict()
         with torch.cuda.stream(self.stream):
             for _ in range(self.count):
-                self.ahead.append(next(self.loader))
+                with part("data"):
+                    self.ahead.append(next(self.loader))
                 if given.query():  # the GPU has nothing left to do
                     self.stalled += self.loader.stall_seconds
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..objectives.weighted import WeightedObjectives
 from ..records import Now, Views
+from ..report.step_profile import part
 from ..run import Run
 from .batch_loss import batch_loss
 from .branches import Student, Teacher
@@ -43,9 +44,10 @@ class DeviceStep:
         """One optimizer step over these batches; its mean terms."""
         self.state.remember()
         terms = self.accumulate(batches)
-        refused, norm = self.update.step(terms, self.values.values)
-        self.objectives.after_step()
-        self.state.restore(refused)
+        with part("update"):
+            refused, norm = self.update.step(terms, self.values.values)
+            self.objectives.after_step()
+            self.state.restore(refused)
         return terms | {"gradient/norm": norm, "step/refused": refused}
 
     def accumulate(self, batches: Iterable[Views]) -> Terms:
@@ -56,10 +58,12 @@ class DeviceStep:
             self.gradients.begin(last=number == count - 1)
             loss, terms = self.forward(views, self.values.now(number, self.mesh.rank, self.mesh.world))
             loss = loss / count
-            (loss if self.scaler is None else self.scaler.scaled(loss)).backward()
+            with part("backward"):
+                (loss if self.scaler is None else self.scaler.scaled(loss)).backward()
             for name, term in terms.items():
                 total[name] = total.get(name, 0.0) + term.detach() / count
-        self.gradients.finish()
+        with part("backward"):
+            self.gradients.finish()
         return total
 
     def forward(self, views: Views, now: Now) -> tuple[Tensor, Terms]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check, sentence
 from ..records import Views
+from ..report.step_profile import part
 from ..run import Run
 from .parallel import Mesh
 
@@ -94,7 +95,8 @@ class RepeatedStep:
                 return self.compute(batches)
         else:
             copy_views(self.inputs, list(batches))
-        self.recorder.replay()
+        with part("replay"):
+            self.recorder.replay()
         return self.terms
 
     def _record(self, batches: list[Views]) -> None:

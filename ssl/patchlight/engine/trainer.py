@@ -23,6 +23,7 @@ from ..process import StopRequest
 from ..records import Clock, Views
 from ..report.console import print_sentence
 from ..report.run_folder import RUN_FILE
+from ..report.step_profile import StepProfile
 from ..run import Run
 from .batches import Batches
 from .checkpoint import (
@@ -98,9 +99,10 @@ class Trainer:
     def train(self, request: StopRequest) -> str:
         """The loop: steps, log lines, checkpoints, looks at the teacher. Returns what has stopped it before the end."""
         output, stopped = self.run.output, ""
-        first, began = self.clock.step + 1, time.perf_counter()
+        first, began, left = self.clock.step + 1, time.perf_counter(), self.clock.total - self.clock.step
+        profile = StepProfile(self.folder, output.profile, left, self.mesh.device, self.mesh.rank, self.mesh.world)
         while self.clock.step < self.clock.total and not stopped:
-            self.step()
+            profile(self.step, self.clock.step + 1)
             if self.clock.step == first:
                 self.say(f"The first step took {time.perf_counter() - began:.1f} s.")
             last = self.clock.step == self.clock.total
@@ -114,6 +116,7 @@ class Trainer:
                 self.save()
             if self.look_is_due() and not stopped:  # if it is stopped, the resumed run takes this look
                 self.evaluate_teacher()
+        profile.close()
         return stopped
 
     def look_is_due(self) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable
+import csv
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from html import escape
+from itertools import islice
 from pathlib import Path
 
 from ..durable import write_whole
@@ -13,12 +15,17 @@ from .charts import legend, line_chart, percent, short
 from .console import is_term
 from .log_file import number
 from .run_folder import (
+    BEST_FILE,
     DIAGNOSES_FILE,
     ENVIRONMENT_FILE,
     EVALUATION_FOLDER,
+    KERNELS_FILE,
     PICTURES_FOLDER,
+    PROFILE_FILE,
+    PROFILE_FOLDER,
     REPORT_FILE,
     RUN_FILE,
+    TRACE_FILE,
     read_json,
 )
 from .run_summary import LogSummary, RunSummary
@@ -27,6 +34,7 @@ from .style import SCRIPT, STYLE
 
 _MOST_PICTURES = 4  # of one kind: the first, the newest, and others in between
 _MOST_DOTS = 50
+MOST_SHOWN = 10  # operations or kernels of a profile
 _MOST_PICTURE_BYTES = 8 * 2**20  # of a file that is put into the page
 
 
@@ -42,9 +50,10 @@ def build_report(summary: RunSummary) -> str:
     folder, problems = summary.folder, summary.problems()
     run, environment = (_read(folder / name, problems) for name in (RUN_FILE, ENVIRONMENT_FILE))
     lines, knn = summary.metrics, summary.knn
+    profile = _profile(folder / PROFILE_FOLDER, problems)
     sections = [
         _head(folder, run, lines),
-        _tiles(lines, knn),
+        _tiles(lines, knn, summary.best()),
         _diagnoses(summary.diagnoses),
         _section("Damaged files", _list(problems)),
         _section(
@@ -54,6 +63,7 @@ def build_report(summary: RunSummary) -> str:
         _section("Losses", _loss_charts(lines)),
         _section("Schedules and gradients", _other_charts(lines)),
         _section("Speed and data", _data_facts(run, lines) + _speed_charts(lines)),
+        _section("Profile", profile),
         _section("Crops", _pictures(folder / PICTURES_FOLDER, "crops")),
         _section("Configuration", _table(_flat(run), "run.json")),
         _section("Environment", _table(_flat(environment), "environment.json")),
@@ -112,7 +122,7 @@ def _part(values: dict, name: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _tiles(lines: LogSummary, knn: LogSummary) -> str:
+def _tiles(lines: LogSummary, knn: LogSummary, kept: tuple[str, int, float] | None) -> str:
     """The most important numbers."""
     if not lines.last:
         return ""
@@ -123,6 +133,8 @@ def _tiles(lines: LogSummary, knn: LogSummary) -> str:
         gain = f"from {percent(first)} at step {knn.first['step']:,}" if first is not None and knn.lines > 1 else ""
         now = number(knn.last.get(best))
         tiles.append((f"k-NN accuracy, k={best[1:]}", "not finite" if now is None else percent(now), gain))
+    if kept is not None:
+        tiles.append((f"best {kept[0]}", percent(kept[2]), f"step {kept[1]:,}, kept as {Path(BEST_FILE).stem}"))
     tiles.append(("loss", _number(last.get("loss")), f"from {_number(lines.first.get('loss'))}"))
     if (rate := _series(lines, "speed/images_per_second").median()) is not None:
         tiles.append(("images per second", short(rate), "median"))
@@ -224,6 +236,47 @@ def _data_facts(run: dict, lines: LogSummary) -> str:
     if (replaced := number(last.get("data/replaced"))) is not None:
         facts["unreadable images replaced"] = f"{replaced:.0f}"
     return _table(facts.items(), None)
+
+
+def _profile(folder: Path, problems: list[str]) -> str:
+    """Parts of a step and the most expensive operations or kernels, if some steps were recorded."""
+    found, rows = _read(folder / PROFILE_FILE, problems), []
+    try:
+        with (folder / KERNELS_FILE).open(encoding="utf-8", newline="") as file:
+            rows = list(islice(csv.DictReader(file), MOST_SHOWN))
+    except (OSError, ValueError, csv.Error) as error:
+        if found:
+            problems.append(f"{KERNELS_FILE} cannot be read: {error}")
+    steps, seconds, first = (number(found.get(name)) or 0.0 for name in ("steps", "seconds", "first_step"))
+    if not (steps and seconds):
+        return ""
+    parts = ((str(name), number(value) or 0.0) for name, value in _part(found, "parts").items())
+    cells = [(name, f"{1000 * value / steps:.2f}", percent(value / seconds)) for name, value in parts]
+    kind, names = str(found.get("kind")), ("name", "calls", "total_ms", "self_ms")
+    most = [(*(str(row.get(name)) for name in names), _percent(row.get("share"))) for row in rows]
+    note = f"Steps {first:,.0f} to {first + steps - 1:,.0f}, {1000 * seconds / steps:.2f} ms each, on {found.get('device')}"
+    return (
+        f"<p>{escape(note)}. {escape(str(found.get('note') or ''))}</p>"
+        + _columns(("part of a step", "ms per step", "share"), cells)
+        + _columns((f"{kind}, the most expensive", "calls", "total ms", "self ms", "share of the steps"), most)
+        + f'<p>All of them: <a href="{PROFILE_FOLDER}/{KERNELS_FILE}">{KERNELS_FILE}</a>; over time, for Perfetto '
+        f'or chrome://tracing: <a href="{PROFILE_FOLDER}/{TRACE_FILE}">{TRACE_FILE}</a>.</p>'
+    )
+
+
+def _percent(text: str | None) -> str:
+    """A share from a file."""
+    try:
+        return percent(float(text or ""))
+    except ValueError:
+        return "?"
+
+
+def _columns(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with a head; all columns but the first are numbers."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table class="numbers"><tr>{head}</tr>{body}</table>'
 
 
 def _evaluations(folder: Path) -> str:

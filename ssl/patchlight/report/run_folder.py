@@ -10,6 +10,7 @@ METRICS_FILE, KNN_FILE, DIAGNOSES_FILE = "metrics.jsonl", "knn.jsonl", "diagnose
 EPOCHS_FILE = "log.txt"  # a line per epoch, as DINO writes it
 BEST_FILE = "best.json"  # the best checkpoint by a number of the looks
 REPORT_FILE, PICTURES_FOLDER, EVALUATION_FOLDER = "report.html", "plots", "evaluation"
+PROFILE_FOLDER, TRACE_FILE, KERNELS_FILE, PROFILE_FILE = "profile", "trace.json.gz", "kernels.csv", "profile.json"
 
 
 def read_json(path: Path) -> dict:

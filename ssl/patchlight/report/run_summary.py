@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .log_file import number, parse
-from .run_folder import DIAGNOSES_FILE, KNN_FILE, METRICS_FILE
+from .run_folder import BEST_FILE, DIAGNOSES_FILE, KNN_FILE, METRICS_FILE, read_json
 from .series import Series
 
 MOST_RECENT = 20
@@ -88,6 +88,15 @@ class RunSummary:
         for log in (self.metrics, self.knn, self.diagnoses):
             log.update(pause)
         return self
+
+    def best(self) -> tuple[str, int, float] | None:
+        """Name, step and value of the number whose best checkpoint is kept; None if the run keeps none."""
+        try:
+            found = read_json(self.folder / BEST_FILE)
+        except (OSError, ValueError):
+            return None
+        name, step, value = found.get("name"), found.get("step"), number(found.get("value"))
+        return (name, step, value) if isinstance(name, str) and type(step) is int and value is not None else None
 
     def problems(self) -> list[str]:
         """Sentences about lines and files that could not be used."""

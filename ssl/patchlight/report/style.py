@@ -49,6 +49,8 @@ table { width: 100%; margin-bottom: 14px; border-spacing: 0; font-size: 13px; ov
 th { width: 32%; text-align: left; font-weight: 500; color: var(--soft); vertical-align: top; }
 th, td { padding: 6px 14px; border-top: 1px solid var(--grid); overflow-wrap: anywhere; }
 tr:first-child > * { border-top: 0; }
+.numbers th { width: auto; } .numbers th + th, .numbers td + td { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
 summary { margin-bottom: 10px; cursor: pointer; color: var(--soft); font-size: 13px; }
 .alarm { margin-top: 22px; padding: 2px 18px; border: 1px solid var(--alarm); border-radius: 10px;
   background: var(--alarm-page); }
