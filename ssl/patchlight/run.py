@@ -287,6 +287,9 @@ class Parallel:
         check_numbers(self, replicate="[1, inf)", shard="[1, inf)", accumulate="[1, inf)", seed="[0, inf)")
 
 
+TRACKERS = ("auto", "tensorboard", "wandb")
+
+
 @dataclass(frozen=True)
 class Output:
     """Where results go."""
@@ -305,6 +308,8 @@ class Output:
     """Steps between evaluations of the teacher (k-NN accuracy, attention pictures); by default those of an epoch. 0: never."""
     best: str = ""
     """A number of the evaluations, k10 or k20: the checkpoint of its highest value is kept beside the latest, as `best`."""
+    track: tuple[str, ...] = ("auto",)
+    """Where numbers and pictures go besides the files: tensorboard, wandb, none; auto: tensorboard where it is installed."""
     profile: int = 0
     """Steps to record with torch's profiler, after the warm-up: operations, kernels and parts of a step, in profile/. 0: none."""
     resume: bool = False
@@ -313,6 +318,9 @@ class Output:
     def __post_init__(self) -> None:
         check_numbers(self, save_every="[1, inf)", keep="[1, inf)", log_every="[1, inf)", evaluate_every="[0, inf)")
         check_numbers(self, profile="[0, inf)")
+        for name in self.track:
+            remedy = nearest(name, TRACKERS, "none leaves all out")
+            check(name in TRACKERS, f"Output.track may name {', '.join(TRACKERS)}", repr(name), remedy)
         check(
             not self.best or self.evaluate_every != 0,
             "Output.best needs evaluations of the teacher",

@@ -230,7 +230,7 @@ def test_lines_of_epochs_are_those_of_a_run_that_was_never_interrupted(tmp_path)
     """Resumed within an epoch, after an epoch whose line the crash took, and behind a damaged line."""
 
     def log(folder, steps) -> None:
-        metrics = Metrics(ALONE, Journal(folder, tensorboard=False))
+        metrics = Metrics(ALONE, Journal(folder, track=()))
         for step in steps:
             add(metrics, *[float(step)] * 5)
             metrics.log(clock(step), {})
@@ -362,7 +362,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        metrics = Metrics(ALONE, Journal(tmp_path, tensorboard=True))
+        metrics = Metrics(ALONE, Journal(tmp_path, track=("tensorboard",)))
         add(metrics, *[2.0] * 40)
         metrics.log(clock(40), {})
         metrics.close()
@@ -373,7 +373,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 def test_tensorboard_leaves_out_what_a_resumed_run_wrote_of_later_steps(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for steps in ((10, 20, 30), (20,)):
-        metrics = Metrics(ALONE, Journal(tmp_path, tensorboard=True))
+        metrics = Metrics(ALONE, Journal(tmp_path, track=("tensorboard",)))
         for step in steps:
             add(metrics, *[float(step + len(steps))] * 10)
             metrics.log(clock(step), {})

@@ -139,6 +139,7 @@ class MetricsInMemory:
         self.steps: list[dict[str, Tensor]] = []
         self.lines: list[dict[str, float]] = []
         self.diagnoses: list[str] = []
+        self.looks: list[tuple[int, dict[str, float], dict[str, bytes]]] = []
         self.closed = False
 
     def add(self, terms: dict[str, Tensor]) -> None:
@@ -147,6 +148,9 @@ class MetricsInMemory:
     def log(self, clock: Clock, values: dict[str, float]) -> dict[str, float]:
         self.lines.append({name: float(term) for name, term in self.steps[-1].items()} | values)
         return self.lines[-1]
+
+    def look(self, clock: Clock, accuracies: dict[str, float], pictures: dict[str, bytes]) -> None:
+        self.looks.append((clock.step, accuracies, pictures))
 
     def diagnose(self, clock: Clock, diagnosis) -> None:
         self.diagnoses.append(diagnosis.name)

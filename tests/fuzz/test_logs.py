@@ -41,7 +41,7 @@ def good() -> dict[str, bytes]:
 
 
 def journal(folder: Path, start: int) -> Journal:
-    made = Journal(folder, Display(Console(file=io.StringIO(), width=200)), tensorboard=False)
+    made = Journal(folder, Display(Console(file=io.StringIO(), width=200)), track=())
     made.open(Clock(start, STEPS, 8 * start, PER_EPOCH), start)
     return made
 

@@ -22,9 +22,9 @@ def clock(step: int) -> Clock:
     return Clock(step, 20, step * 8, PER_EPOCH)
 
 
-def journal(folder, start: int = 0, tensorboard: bool = False) -> tuple[Journal, io.StringIO]:
+def journal(folder, start: int = 0, track: tuple[str, ...] = ()) -> tuple[Journal, io.StringIO]:
     printed = io.StringIO()
-    made = Journal(folder, Display(Console(file=printed, width=300)), tensorboard)
+    made = Journal(folder, Display(Console(file=printed, width=300)), track)
     made.open(clock(start + 1), start)
     return made, printed
 
@@ -52,7 +52,7 @@ def test_a_place_that_cannot_be_written_is_said_once_and_filled_later(tmp_path, 
         obstacle.write_text("a file, where a folder should be")
     else:
         obstacle.mkdir(parents=True)
-    logs, printed = journal(folder, tensorboard=place == "tensorboard")
+    logs, printed = journal(folder, track=("tensorboard",) if place == "tensorboard" else ())
     write(logs, 1, 2, 3, 4)
     if logs.page.thread:
         logs.page.thread.join()

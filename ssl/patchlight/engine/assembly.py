@@ -28,6 +28,7 @@ from ..objectives.interface import BuildContext, Objective
 from ..objectives.weighted import WeightedObjectives
 from ..records import Clock
 from ..report.console import Display
+from ..report.entry import trackers_of
 from ..report.journal import Journal
 from ..report.run_folder import REPORT_FILE
 from ..run import PASSED, Model, Run
@@ -250,7 +251,8 @@ def build_loader(run: Run, mesh: Mesh, source: OwnImages | None = None) -> Loade
 
 def build_metrics(run: Run, mesh: Mesh, objectives: WeightedObjectives) -> Metrics:
     """The metrics of a run; on rank 0 with the journal that writes them."""
-    journal = Journal(run.output.folder, Display()) if mesh.rank == 0 else None
+    track = trackers_of(run.output.track)  # an error on every rank if a package is missing
+    journal = Journal(run.output.folder, Display(), track) if mesh.rank == 0 else None
     return Metrics(mesh, journal, objectives.prototype_counts(), cost_of(run, mesh.device))
 
 

@@ -74,6 +74,11 @@ class Metrics:
             self.journal.write(clock, record)
         return means | {name: float(value) for name, value in values.items()}
 
+    def look(self, clock: Clock, accuracies: Mapping[str, float], pictures: Mapping[str, bytes]) -> None:
+        """Hands a look at the teacher to the journal's trackers."""
+        if self.journal:
+            self.journal.look(clock, clock.step - self.steps, accuracies, pictures)
+
     def diagnose(self, clock: Clock, diagnosis: Diagnosis) -> None:
         """Writes a diagnosis to the journal. A fatal one is the last entry."""
         if self.journal:

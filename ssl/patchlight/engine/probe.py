@@ -14,13 +14,12 @@ from torch.utils.data import DataLoader
 
 from ..checks import check
 from ..data.crop_picture import draw_crops as draw_crop_picture
-from ..data.procedural import ProceduralSource
 from ..data.stored import Source, Subset
 from ..durable import write_whole
 from ..evaluation.images import CenterCrops, Unreadable, readable
 from ..evaluation.pictures.attention import class_attention_maps, draw_attention, summary_attention_maps
 from ..evaluation.probes.knn import knn_accuracy
-from ..evaluation.probes.labeled import LabeledImages
+from ..evaluation.probes.labeled import LabeledImages, gallery_and_queries
 from ..records import Clock, Crops, Views
 from ..report.console import warn
 from ..report.log_file import LogFile, number
@@ -48,7 +47,7 @@ class TeacherProbe:
         self.run, self.source, self.device, self.writes = run, source, mesh.device, mesh.rank == 0
         self.folder = Path(run.output.folder)
         self.pictures = self.folder / PICTURES_FOLDER
-        self.gallery, self.queries = split(source, run.parallel.seed)
+        self.gallery, self.queries = gallery_and_queries(source, run.parallel.seed, MOST_GALLERY, MOST_QUERIES)
         self.labeled = source.labels is not None
         self.counts = [count for count in NEIGHBORS if count <= len(self.gallery)] or [len(self.gallery)]
         if run.output.best:
@@ -57,6 +56,7 @@ class TeacherProbe:
         self.unreadable = Unreadable()
         self.results = LogFile(self.folder / KNN_FILE, warn)
         self.newest: int | None = None  # step of the last result that was there before
+        self.pictures_drawn: dict[str, bytes] = {}  # by kind, since `take_pictures`
         self.drawn: Outlet[tuple[Path, bytes]] = Outlet(PICTURES_FOLDER, self._write_pictures, warn, most=16)
 
     def _check_best(self, best: str) -> None:
@@ -176,26 +176,14 @@ class TeacherProbe:
     def _save(self, picture, kind: str, step: int) -> None:
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
+        self.pictures_drawn[kind] = buffer.getvalue()
         self.drawn.put((self.pictures / f"{kind}-{step:07d}.png", buffer.getvalue()))
+
+    def take_pictures(self) -> dict[str, bytes]:
+        """The pictures that were drawn since the last call, as PNG, by kind."""
+        taken, self.pictures_drawn = self.pictures_drawn, {}
+        return taken
 
     def _write_pictures(self, pictures: list[tuple[Path, bytes]]) -> None:
         for path, data in pictures:
             write_whole(path, data)
-
-
-def split(source: Source, seed: int) -> tuple[LabeledImages, LabeledImages]:
-    """The images of the gallery, and those to classify."""
-    if isinstance(source, ProceduralSource):
-        others = ProceduralSource(MOST_QUERIES, source.size, seed=source.seed + 1)
-        gallery = np.arange(min(len(source), MOST_GALLERY))
-        return labeled_part(source, gallery), labeled_part(others, np.arange(MOST_QUERIES))
-    order = np.random.default_rng(seed).permutation(len(source))
-    held_out = min(MOST_QUERIES, max(1, len(order) // 5))
-    gallery, queries = np.sort(order[held_out:][:MOST_GALLERY]), np.sort(order[:held_out])
-    return labeled_part(source, gallery), labeled_part(source, queries)
-
-
-def labeled_part(source: Source, ids: np.ndarray) -> LabeledImages:
-    """Some images of a source, with their labels if it has any."""
-    labels = np.zeros(0, np.int64) if source.labels is None else np.asarray(source.labels)[ids]
-    return LabeledImages(source, ids, labels, source.classes)

@@ -150,6 +150,7 @@ class Trainer:
         if self.probe is None:
             return {}
         result = self.probe.evaluate(self.teacher, self.clock)
+        self.metrics.look(self.clock, result, self.probe.take_pictures())
         for name, accuracy in result.items():
             before = f", untrained {self.first_probe[name]:.1%}" if name in self.first_probe else ""
             self.say(f"step {self.clock.step}: k-NN accuracy of the teacher ({name}) {accuracy:.1%}{before}")

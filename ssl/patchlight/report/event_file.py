@@ -1,4 +1,4 @@
-"""TensorBoard's file of a run: the numbers of its log lines."""
+"""TensorBoard's file of a run: the numbers of its log lines and looks, and pictures."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
+from .entry import Entry
 from .log_file import append
 
 _numbers = itertools.count()  # so that no two files of a process have the same name
@@ -23,21 +23,25 @@ class EventFile:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self.path, self.start = folder / name, start
 
-    def write(self, records: list[tuple[float, Mapping[str, float]]]) -> None:
-        """Appends log lines, each with the time at which it came."""
+    def write(self, entries: list[Entry]) -> None:
+        """Appends numbers and pictures, each with the time at which it came."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         events = []
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            began = records[0][0]
+            began = entries[0].seconds
             restart = SessionLog(status=SessionLog.START)
             events += [Event(wall_time=began, file_version="brain.Event:2")]
             events += [Event(wall_time=began, step=self.start + 1, session_log=restart)]
-        for seconds, record in records:
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items()]
-            events.append(Event(wall_time=seconds, step=int(record["step"]), summary=Summary(value=values)))
+        for entry in entries:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in entry.numbers.items()]
+            for name, data in entry.pictures.items():
+                width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))  # as PNG has them
+                image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=data)
+                values.append(Summary.Value(tag=name, image=image))
+            events.append(Event(wall_time=entry.seconds, step=entry.step, summary=Summary(value=values)))
         append(self.path, b"".join(framed(event) for event in events))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 RUN_FILE, ENVIRONMENT_FILE = "run.json", "environment.json"
 METRICS_FILE, KNN_FILE, DIAGNOSES_FILE = "metrics.jsonl", "knn.jsonl", "diagnoses.jsonl"  # a line per event
 EPOCHS_FILE = "log.txt"  # a line per epoch, as DINO writes it
+WANDB_ID_FILE = "wandb/run_id.txt"  # which a resumed run continues
 BEST_FILE = "best.json"  # the best checkpoint by a number of the looks
 REPORT_FILE, PICTURES_FOLDER, EVALUATION_FOLDER = "report.html", "plots", "evaluation"
 PROFILE_FOLDER, TRACE_FILE, KERNELS_FILE, PROFILE_FILE = "profile", "trace.json.gz", "kernels.csv", "profile.json"

@@ -13,7 +13,7 @@ from ...checks import check, sentence
 from ...data.lists import read_rows
 from ...data.procedural import ProceduralSource
 from ...data.sources import DATA_SET, FileList, Files, ImageFolder, open_own
-from ...data.stored import Images, Subset
+from ...data.stored import Images, Source, Subset
 from ...data.streams import ImageStream
 from ...file_functions import call_alone, function_of, names_function
 from ..images import PROCEDURAL, Unreadable
@@ -137,3 +137,23 @@ def _listed(part: LabeledImages, path: Path) -> np.ndarray:
         got = f"{len(keep)} of {len(wanted)} in {path}"
         raise ValueError(sentence(rule, got, "pass the list that belongs to this data"))
     return keep
+
+
+def gallery_and_queries(
+    source: Source, seed: int, most_gallery: int, most_queries: int
+) -> tuple[LabeledImages, LabeledImages]:
+    """Two parts of the images: neighbors in the one classify the other. Of procedural images, no run trains on the other."""
+    if isinstance(source, ProceduralSource):
+        others = ProceduralSource(most_queries, source.size, seed=source.seed + 1)
+        gallery = np.arange(min(len(source), most_gallery))
+        return labeled_part(source, gallery), labeled_part(others, np.arange(most_queries))
+    order = np.random.default_rng(seed).permutation(len(source))
+    held_out = min(most_queries, max(1, len(order) // 5))
+    gallery, queries = np.sort(order[held_out:][:most_gallery]), np.sort(order[:held_out])
+    return labeled_part(source, gallery), labeled_part(source, queries)
+
+
+def labeled_part(source: Source, ids: np.ndarray) -> LabeledImages:
+    """Some images of a source, with their labels if it has any."""
+    labels = np.zeros(0, np.int64) if source.labels is None else np.asarray(source.labels)[ids]
+    return LabeledImages(source, ids, labels, source.classes)
