@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..checks import check_choice, check_numbers
 from .encoder import Encoder, autocast
-from .images import CenterCrops, Images, Unreadable, check_some, readable
+from .images import CenterBatches, CenterCrops, Images, Unreadable, check_some, readable
 from .progress import progress
 from .ranks import Ranks
 
@@ -47,7 +46,7 @@ def encode_batches(
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """(summaries [B, D] fp32 on the device, numbers [B] in the source) of the readable images of this rank's share."""
     crops = CenterCrops(source, ranks.share(len(source)), size, resize_to)
-    loader = DataLoader(crops, reading.batch, num_workers=reading.workers, pin_memory=ranks.device.type == "cuda")
+    loader = CenterBatches(crops, reading.batch, reading.workers, ranks.device.type == "cuda")
     for images, numbers in readable(progress(loader, title, ranks), source, unreadable):
         pixels = encoder.normalize(images.to(ranks.device, non_blocking=True))
         with autocast(ranks.device, reading.precision):

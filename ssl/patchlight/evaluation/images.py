@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 import torch
@@ -14,9 +16,10 @@ from torchvision.transforms.v2 import functional as tv
 
 from ..checks import check
 from ..data.procedural import ProceduralSource
-from ..data.reading import describe_error
+from ..data.reading import TIMEOUT, describe_error
 from ..data.sources import open_source
 from ..data.stored import Images, Source
+from ..data.workers import Workers
 from .ranks import Ranks
 
 PROCEDURAL = "procedural"  # in place of a path: images that are drawn instead of read
@@ -70,6 +73,61 @@ class CenterCrops(Dataset):
         except Exception as error:  # decoders raise errors of any type for a damaged file
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), number, describe_error(error)
         return tv.center_crop(tv.resize(image, [self.resize_to], InterpolationMode.BICUBIC), [self.size]), number, ""
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """What a worker does for CenterBatches; a task is a range of items, empty after the last batch."""
+
+    crops: CenterCrops
+    batch: int
+
+    def blank(self) -> dict[str, Tensor]:
+        images = torch.zeros(self.batch, 3, self.crops.size, self.crops.size, dtype=torch.uint8)
+        return {"images": images, "numbers": torch.zeros(self.batch, dtype=torch.int64)}
+
+    def read(self, task: range, into: dict[str, Tensor], begin: Callable[[int], None]) -> list:
+        reasons = []
+        for row, item in enumerate(task):
+            begin(int(self.crops.ids[item]))
+            into["images"][row], into["numbers"][row], reason = self.crops[item]
+            reasons.append(reason)
+        return reasons
+
+    def name(self, image: int) -> str:
+        return self.crops.source.name(image)
+
+
+class CenterBatches:
+    """Batches of CenterCrops in their order. A worker that dies or stands still is named, with its image, and started anew."""
+
+    def __init__(
+        self, crops: CenterCrops, batch: int, workers: int = 0, pin_memory: bool = False, timeout: float = TIMEOUT
+    ) -> None:
+        self.reads, self.workers, self.pin_memory, self.timeout = _Reads(crops, batch), workers, pin_memory, timeout
+        self.tasks = [range(first, min(first + batch, len(crops))) for first in range(0, len(crops), batch)]
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        count = min(self.workers, len(self.tasks))
+        if count == 0:
+            for task in self.tasks:
+                batch = self.reads.blank()
+                yield self._part(batch, self.reads.read(task, batch, lambda image: None))
+            return
+        endless = chain(self.tasks, repeat(range(0)))
+        workers = Workers("evaluation", self.reads, endless, count, self.timeout, self.pin_memory)
+        try:
+            for _ in self.tasks:
+                yield self._part(*next(workers))
+        finally:
+            workers.close()
+
+    def _part(self, batch: dict[str, Tensor], reasons: list) -> tuple[Tensor, Tensor, list[str]]:
+        """The last batch may have fewer images."""
+        return batch["images"][: len(reasons)], batch["numbers"][: len(reasons)], reasons
 
 
 def readable(

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..checks import check
-from ..data.reading import Named, read_sample
+from ..checks import check, sentence
+from ..data.reading import TIMEOUT, Named, read_sample
 from .encoder import EvaluatedBackbone
 from .images import Unreadable
 from .ranks import Ranks
@@ -61,11 +61,28 @@ class TrainingBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for sample, numbers, reasons in self.loader:
+        for sample, numbers, reasons in self._in_time():
             for number, reason in zip(numbers.tolist(), reasons, strict=True):
                 if reason:
                     self.unreadable.add(self.data.name(number), reason)
             yield sample
+
+    def _in_time(self) -> Iterator[tuple]:
+        """The loader's batches; an error if a worker stands still. A finished batch before is lost with it, so that it is
+        named from there on."""
+        batches = iter(self.loader)
+        for items in self.loader.batch_sampler or ():
+            try:
+                yield next(batches)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                names = ", ".join(self.data.name(item) for item in items[:3]) + (
+                    " and others" if len(items) > 3 else ""
+                )
+                got = f"nothing in {self.loader.timeout:g} seconds at {names} or in the batches after it"
+                remedy = "look at these files and their file system, or use --reading.workers 0"
+                raise RuntimeError(sentence("A worker must read its batch", got, remedy)) from error
 
 
 class _Replacing(Dataset):
@@ -83,7 +100,8 @@ def training_loader(
     data: TrainingData, batches: Batches, workers: int, device: torch.device, unreadable: Unreadable
 ) -> TrainingBatches:
     replacing, pin_memory = _Replacing(data, batches.seed), device.type == "cuda"
-    loader = DataLoader(replacing, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+    timeout = TIMEOUT if workers else 0
+    loader = DataLoader(replacing, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, timeout=timeout)
     return TrainingBatches(data, loader, unreadable)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..features import Reading
-from ..images import CenterCrops, check_some, readable, resize_side
+from ..images import CenterBatches, CenterCrops, check_some, readable, resize_side
 from ..ranks import Ranks
 from .labeled import LabeledData, LabeledImages
 
@@ -47,7 +47,7 @@ def count_test_images(
     counts = torch.zeros(classifiers, 3, dtype=torch.float64)
     crops = CenterCrops(data.test, ranks.share(len(data.test)), size, resize_side(size, data.whole))
     all_labels = torch.from_numpy(data.test.labels)
-    batches = DataLoader(crops, reading.batch, num_workers=reading.workers)
+    batches = CenterBatches(crops, reading.batch, reading.workers)
     for images, numbers in readable(batches, data.test, data.unreadable):
         labels = all_labels[numbers].to(ranks.device)
         counts += torch.stack([count_correct(logits, labels) for logits in classify(images)])
