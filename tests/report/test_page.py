@@ -298,3 +298,16 @@ def test_numbers_are_short():
     texts = [short(v) for v in (0, 1, 0.5, 6.2345, 123.4, 12345.0, 2.5e6, 1e-5, 0.00321)]
     assert texts == ["0", "1", "0.5", "6.234", "123", "12.3k", "2.5M", "1.0e-05", "0.00321"]
     assert percent(0.4567) == "45.7%"
+
+
+def test_the_best_checkpoint_is_named(tmp_path):
+    folder = fill(tmp_path / "run")
+    assert RunSummary(folder).best() is None
+    assert "best k10" not in build_report(folder)
+    (folder / "best.json").write_text('{"name": "k10", "value": 0.3, "step": 1020}')
+    assert RunSummary(folder).best() == ("k10", 1020, 0.3)
+    assert "<span>best k10</span><b>30%</b><em>step 1,020, kept as best</em>" in build_report(folder)
+    for damage in ("{", "[1]", '{"name": "k10", "value": NaN, "step": 5}', '{"name": 3, "value": 0.1, "step": 5}'):
+        (folder / "best.json").write_text(damage)
+        assert RunSummary(folder).best() is None
+        assert "best k10" not in build_report(folder)

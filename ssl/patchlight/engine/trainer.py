@@ -99,10 +99,9 @@ class Trainer:
     def train(self, request: StopRequest) -> str:
         """The loop: steps, log lines, checkpoints, looks at the teacher. Returns what has stopped it before the end."""
         output, stopped = self.run.output, ""
-        first, began, left = self.clock.step + 1, time.perf_counter(), self.clock.total - self.clock.step
-        profile = StepProfile(self.folder, output.profile, left, self.mesh.device, self.mesh.rank, self.mesh.world)
+        first, began = self.clock.step + 1, time.perf_counter()
         while self.clock.step < self.clock.total and not stopped:
-            profile(self.step, self.clock.step + 1)
+            self.profile(self.step, self.clock.step + 1)
             if self.clock.step == first:
                 self.say(f"The first step took {time.perf_counter() - began:.1f} s.")
             last = self.clock.step == self.clock.total
@@ -116,7 +115,7 @@ class Trainer:
                 self.save()
             if self.look_is_due() and not stopped:  # if it is stopped, the resumed run takes this look
                 self.evaluate_teacher()
-        profile.close()
+        self.profile.close()
         return stopped
 
     def look_is_due(self) -> bool:
@@ -182,15 +181,15 @@ class Trainer:
                 self.say(f"Nothing to resume in {self.folder}: starting anew.")
             else:
                 self.load(newest)
+        mesh, left = self.mesh, self.clock.total - self.clock.step
+        self.profile = StepProfile(self.folder, self.run.output.profile, left, mesh.device, mesh.rank, mesh.world)
         if self.probe is not None:
             self.first_probe = self.probe.rewind(self.clock)
             if self.run.output.best:
                 self.checkpoints.resume_best(self.run.output.best, self.probe.looks, self.say)
-        if self.mesh.rank == 0:
+        if mesh.rank == 0:
             write_whole(self.folder / RUN_FILE, json.dumps(self.run.to_dict(), indent=1))
-            Console().print(
-                settings_table(self.run, self.clock, self.mesh.world, self.loader.dataset_size, self.choices)
-            )
+            Console().print(settings_table(self.run, self.clock, mesh.world, self.loader.dataset_size, self.choices))
 
     def save(self, best: Best | None = None) -> None:
         """Writes a checkpoint: everything that the next step depends on, and the teacher for use elsewhere.

@@ -102,10 +102,10 @@ class Journal:
             self.display.close()
         for outlet in (self.environment, self.metrics.outlet, self.epochs.outlet, self.diagnoses.outlet):
             outlet.close()
-        for tracker in self.trackers:
-            tracker.close()
         if self.opened:
             self.page.close()
+        for tracker in self.trackers:  # last, as W&B may take its time
+            tracker.close()
 
     def _say(self, sentence: str) -> None:
         (self.display.warn if self.display else warn)(sentence)
