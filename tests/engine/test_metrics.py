@@ -12,10 +12,10 @@ import torch
 from engine.tiny_run import DINO, IBOT, NoiseLoader, on_processes, tiny_run
 from rich.console import Console
 
+from patchlight.cost import Cost, backbone_flops, flops_per_image
 from patchlight.data.procedural import ProceduralSource
 from patchlight.engine import metrics as metrics_module
 from patchlight.engine.assembly import build_metrics, build_objectives, build_trainer
-from patchlight.engine.cost import Cost, backbone_flops, flops_per_image
 from patchlight.engine.metrics import Metrics
 from patchlight.engine.parallel import Mesh, processes
 from patchlight.engine.probe import TeacherProbe

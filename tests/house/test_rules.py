@@ -34,10 +34,11 @@ MAY_IMPORT = {
     "export": GROUND | {"report", "checkpoint", "backbones", "heads", "data", "evaluation"},
     "run": GROUND | {"objectives", "data"},
     "needs": GROUND | {"backbones", "objectives", "data"},
+    "cost": GROUND | {"backbones", "run"},
     "engine": GROUND
-    | {"report", "checkpoint", "backbones", "heads", "objectives", "data", "run", "needs", "evaluation"},
+    | {"report", "checkpoint", "backbones", "heads", "objectives", "data", "run", "needs", "cost", "evaluation"},
     "pretraining": GROUND | {"backbones", "objectives", "data", "run", "needs", "engine"},
-    "recipes": GROUND | {"objectives", "data", "run", "engine", "report"},
+    "recipes": GROUND | {"objectives", "data", "run", "cost", "engine", "report"},
 }
 
 

@@ -145,7 +145,7 @@ class Workers:
                 f"{self.loader} loader: a worker must be able to read its batch in {MOST_STARTS} attempts",
                 f"the last one: {problem}",
                 "look at that file and its file system; look with dmesg and df /dev/shm whether memory was short, then use"
-                " fewer Data.workers; if the file system is only slow, raise Data.timeout",
+                " fewer workers; if the file system is only slow, allow more time (in a training: Data.timeout)",
             )
         )
 

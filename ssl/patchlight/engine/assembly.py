@@ -16,6 +16,7 @@ from ..backbones.interface import Backbone
 from ..backbones.timm_line import timm_line
 from ..checkpoint.folder import TEACHER
 from ..checks import check, sentence
+from ..cost import cost_of
 from ..data import loaders
 from ..data.interface import Loader, SourceLoader
 from ..data.masking import FixedMasks, ReleasedMasks
@@ -35,7 +36,6 @@ from ..run import PASSED, Model, Run
 from ..threads import limit_spinning
 from .branches import Student, Teacher, build_branches_on, check_teacher_student
 from .checkpoint import Checkpoints
-from .cost import cost_of
 from .device_step import DeviceStep
 from .graph import choose_recorder
 from .init_from import init_from

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..cost import Cost
 from ..records import Clock
 from ..report.environment import peak_memory
 from ..report.journal import Journal
-from .cost import Cost
 from .parallel import Mesh
 from .sentinels import Diagnosis
 

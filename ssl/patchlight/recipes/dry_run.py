@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..cost import Cost
 from ..engine.assembly import build_clock, build_objectives, build_trainer
-from ..engine.cost import Cost
 from ..engine.graph import choose_recorder
 from ..engine.metrics import Metrics
 from ..engine.parallel import Mesh, choose_compiled

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..backbones.architectures import build_backbone
-from ..run import Model, Run
+from .backbones.architectures import build_backbone
+from .run import Model, Run
 
 # Dense bf16 or fp16 operations per second, as the makers state them, by what a device's name contains; first match.
 PEAK_FLOPS = (
