@@ -61,7 +61,7 @@ def test_missing_and_empty_folders_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"got none among 1 files .* known endings are \.bmp"):
         ImageFolder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="list must exist"):
+    with pytest.raises(FileNotFoundError, match="A folder or a list of images must exist"):
         open_source(tmp_path / "list.txt")
 
 

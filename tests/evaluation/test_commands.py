@@ -129,6 +129,16 @@ def test_a_share_of_labels(images, tmp_path):
         choose_labels(train, 1, str(names))
 
 
+def test_a_list_of_labels_names_its_share(run_folder, images, tmp_path, monkeypatch):
+    names = tmp_path / "names.txt"
+    names.write_text("train00.png\ntrain13.png\ntrain25.png\n")
+    monkeypatch.setattr("patchlight.evaluation.__main__.evaluate_finetune", lambda *_: {"top1": 0.5})
+    for words in (["semi", "--names", names], ["semi", "--share", 0.5], ["finetune"]):
+        call(monkeypatch, *words, "--checkpoint", run_folder, "--data", images)
+    found = sorted(path.name for path in (run_folder / "evaluation").glob("finetune*"))
+    assert found == ["finetune-16.7%-images.json", "finetune-50%-images.json", "finetune-images.json"]
+
+
 def test_no_more_readers_than_processors():
     """torch warns of more at every evaluation."""
     assert 1 <= Reading().workers <= min(4, len(os.sched_getaffinity(0)))

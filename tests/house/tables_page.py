@@ -34,11 +34,11 @@ COMMANDS = {
     ("finetune", "imagenet"): ("Fine-tuning", "finetune --data imagenet"),
     ("finetune-1%", "imagenet"): (
         "Fine-tuning on 1 % of the labels",
-        "semi --data imagenet --share 0.01 --names 1percent.txt",
+        "semi --data imagenet --names 1percent.txt",
     ),
     ("finetune-10%", "imagenet"): (
         "Fine-tuning on 10 % of the labels",
-        "semi --data imagenet --share 0.1 --names 10percent.txt",
+        "semi --data imagenet --names 10percent.txt",
     ),
 }
 NOTES = {
@@ -49,7 +49,6 @@ NOTES = {
     "for ADE20K, the output calls the numbers not comparable; that line is wrong here.",
     ("segment-fpn", "ade20k"): "The paper does not state the learning rates of this head; ours are UPerNet's.",
     ("knn", "imagenet"): "`imagenet` is a folder with `train/` and `val/`.",
-    ("finetune-10%", "imagenet"): "`--share` names the row even where `--names` gives the images.",
     ("segment-conv", "imagenet-s"): "3500 steps are 100 epochs of ImageNet-S 919; other sizes need `--steps`.",
 }
 

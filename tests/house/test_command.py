@@ -365,7 +365,7 @@ def test_flags_on_top_of_a_file(place, tmp_path, capsys):
 
 FLAGS = """demo --optim.betas 0.8 0.9 --parallel.deterministic --output.no-resume --schedule.steps-per-epoch 3
 --objectives.weights.selfpatch/patch=0.5 --objectives.weights.dino/cls 2 --model.sizes width 24 depth 1 heads 1
---data.crops.global-crops.1.flip 0 --objectives.masks.ratios 0 0 0.3 0.2 --optim.min-lr -0 --local-rank=0"""
+--data.crops.global-crops.1.flip 0 --objectives.masks.ratios 0 0 0.3 0.2 --optim.min-lr -0 --local-rank=0 --local_rank 1"""
 
 
 def test_values_of_every_type_by_flag():

@@ -71,7 +71,7 @@ class FileList(Files):
     def __init__(self, path: str | Path):
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(sentence("FileList: the list must exist", path, "check the path"))
+            raise FileNotFoundError(sentence("A folder or a list of images must exist", path, "check the path"))
         rows = read_rows(path)
         check(len(rows) > 0, "FileList: at least one line is needed", f"an empty {path}", "write one path per line")
         check(

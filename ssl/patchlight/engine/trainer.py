@@ -42,6 +42,8 @@ from .probe import TeacherProbe
 from .sentinels import Sentinels, TrainingError
 from .settings_table import settings_table
 
+GO_ON = "continue with --output.resume (in Python: Output.resume=True)"
+
 
 class Trainer:
     """One run on one process of its mesh."""
@@ -94,7 +96,7 @@ class Trainer:
                     self.probe.close()
                 self.metrics.close()
         if stopped:
-            self.say(f"Stopped by {stopped} after step {self.clock.step}; continue with Output.resume=True.")
+            self.say(f"Stopped by {stopped} after step {self.clock.step}; {GO_ON}.")
 
     def train(self, request: StopRequest) -> str:
         """The loop: steps, log lines, checkpoints, looks at the teacher. Returns what has stopped it before the end."""

@@ -65,7 +65,7 @@ def finetune(
     protocol: FinetuneProtocol = FinetuneProtocol(),  # noqa: B008
 ) -> None:
     """Train the whole network on all labels of any image folder."""
-    _finetune(checkpoint, images, protocol, "finetune", 1.0, "")
+    _finetune(checkpoint, images, protocol)
 
 
 def semi(
@@ -81,15 +81,17 @@ def semi(
         share: of the labels of each class, drawn once for all.
         names: instead, a list of file names, such as SimCLR's 1percent.txt, which published numbers use.
     """
-    _finetune(checkpoint, images, protocol, f"finetune-{100 * share:g}%", share, names)
+    _finetune(checkpoint, images, protocol, share, names)
 
 
 def _finetune(
-    checkpoint: Checkpoint, images: Labeled, protocol: FinetuneProtocol, task: str, share: float, names: str
+    checkpoint: Checkpoint, images: Labeled, protocol: FinetuneProtocol, share: float = 1.0, names: str = ""
 ) -> None:
     with join_ranks(checkpoint.device) as ranks:
         encoder, data = checkpoint.open(ranks), open_labeled(images.data)
         train = choose_labels(data.train, share, names, protocol.seed)
+        percent = round(100 * len(train) / len(data.train), 1) if names else 100 * share
+        task = f"finetune-{percent:g}%" if isinstance(protocol, SemiProtocol) else "finetune"
         metrics = evaluate_finetune(encoder, train, data, protocol, ranks, images.reading)
         notes = (
             f"{len(train)} of {len(data.train)} labels, {'listed in ' + names if names else 'drawn'}",

@@ -124,13 +124,15 @@ def _run_of(asked: Request, group: Group) -> Run:
 
 
 def _words(arguments: Sequence[str] | None) -> list[str]:
-    """The arguments without those of launchers."""
-    return [word for word in (sys.argv[1:] if arguments is None else arguments) if not _is_from_launcher(word)]
-
-
-def _is_from_launcher(argument: str) -> bool:
-    """--local-rank, in either spelling: old launchers add it; ranks come from the environment."""
-    return argument.replace("_", "-").startswith("--local-rank")
+    """The arguments without --local-rank, in either spelling: old launchers add it; ranks come from the environment."""
+    words, kept = list(sys.argv[1:] if arguments is None else arguments), []
+    while words:
+        word = words.pop(0)
+        if word.partition("=")[0].replace("_", "-") != "--local-rank":
+            kept.append(word)
+        elif "=" not in word and words and words[0].isdigit():
+            del words[0]
+    return kept
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> None:
