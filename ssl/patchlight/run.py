@@ -318,6 +318,9 @@ class Output:
     def __post_init__(self) -> None:
         check_numbers(self, save_every="[1, inf)", keep="[1, inf)", log_every="[1, inf)", evaluate_every="[0, inf)")
         check_numbers(self, profile="[0, inf)")
+        check(isinstance(self.best, str), "Output.best must be a name", repr(self.best), "use k20, or leave it out")
+        rule, got = "Output.track must be a tuple of names", repr(self.track)
+        check(isinstance(self.track, tuple | list), rule, got, 'use ("tensorboard",), or () for none')
         for name in self.track:
             remedy = nearest(name, TRACKERS, "none leaves all out")
             check(name in TRACKERS, f"Output.track may name {', '.join(TRACKERS)}", repr(name), remedy)

@@ -135,9 +135,9 @@ def train_on_folder(place: Path) -> None:
     command = ["bash", str(EXAMPLES / "train_on_folder.sh"), "my images", "out put", *SHORT]
     with_python = environment() | {"PYTHON": sys.executable}
     with (place / "first.txt").open("w+") as output:
-        started = subprocess.Popen(
-            command, cwd=place, env=with_python, stdout=output, stderr=output, start_new_session=True
-        )
+        outputs = {"stdout": output, "stderr": output, "start_new_session": True}
+        ends = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests may run where Ctrl-C is ignored
+        started = subprocess.Popen(command, cwd=place, env=with_python, preexec_fn=ends, **outputs)
         while started.poll() is None and not list(run.glob("checkpoints/step-*/manifest.json")):
             time.sleep(0.02)
         os.killpg(started.pid, signal.SIGINT)
