@@ -9,7 +9,7 @@ from engine.tiny_run import DINO, SELFPATCH, NoiseLoader, tiny_run, tiny_trainer
 from parity import ROOT
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own_loop.md").read_text(), re.DOTALL)
-STEPS = 8
+STEPS, CLOSE = 8, 3e-4
 
 
 def test_its_parts_are_those_of_the_example():
@@ -31,6 +31,7 @@ def test_its_loop_trains_as_the_trainer_does():
     pretraining = own_of(run)
     for name in ("student", "teacher", "objectives"):
         getattr(pretraining, name).load_state_dict(getattr(trainer, name).state_dict())
+    start = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
     noise, losses = NoiseLoader(run), []
 
     def recorded(views):
@@ -48,12 +49,13 @@ def test_its_loop_trains_as_the_trainer_does():
         trainer.step()
     expected = [float(step["loss"]) for step in trainer.metrics.steps]
     assert losses == pytest.approx(expected, rel=1e-4)
-    assert abs(losses[-1] / losses[0] - 1) > 1e-2, "nothing was learned, so nothing was compared"
     names = dict(trainer.student.named_parameters())
+    moved = [name for name, p in names.items() if (p - start[name]).abs().max() > 5 * CLOSE]
+    assert len(moved) > len(names) / 2, "nothing was learned, so nothing was compared"
     # Without one of the rules they differ by 1e-3. Some biases have no gradient but rounding, which Adam makes large.
     far = [
         name
         for name, p in pretraining.student.named_parameters()
-        if not name.endswith("bias") and not torch.allclose(p, names[name], rtol=0, atol=3e-4)
+        if not name.endswith("bias") and not torch.allclose(p, names[name], rtol=0, atol=CLOSE)
     ]
     assert not far

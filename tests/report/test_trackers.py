@@ -254,7 +254,8 @@ def test_a_missing_package_is_an_error_at_the_start(name, monkeypatch):
     assert trackers_of(("auto",)) == trackers_of(()) == []
 
 
-def test_names_of_trackers():
+def test_names_of_trackers(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())  # as where both packages are
     assert trackers_of(("auto", "wandb")) == ["tensorboard", "wandb"]
     assert trackers_of(("wandb", "tensorboard")) == ["tensorboard", "wandb"]
     with pytest.raises(
