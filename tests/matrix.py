@@ -90,7 +90,9 @@ def run_in_environment(row: str, *packages: str) -> Outcome:
     if not complete.exists():
         print(f"{row}: setting up {home.relative_to(ROOT)} (several gigabytes)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
-    extras = (PROJECT["optional-dependencies"][name] for name in ("train", "test", "bench", "tracking", "export", "docs"))
+    extras = (
+        PROJECT["optional-dependencies"][name] for name in ("train", "test", "bench", "tracking", "export", "docs")
+    )
     wanted = [*PROJECT["dependencies"], *(package for extra in extras for package in extra)]
     others = [package for package in wanted if not package.startswith("patchlight[")]  # which is on PYTHONPATH
     requirements = (*packages, "setuptools>=77", *others)  # in one call: none may change torch's version
