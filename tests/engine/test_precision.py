@@ -13,13 +13,22 @@ CPU = torch.device("cpu")
     ("flags", "expected"),
     [("fma avx2 avx512f", "fp32"), ("avx512f avx512_bf16", "bf16"), ("amx_tile amx_bf16", "bf16"), (None, "fp32")],
 )
-def test_auto_is_bf16_where_the_processor_multiplies_it(flags, expected, tmp_path):
+def test_auto_is_bf16_where_the_processor_multiplies_it(flags, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     info = tmp_path / "cpuinfo"
     if flags is not None:
         info.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
     precision, why = choose_precision("auto", CPU, info)
     assert precision == expected
     assert ("no bf16" in why) == (expected == "fp32")
+
+
+@pytest.mark.parametrize("vectors", ["DEFAULT", "AVX2"])
+def test_auto_is_fp32_where_pytorch_is_told_to_use_less(vectors, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f avx512_bf16\n")
+    precision, why = choose_precision("auto", CPU, tmp_path / "cpuinfo")
+    assert (precision, f"uses {vectors} here" in why) == ("fp32", True)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

@@ -25,6 +25,9 @@ def choose_precision(precision: str, device: torch.device, cpu_info: Path = CPU_
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         fast = bool({"amx_bf16", "avx512_bf16"} & set(cpu_info.read_text().split())) if cpu_info.exists() else False
+    vectors = torch.backends.cpu.get_cpu_capability()
+    if fast and device.type == "cpu" and vectors != "AVX512":  # its attention in bf16 would be an error
+        return "fp32", f"PyTorch multiplies bf16 with AVX512 only, and uses {vectors} here (ATEN_CPU_CAPABILITY)"
     if fast:
         return "bf16", f"this {'GPU' if device.type == 'cuda' else 'CPU'} multiplies bf16"
     return "fp32", f"this {'GPU' if device.type == 'cuda' else 'CPU'} multiplies no bf16; emulated, it is slower"
