@@ -16,8 +16,8 @@ FAR = 3.0  # times the floor, from which a case is on the page
 HEAD = f"""# The largest gaps
 
 Written by `python -m bench readme` from the CSVs and `gaps.toml` beside it. The floor is the time that the least bytes and the
-flops take at the machine's measured copy and product rates; no implementation can be below it. Listed are the cases in which our
-fastest form takes {FAR:g} times the floor or more, or a peer is faster (**bold**).
+flops take at the machine's measured copy and product rates (what reads more than it writes may pass a copy). Listed are the
+cases in which our fastest form takes {FAR:g} times the floor or more, or a peer is faster (**bold**).
 """
 OURS, NO_PEER = "patchlight", ("patchlight", "reference")
 
