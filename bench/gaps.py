@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from .report import RESULTS, pyplot
-from .rows import CsvRow, median_ms, read_rows
+from .rows import OURS, by_case, fastest_ours, fastest_peer, median_ms, read_rows
 
 PAGE, REASONS = "gaps.md", "gaps.toml"  # in the folder of results
 UNKNOWN = "nobody has written why yet."
@@ -17,9 +16,9 @@ HEAD = f"""# The largest gaps
 
 Written by `python -m bench readme` from the CSVs and `gaps.toml` beside it. The floor is the time that the least bytes and the
 flops take at the machine's measured copy and product rates (what reads more than it writes may pass a copy). Listed are the
-cases in which our fastest form takes {FAR:g} times the floor or more, or a peer is faster (**bold**).
+cases in which our fastest form takes {FAR:g} times the floor or more, or a peer is faster (**bold**). The reasons come from
+reading the code and its counts; nobody has profiled these cases.
 """
-OURS, NO_PEER = "patchlight", ("patchlight", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +49,14 @@ class Gap:
 
 def gaps(path: Path) -> list[Gap]:
     """Each case of a CSV, the largest gap first."""
-    cases: dict[tuple[str, str, str, str], list[CsvRow]] = defaultdict(list)
-    for row in read_rows(path):
-        if row["status"] == "ok" and row.get("floor_ms"):
-            cases[row["op"], row["case"], row["dtype"], row["mode"]].append(row)
+    timed = [row for row in read_rows(path) if row["status"] == "ok" and row.get("floor_ms")]
     found = []
-    for (op, *case), rows in cases.items():
-        fastest = sorted(rows, key=median_ms)
-        ours = [row for row in fastest if row["provider"].startswith(OURS)]
-        peers = [row for row in fastest if not row["provider"].startswith(NO_PEER)]
-        if ours and peers:
-            ours_ms, floor_ms, peer_ms = median_ms(ours[0]), float(ours[0]["floor_ms"]), median_ms(peers[0])
-            form = ours[0]["provider"].removeprefix(OURS).strip() or OURS
-            peer = peers[0]["provider"]
-            found.append(Gap(op, " ".join(case), rows[0]["hardware"], form, ours_ms, floor_ms, peer, peer_ms))
+    for (op, *case), rows in by_case(timed).items():
+        ours, peer = fastest_ours(rows), fastest_peer(rows)
+        if ours and peer:
+            form = ours["provider"].removeprefix(OURS).strip() or OURS
+            times = median_ms(ours), float(ours["floor_ms"])
+            found.append(Gap(op, " ".join(case), ours["hardware"], form, *times, peer["provider"], median_ms(peer)))
     return sorted(found, key=lambda gap: -gap.of_floor)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -19,6 +20,7 @@ Row = dict[str, Any]
 CsvRow = dict[str, str]  # as it is read from a file
 
 ROOT = Path(__file__).parent.parent
+OURS = "patchlight"  # how the names of our providers begin
 PROVENANCE = ("hardware", "threads", "torch", "triton", "commit", "date")  # in every row
 TIMED = ("op", "case", "dtype", "device", "mode", "provider", "status", "median_ms", "p20_ms", "p80_ms", "rounds")
 OP_COLUMNS = (
@@ -80,3 +82,23 @@ def read_rows(path: Path) -> list[CsvRow]:
 
 def median_ms(row: CsvRow) -> float:
     return float(row["median_ms"])
+
+
+def by_case(rows: list[CsvRow]) -> dict[tuple[str, str, str, str], list[CsvRow]]:
+    """The rows of each op, case, dtype and mode."""
+    cases: dict[tuple[str, str, str, str], list[CsvRow]] = defaultdict(list)
+    for row in rows:
+        cases[row["op"], row["case"], row["dtype"], row["mode"]].append(row)
+    return cases
+
+
+def fastest_ours(rows: list[CsvRow]) -> CsvRow | None:
+    """The fastest of our forms among timed rows of a case."""
+    return min((row for row in rows if row["provider"].startswith(OURS)), key=median_ms, default=None)
+
+
+def fastest_peer(rows: list[CsvRow]) -> CsvRow | None:
+    """The fastest of the others; our reference is none of them."""
+    return min(
+        (row for row in rows if not row["provider"].startswith((OURS, "reference"))), key=median_ms, default=None
+    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 from . import gaps
 from .report import RESULTS
-from .rows import CsvRow, median_ms, read_rows
+from .rows import CsvRow, by_case, fastest_ours, fastest_peer, median_ms, read_rows
 
 README, MARKS = Path("README.md"), ("<!-- numbers -->", "<!-- /numbers -->")
 TABLES = "README.md"  # in the folder of results
@@ -79,26 +78,17 @@ def _memory(ours: CsvRow, official: CsvRow | None, column: str = "peak_extra_mb"
     return " : ".join(_number(float(row[column])) for row in (ours, official)) + f" {unit}"
 
 
-def _cases(rows: list[CsvRow]) -> dict[tuple[str, str, str, str], list[CsvRow]]:
-    cases: dict[tuple[str, str, str, str], list[CsvRow]] = defaultdict(list)
-    for row in rows:
-        cases[row["op"], row["case"], row["dtype"], row["mode"]].append(row)
-    return cases
-
-
 def _op_lines(rows: list[CsvRow]) -> list[list[str]]:
-    return [_op_line(*case, rows) for case, rows in _cases(rows).items()]
+    return [_op_line(*case, rows) for case, rows in by_case(rows).items()]
 
 
 def _op_line(op: str, case: str, dtype: str, mode: str, rows: list[CsvRow]) -> list[str]:
     """The first provider is the official mathematics, which may not run; ours is the fastest of our implementations."""
     official = rows[0] if rows[0]["status"] == "ok" else None
     timed = [row for row in rows[1:] if row["status"] == "ok"]
-    ours = min((row for row in timed if row["provider"].startswith("patchlight")), key=median_ms, default=None)
+    ours, best = fastest_ours(timed), fastest_peer(timed)
     if ours is None:
         return [f"`{op}`", f"{case} {dtype} {mode}", "cannot run", "", "", ""]
-    others = [row for row in timed if not row["provider"].startswith(("patchlight", "reference"))]
-    best = min(others, key=median_ms, default=None)
     return [
         f"`{op}`",
         f"{case} {dtype} {mode}",
@@ -110,7 +100,7 @@ def _op_line(op: str, case: str, dtype: str, mode: str, rows: list[CsvRow]) -> l
 
 
 def _step_lines(rows: list[CsvRow]) -> list[list[str]]:
-    return [_step_line(*case, rows) for case, rows in _cases(rows).items()]
+    return [_step_line(*case, rows) for case, rows in by_case(rows).items()]
 
 
 def _step_line(op: str, case: str, dtype: str, mode: str, rows: list[CsvRow]) -> list[str]:
@@ -128,7 +118,7 @@ def _step_line(op: str, case: str, dtype: str, mode: str, rows: list[CsvRow]) ->
 
 
 def _gpu_step_lines(rows: list[CsvRow]) -> list[list[str]]:
-    return [_gpu_step_line(case, dtype, rows) for (_, case, dtype, _), rows in _cases(rows).items()]
+    return [_gpu_step_line(case, dtype, rows) for (_, case, dtype, _), rows in by_case(rows).items()]
 
 
 def _gpu_step_line(case: str, dtype: str, rows: list[CsvRow]) -> list[str]:

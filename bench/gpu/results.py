@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..rows import CsvRow, read_rows
+from ..rows import OURS, CsvRow, read_rows
 from .plan import Part
 
 DONE, FAILED, STOPPED, LEFT_OUT, DROPPED = "done", "failed", "stopped", "left out", "dropped"
@@ -19,7 +19,7 @@ SHOWN = (
     "waits", "peak_gib", "ready_s", "floor_ms", "percent_of_floor", "peak_extra_mb", "error", "cpu_ms_per_image",
     "gpu_busy_percent", "rate", "unit",
 )  # fmt: skip
-OURS, OFFICIAL = "patchlight", "official"  # how providers' names begin
+OFFICIAL = "official"  # how the names of these providers begin
 
 
 @dataclass

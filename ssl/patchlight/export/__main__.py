@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..usage import call_one_of
+from . import TOLERANCE
 
 # Modules are imported in the commands: help needs none of them.
-TOLERANCE = 8.0
 
 
 def hub(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import check, check_number
 from ..data.procedural import ProceduralSource
 from ..report.console import table_of_names
+from . import TOLERANCE
 from .traced import OUTPUTS, Teacher
 
 BATCHES = (1, 3)  # neither is the example's that the trace saw
@@ -33,7 +34,7 @@ class Difference:
 
 
 def check_tolerance(tolerance: float) -> None:
-    check_number("--tolerance", tolerance, "(0, inf)", "8 is the default: rounding differs by 1 to 2")
+    check_number("--tolerance", tolerance, "(0, inf)", f"{TOLERANCE:g} is the default")
 
 
 def check_outputs(

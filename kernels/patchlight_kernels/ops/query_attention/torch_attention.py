@@ -55,7 +55,8 @@ def query_attention_bwd(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, raw
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     (dq, dk, dv), (q, k, v) = heads_of(dqkv), heads_of(qkv)
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
-    dqkv[:, raw:, 1:] = 0  # of queries that no token reads
+    if not crop:
+        dqkv[:, raw:, 1:] = 0  # of queries that no token reads
     for number, (rows, keys) in enumerate(streams(qkv.shape[1], raw, crop)):
         of_rows = (x[:, :, rows] for x in (grad, out, lse))
         dq[:, :, rows], *of_keys = attend_backward(q[:, :, rows], k[:, :, keys], v[:, :, keys], *of_rows)
