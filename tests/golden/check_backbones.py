@@ -5,7 +5,7 @@ import re
 import torch
 from harness import Case, check
 
-from patchlight.backbones.vit import VisionTransformer, drop_path
+from patchlight.backbones.vit import VisionTransformer, attention_map, drop_path
 
 
 def recorded_vit(case: Case, class_token: bool) -> VisionTransformer:
@@ -52,7 +52,7 @@ def dino_vit(case: Case) -> None:
     others = {
         "cls": tokens.cls,
         "pos_embed_used": vit.positions(tokens.grid),
-        "last_attention": vit.attention_map(pixels),
+        "last_attention": attention_map(vit, pixels),
     }
     for key in others.keys() & case.under("output.").keys():
         case.close(f"output.{key}", others[key], rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,25 @@ CAPABILITIES = {
     "masks": "takes masks of hidden patches",
     "queries": "takes queries beside an image",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class MapLevel:
+    """One of the feature maps that dense heads take from a backbone."""
+
+    channels: int
+    stride: int  # pixels between neighboring cells
+    norm: bool = False  # whether such heads put a LayerNorm on it first, as published for this backbone
+
+
+def map_blocks(depth: int) -> tuple[int, ...]:
+    """The blocks whose patches are a ViT's four maps: of 12 the 4th, 6th, 8th and 12th, as iBOT and XCiT published."""
+    return tuple(max(1, round(depth * share / 12)) - 1 for share in (4, 6, 8, 12))
+
+
+def as_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[M, N, D] patches as a map [M, D, rows, columns]."""
+    return patches.transpose(1, 2).unflatten(2, grid)
 
 
 class Backbone(nn.Module, ABC):
@@ -45,6 +65,16 @@ class Backbone(nn.Module, ABC):
         With the capability "queries" it also takes `queries: Queries` and returns Tokens.queries. With a final norm it
         also takes `residual: bool` and returns the patches before that norm in Tokens.residual.
         """
+
+    @property
+    def map_levels(self) -> tuple[MapLevel, ...]:
+        """What `maps` returns, finest first; strides may be equal. By default the patches alone."""
+        return (MapLevel(self.width, self.patch_size),)
+
+    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps [M, C, rows, columns] for detection and segmentation, of pixels [M, 3, H, W]."""
+        tokens = self(pixels)
+        return (as_map(tokens.patches, tokens.grid),)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of this many pixels."""

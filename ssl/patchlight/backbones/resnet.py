@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..checks import check, sentence
 from ..records import Tokens
-from .interface import Backbone
+from .interface import Backbone, MapLevel
 
 ARCHITECTURES = {
     "resnet18": {"bottleneck": False, "depths": (2, 2, 2, 2)},
@@ -67,6 +67,16 @@ class ResNet(Backbone):
                 sentence("ResNet: it has no tokens to mask and no layers of tokens", got, "use a transformer")
             )
         grid = self.grid(*pixels.shape[-2:])
-        x = self.maxpool(self.act1(self.bn1(self.conv1(pixels))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return Tokens(None, x.flatten(2).transpose(1, 2).contiguous(), grid)
+        return Tokens(None, self.maps(pixels)[-1].flatten(2).transpose(1, 2).contiguous(), grid)
+
+    @property
+    def map_levels(self) -> tuple[MapLevel, ...]:
+        return tuple(MapLevel(self.width // 2 ** (3 - stage), STRIDE // 2 ** (3 - stage)) for stage in range(4))
+
+    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """The maps after each stage."""
+        x, kept = self.maxpool(self.act1(self.bn1(self.conv1(pixels)))), []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            kept.append(x)
+        return tuple(kept)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..checks import check, sentence
 from ..records import Tokens
-from .interface import Backbone
+from .interface import Backbone, MapLevel
 from .patches import PatchEmbed
 
 ARCHITECTURES = {
@@ -74,6 +74,7 @@ class SwinTransformer(Backbone):
             embed_layer=PatchEmbed,
         )
         self.patch_embed, self.layers = parts.patch_embed, parts.layers
+        self.stem_width = stem_width
         self.blocks = [b for b in parts.layers.modules() if isinstance(b, timm_swin.SwinTransformerBlock)]
         self.mask_token = nn.Parameter(torch.zeros(1, stem_width))
 
@@ -88,6 +89,20 @@ class SwinTransformer(Backbone):
             self.check_mask(mask, len(x), grid[0] * grid[1])
             x = torch.where(self._on_first_grid(mask, grid), self.mask_token.to(x.dtype), x)
         return Tokens(None, self.layers(x).flatten(1, 2), grid)
+
+    @property
+    def map_levels(self) -> tuple[MapLevel, ...]:
+        first = self.patch_size // self.reduction
+        return tuple(MapLevel(self.stem_width * 2**stage, first * 2**stage, norm=True) for stage in range(STAGES))
+
+    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """The residual stream after each stage."""
+        self.grid(*pixels.shape[-2:])
+        x, kept = self.patch_embed(pixels), []
+        for stage in self.layers:
+            x = stage(x)
+            kept.append(x.permute(0, 3, 1, 2))
+        return tuple(kept)
 
     def _on_first_grid(self, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         """[M, 8 rows, 8 columns, 1] the mask on the first stage's grid."""

@@ -15,7 +15,7 @@ from patchlight_kernels import query_attention
 
 from ..checks import check, check_choice, sentence
 from ..records import Queries, Tokens
-from .interface import Backbone
+from .interface import Backbone, MapLevel, as_map, map_blocks
 from .patches import PatchEmbed
 from .positions import EMBEDDINGS, grid_positions, resize_table
 
@@ -127,7 +127,7 @@ class VisionTransformer(Backbone):
         residual: also return the patches before the final norm.
         """
         grid = self.grid(*pixels.shape[-2:])
-        wanted = [self._block_number(layer) for layer in layers]
+        wanted = [self.block_number(layer) for layer in layers]
         x = self.embed(pixels, mask)
         exact, raw = x.dtype, x.shape[1]
         x = self._as_stream(x)
@@ -161,6 +161,19 @@ class VisionTransformer(Backbone):
         parts = split_sizes(x.to(embedded[0].dtype), sizes)
         grids = [self.grid(*pixels.shape[-2:]) for pixels, _ in crops]
         return [self._tokens(part, grid, residual) for part, grid in zip(parts, grids, strict=True)]
+
+    @property
+    def map_levels(self) -> tuple[MapLevel, ...]:
+        return (MapLevel(self.width, self.patch_size),) * 4
+
+    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """The patches after some blocks, without the final norm, all on one grid."""
+        grid = self.grid(*pixels.shape[-2:])
+        x, kept = self.embed(pixels), []
+        for block in self.blocks:
+            x = block(x)
+            kept.append(x[:, int(self.has_class_token) :])
+        return tuple(as_map(kept[number], grid) for number in map_blocks(len(kept)))
 
     def _as_stream(self, x: Tensor) -> Tensor:
         """x in the format that tokens have between blocks."""
@@ -213,24 +226,26 @@ class VisionTransformer(Backbone):
         resized = resize_table(table, self.table_grid, grid, self.position_resize)
         return torch.cat([classes, resized], dim=1)
 
-    @torch.no_grad()
-    def attention_map(self, pixels: Tensor, layer: int = -1) -> Tensor:
-        """The attention probabilities of a block, [M, heads, N (+1), N (+1)]. For pictures, not for training."""
-        number = self._block_number(layer)
-        x = self.embed(pixels)
-        for block in self.blocks[:number]:
-            x = block(x)
-        block = self.blocks[number]
-        assert isinstance(block, Block)  # a ModuleList does not know the types of its modules
-        qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
-        return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
-
-    def _block_number(self, layer: int) -> int:
+    def block_number(self, layer: int) -> int:
+        """Of a block counted from the start or, if negative, from the end."""
         depth = len(self.blocks)
         rule = f"VisionTransformer: layers must lie in [{-depth}, {depth})"
         check(-depth <= layer < depth, rule, layer, f"there are {depth} blocks")
         return layer % depth
+
+
+@torch.no_grad()
+def attention_map(vit: VisionTransformer, pixels: Tensor, layer: int = -1) -> Tensor:
+    """The attention probabilities of a block, [M, heads, N (+1), N (+1)]. For pictures, not for training."""
+    number = vit.block_number(layer)
+    x = vit.embed(pixels)
+    for block in vit.blocks[:number]:
+        x = block(x)
+    block = vit.blocks[number]
+    assert isinstance(block, Block)  # a ModuleList does not know the types of its modules
+    qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, vit.heads, -1))
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+    return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
 
 
 def _set_drop_path(blocks: nn.ModuleList, last_rate: float) -> None:

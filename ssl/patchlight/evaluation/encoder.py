@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..backbones.interface import MapLevel
 from ..backbones.vit import DropPath
 from ..data.policy import IMAGENET_MEAN, IMAGENET_STD
 from ..heads.summary import Summary
@@ -67,7 +68,12 @@ class EvaluatedBackbone(Protocol):
     @property
     def blocks(self) -> Blocks: ...
 
+    @property
+    def map_levels(self) -> tuple[MapLevel, ...]: ...
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]: ...
 
     def __call__(self, pixels: Tensor, *, layers: tuple[int, ...] = ()) -> Tokens: ...
 
@@ -100,6 +106,14 @@ class Encoder(nn.Module):
     @property
     def depth(self) -> int:
         return len(self.backbone.blocks)
+
+    @property
+    def map_levels(self) -> tuple[MapLevel, ...]:
+        return self.backbone.map_levels
+
+    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps for detection and segmentation, finest first, as `map_levels` describes them."""
+        return self.backbone.maps(pixels)
 
     def forward(self, pixels: Tensor, layers: tuple[int, ...] = ()) -> Encoded:
         """pixels [M, 3, H, W] as `normalize` returns them, sides multiples of the patch size; layers: blocks to return."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from patchlight.backbones.vit import VisionTransformer as OurVisionTransformer
+from patchlight.backbones.vit import attention_map
 from patchlight.evaluation.pictures.attention import class_attention_maps, draw_attention, summary_attention_maps
 from patchlight.heads.summary import ClassAttentionSummary
 from patchlight.records import Tokens
@@ -47,7 +48,7 @@ def test_our_backbone_gives_the_same_as_its_own_method():
     vit = OurVisionTransformer(width=24, depth=2, heads=3, patch_size=4, image_size=16)
     pixels = torch.randn(2, 3, 16, 16)
     assert torch.allclose(
-        class_attention_maps(vit, vit.blocks[-1], pixels), vit.attention_map(pixels)[:, :, 0, 1:], atol=1e-6
+        class_attention_maps(vit, vit.blocks[-1], pixels), attention_map(vit, pixels)[:, :, 0, 1:], atol=1e-6
     )
     assert not vit.blocks[-1]._forward_pre_hooks, "the hook is gone"
 
