@@ -29,6 +29,8 @@ class Choice:
     """A mark in Annotated: a word chooses the class of a group, whose flags have no prefix."""
 
     classes: Mapping[str, type]
+    default: Callable[[type, Sequence[str]], Any] | None = None
+    """The group that flags change, for the chosen class and all words typed; by default the class without arguments."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,15 @@ class Setting:
     positional: bool = False
     optional_group: bool = False
     """A tuple of groups: all that can be said of it as a whole is that there are none."""
+
+
+def word_after(flag: str, words: Sequence[str], otherwise: str = "") -> str:
+    """What was typed after a flag, before any flag is read."""
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            return value if equals else next(iter(words[number + 1 :]), otherwise)
+    return otherwise
 
 
 def as_flag(path: Sequence[str]) -> str:
@@ -143,6 +154,8 @@ class Group:
             choice = next((mark for mark in _unmarked(kind)[1] if isinstance(mark, Choice)), None)
             if choice is not None:
                 chosen = [word for word in words if word in choice.classes]
+                if chosen and choice.default:
+                    defaults[name] = choice.default(choice.classes[chosen[0]], words)
                 kinds[name] = Annotated[choice.classes[chosen[0]] if chosen else Nothing, FLAT, choice]
         return cls(kinds, defaults, texts)
 

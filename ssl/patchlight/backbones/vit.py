@@ -127,7 +127,7 @@ class VisionTransformer(Backbone):
         residual: also return the patches before the final norm.
         """
         grid = self.grid(*pixels.shape[-2:])
-        wanted = [self.block_number(layer) for layer in layers]
+        wanted = [self._block_number(layer) for layer in layers]
         x = self.embed(pixels, mask)
         exact, raw = x.dtype, x.shape[1]
         x = self._as_stream(x)
@@ -226,8 +226,7 @@ class VisionTransformer(Backbone):
         resized = resize_table(table, self.table_grid, grid, self.position_resize)
         return torch.cat([classes, resized], dim=1)
 
-    def block_number(self, layer: int) -> int:
-        """Of a block counted from the start or, if negative, from the end."""
+    def _block_number(self, layer: int) -> int:
         depth = len(self.blocks)
         rule = f"VisionTransformer: layers must lie in [{-depth}, {depth})"
         check(-depth <= layer < depth, rule, layer, f"there are {depth} blocks")
@@ -237,7 +236,7 @@ class VisionTransformer(Backbone):
 @torch.no_grad()
 def attention_map(vit: VisionTransformer, pixels: Tensor, layer: int = -1) -> Tensor:
     """The attention probabilities of a block, [M, heads, N (+1), N (+1)]. For pictures, not for training."""
-    number = vit.block_number(layer)
+    number = vit._block_number(layer)
     x = vit.embed(pixels)
     for block in vit.blocks[:number]:
         x = block(x)
