@@ -152,7 +152,7 @@ class Data:
         raise ValueError(sentence(rule, f"path={self.path!r} with loader={self.loader!r}", remedy))
 
 
-HIGHEST_RATES = {"adamw": 0.05, "lamb": 1.0, "lars": 100.0}  # far above all published runs
+HIGHEST_RATES = {"adamw": 0.05, "lamb": 1.0, "sgd": 10.0, "lars": 100.0}  # far above all published runs
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Optim:
     """How the student and the teacher are updated."""
 
     name: str = "adamw"
-    """adamw, lars or lamb."""
+    """adamw, lars, lamb or sgd."""
     base_lr: float = 5e-4
     """Learning rate per 256 images of the global batch: the rate in effect is base_lr x global batch / 256."""
     min_lr: float = 1e-6
@@ -180,7 +180,7 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moments of adamw and lamb."""
     momentum: float = 0.9
-    """Momentum of lars."""
+    """Momentum of lars and sgd."""
     clip: float = 3.0
     """Largest norm of a gradient; 0 turns clipping off."""
     clip_mode: str = "per_tensor"
@@ -195,7 +195,7 @@ class Optim:
     """After so many non-finite steps in a row, all of them skipped, the run ends with an error."""
 
     def __post_init__(self) -> None:
-        check_choice("Optim.name", self.name, ("adamw", "lars", "lamb"))
+        check_choice("Optim.name", self.name, ("adamw", "lars", "lamb", "sgd"))
         check_choice("Optim.clip_mode", self.clip_mode, ("per_tensor", "global"))
         check_choice("Optim.warmup_ends", self.warmup_ends, ("last", "next"))
         check_choice("Optim.decayed", self.decayed, ("matrices", "biases", "all"))

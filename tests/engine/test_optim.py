@@ -104,6 +104,11 @@ def test_lamb_is_timms():
     assert_same(stepped(Optim(name="lamb", betas=(0.8, 0.95), clip=0), 4)[0], expected)
 
 
+def test_sgd_is_torchs():
+    expected = peer(lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.8), 4, clip_each)
+    assert_same(stepped(Optim(name="sgd", momentum=0.8, clip=3.0), 4)[0], expected)
+
+
 def test_the_returned_norm_is_that_of_all_gradients_before_clipping():
     head = small_head()
     fill_gradients(head, 0)
@@ -140,7 +145,7 @@ class Stream(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb", "sgd"])
 def test_two_steps_dispatch_the_same_operations_and_numbers(optimizer):
     """A recorded step is right for the next one: rates, a freeze that ends and a refusal are read from tensors."""
     head, leader = small_head(), following(small_head())
@@ -188,7 +193,7 @@ def test_the_compiled_update_is_the_same():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb", "sgd"])
 def test_the_teacher_follows_the_updated_student(optimizer):
     """By its momentum, also where the student is frozen."""
     head, teacher = small_head(), following(small_head())
@@ -248,7 +253,7 @@ def spoil_term(head: nn.Module) -> dict:
         (spoil_term, "the loss term dino/cls"),
     ],
 )
-@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb", "sgd"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_refused_step_changes_nothing_and_names_its_cause(spoil, name, optimizer, first):
     head, update = stepped(Optim(name=optimizer), 0 if first else 2)

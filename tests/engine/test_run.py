@@ -56,7 +56,7 @@ PARTS = (Model, Objectives, Data, Optim, Schedule, Parallel, Output, Run)
         (lambda: Data(timeout=float("inf")), r"timeout must be a number .* got inf"),
         (lambda: Data(most_pixels=2**40), r"most_pixels must be a whole number in \[1, 178956970\], got 1099511627776"),
         (lambda: Data(procedural_images=10**20), r"procedural_images must be a whole number .* got 1000"),
-        (lambda: Optim(name="sgd"), r"Optim.name must be one of adamw, lars, lamb, got 'sgd'"),
+        (lambda: Optim(name="sdg"), r"Optim.name must be one of adamw, lars, lamb, sgd, got 'sdg'"),
         (lambda: Optim(base_lr=-1), r"Optim.base_lr must be a number in \[0, 2\^53\), got -1; the default is 0.0005"),
         (
             lambda: Optim(teacher_momentum=1.5),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from patchlight.data.policy import dino_policy
 from patchlight.engine import assembly
-from patchlight.engine.optim import Lars, Update
+from patchlight.engine.optim import TRUST, Lars, Update
 from patchlight.engine.parallel import Mesh
 from patchlight.engine.schedules import cosine
 from patchlight.heads.projection import ProjectionHead
@@ -71,7 +71,7 @@ def lars(case: Case) -> None:
     model = nn.ParameterDict({"weight": case["w0"].clone(), "bias": case["b0"].clone()})
     update = Update(model, None, Optim(name="lars", momentum=recorded["momentum"], clip=0), CPU)
     assert isinstance(update.optimizer, Lars)
-    assert float(case.meta["trust_coefficient"]) == Lars.TRUST
+    assert float(case.meta["trust_coefficient"]) == TRUST["lars"]
     values = {name: torch.tensor(value, dtype=torch.float64) for name, value in recorded.items()}
     values["freeze_prototypes"] = torch.zeros((), dtype=torch.float64)
     for number in range(len(list(case.numbered("gw")))):

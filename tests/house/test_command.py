@@ -101,7 +101,7 @@ WRONG = [
     ("train demo --optim.base-lr fast", "--optim.base-lr must be a number, got 'fast'; for example --optim.base-lr 0.008"),
     ("train demo --optim.base-lr -1", "--optim.base-lr must ... got -1"),
     ("train demo --optim.betas 0.9", "--optim.betas must be 2 values, each a number, got '0.9'"),
-    ("train demo --optim.name sgd", "--optim.name must be one of adamw, lars, lamb, got 'sgd'"),
+    ("train demo --optim.name sdg", "--optim.name must be one of adamw, lars, lamb, sgd, got 'sdg'"),
     ("train demo --optim.teacher-momentum 2", "--optim.teacher-momentum must ... [0, 1], got 2"),
     ("train demo --optim.warmup-epochs 99", "--optim.warmup-epochs must not exceed --schedule.epochs, got 99"),
     ("train demo --output.resume maybe", "--output.resume must be true or false, got 'maybe'"),

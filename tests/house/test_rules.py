@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "engine": GROUND
     | {"report", "checkpoint", "backbones", "heads", "objectives", "data", "run", "needs", "cost", "evaluation"},
     "pretraining": GROUND | {"backbones", "objectives", "data", "run", "needs", "engine"},
-    "recipes": GROUND | {"objectives", "data", "run", "cost", "engine", "report"},
+    "recipes": GROUND | {"backbones", "objectives", "data", "run", "cost", "engine", "report"},
 }
 
 

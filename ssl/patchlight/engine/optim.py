@@ -1,4 +1,4 @@
-"""From gradients to an update: what decays, clipping, the refusal of non-finite steps, AdamW, LARS and LAMB, the teacher.
+"""From gradients to an update: what decays, clipping, the refusal of non-finite steps, AdamW, LARS, SGD and LAMB, the teacher.
 
 Everything works on this rank's pieces of the parameters as plain tensors, so the code is the same for
 sharded and whole parameters, and nothing waits for the device. What differs from step to step is read from tensors.
@@ -21,6 +21,7 @@ from .parallel import Mesh
 from .precision import LossScaler
 from .weight_copies import WeightCopies
 
+TRUST = {"lars": 0.001, "sgd": 0.0}  # by Optim.name: what a matrix's step is in proportion to its norm; 0: not at all
 Norms = Callable[[Sequence[Tensor | None]], Tensor]
 Values = Mapping[
     str, Tensor
@@ -229,8 +230,8 @@ def build_optimizer(update: Update) -> AdamW | Lars | Lamb:
     """The optimizer by its name."""
     options, pieces = update.options, update.pieces()
     frozen = [name in update.frozen_first for name in update.names]
-    if options.name == "lars":
-        return Lars(pieces, update.decayed, frozen, options.momentum, update.norms)
+    if options.name in TRUST:
+        return Lars(pieces, update.decayed, frozen, options.momentum, update.norms, TRUST[options.name])
     if options.name == "lamb":
         return Lamb(pieces, update.decayed, frozen, options.betas, update.norms)
     return AdamW(pieces, update.decayed, frozen, options.betas)
@@ -292,15 +293,14 @@ class AdamW:
 class Lars:
     """LARS as DINO and MoCo v3 release it: the decay is added first, then each matrix moves in proportion to its norm.
 
-    Parameters without decay move by plain momentum. (timm's LARS divides by the sum of the two norms instead.)
+    Parameters without decay move by plain momentum; with a trust of 0 all do: torch.optim.SGD. (timm's LARS divides by the
+    sum of the two norms instead.)
     """
 
-    TRUST = 0.001
-
     def __init__(
-        self, pieces: list[Tensor], decayed: list[bool], frozen: list[bool], momentum: float, norms: Norms
+        self, pieces: list[Tensor], decayed: list[bool], frozen: list[bool], momentum: float, norms: Norms, trust: float
     ) -> None:
-        self.decayed, self.frozen, self.momentum, self.norms = decayed, frozen, momentum, norms
+        self.decayed, self.frozen, self.momentum, self.norms, self.trust = decayed, frozen, momentum, norms, trust
         self.momenta = [torch.zeros_like(piece) for piece in pieces]
 
     def states(self) -> list[dict[str, Tensor]]:
@@ -315,8 +315,8 @@ class Lars:
             if gradient is not None:
                 decays = self.decayed[number]
                 updates[number] = gradient + values["weight_decay"] * pieces[number] if decays else gradient
-        scaled = [number for number in updates if self.decayed[number]]
-        ratios = _ratios(self.norms, [pieces[n] for n in scaled], [updates[n] for n in scaled], self.TRUST)
+        scaled = [number for number in updates if self.decayed[number] and self.trust]
+        ratios = _ratios(self.norms, [pieces[n] for n in scaled], [updates[n] for n in scaled], self.trust)
         for number, ratio in zip(scaled, ratios, strict=True):
             updates[number] = updates[number] * ratio
         for number, update in updates.items():

@@ -64,6 +64,7 @@ class Dino(Objective):
     """The term "dino/cls": each of the teacher's global crops is the target of all other crops of the student."""
 
     name = "dino"
+    terms = ("dino/cls",)
 
     def __init__(self, options: DinoOptions | None = None) -> None:
         super().__init__()

@@ -88,6 +88,7 @@ class Ibot(Objective):
     """The terms "ibot/cls" (DINO, the student's global crops masked) and "ibot/patch" (masked patches, same crop)."""
 
     name = "ibot"
+    terms = ("ibot/cls", "ibot/patch")
 
     def __init__(self, masks: Masks, options: IbotOptions | None = None) -> None:
         super().__init__()

@@ -72,6 +72,8 @@ class Objective(nn.Module):
     """
 
     name: str
+    terms: tuple[str, ...] = ()
+    """The names of its loss terms, so that weights are checked before the first step; empty: not known before it."""
 
     def needs(self) -> Needs:
         return Needs()

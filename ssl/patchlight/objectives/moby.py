@@ -51,6 +51,7 @@ class Moby(Objective):
     """
 
     name = "moby"
+    terms = ("moby/contrast",)
     queue: Tensor
     oldest: Tensor
     new_keys: Tensor

@@ -46,6 +46,7 @@ class MocoV3(Objective):
     """The term "moco_v3/contrast": the sum over both directions of cross-entropy x 2 x temperature."""
 
     name = "moco_v3"
+    terms = ("moco_v3/contrast",)
 
     def __init__(self, options: MocoV3Options | None = None) -> None:
         super().__init__()

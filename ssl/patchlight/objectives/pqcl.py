@@ -68,6 +68,7 @@ class Pqcl(Objective):
     """The term "pqcl/query": each patch of the query crops, predicted by the queries of each global view; mean over views."""
 
     name = "pqcl"
+    terms = ("pqcl/query",)
 
     def __init__(self, host: DinoOptions | IbotOptions, options: PqclOptions | None = None) -> None:
         super().__init__()

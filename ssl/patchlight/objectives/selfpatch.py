@@ -83,6 +83,7 @@ class SelfPatch(Objective):
     """The term "selfpatch/patch": a student patch against the teacher's neighbors of that patch, in the same crop."""
 
     name = "selfpatch"
+    terms = ("selfpatch/patch",)
 
     def __init__(self, options: SelfPatchOptions | None = None) -> None:
         super().__init__()

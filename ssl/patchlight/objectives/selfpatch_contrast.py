@@ -48,6 +48,7 @@ class SelfPatchContrast(Objective):
     """The term "selfpatch_contrast/patch", over the global crops."""
 
     name = "selfpatch_contrast"
+    terms = ("selfpatch_contrast/patch",)
 
     def __init__(self, options: SelfPatchContrastOptions | None = None) -> None:
         super().__init__()

@@ -91,6 +91,7 @@ class Sere(Objective):
     """
 
     name = "sere"
+    terms = ("sere/spatial", "sere/channel")
 
     def __init__(self, options: SereOptions, heads: int, local: bool = True) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import check
 from ..records import Clock, Cues, Now, Side, Views, Wanted
+from ..values import nearest
 from .interface import Objective
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ class WeightedObjectives(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.weights = dict(weights or {})
+        if all(objective.terms for objective in parts):
+            check_weights(self.weights, [term for objective in parts for term in objective.terms])
         needs = [objective.needs() for objective in parts]
         _common("summary", [need.summary for need in needs])
         self._mask_from = _single("masks", [need.masks for need in needs])
@@ -67,18 +70,20 @@ class WeightedObjectives(nn.Module):
             if not objective.needs().teacher_sees_local:
                 teacher_side = replace(teacher_side, local_crops=None)
             terms |= objective(student[objective.name], teacher_side, views, cues, now)
-        unknown = self.weights.keys() - terms.keys()
-        check(
-            not unknown,
-            "Objectives.weights must name loss terms",
-            f"{sorted(unknown)} where the terms are {sorted(terms)}",
-            "correct the name",
-        )
+        check_weights(self.weights, list(terms))
         return reduce(add, [self.weights.get(name, 1.0) * term for name, term in terms.items()]), terms
 
     def after_step(self) -> None:
         for objective in self.objectives():
             objective.after_step()
+
+
+def check_weights(weights: Mapping[str, float], terms: Sequence[str]) -> None:
+    """Refuses a weight of a term that the run does not have."""
+    unknown = [name for name in weights if name not in terms]
+    if unknown:
+        got = f"{unknown} where the terms are {sorted(terms)}"
+        check(False, "Objectives.weights must name loss terms", got, nearest(unknown[0], terms, "correct the name"))
 
 
 def _single(what: str, needs: Sequence[bool]) -> int | None:

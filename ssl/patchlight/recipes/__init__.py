@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from ..run import Run
 from . import ours, papers
+from .switches import with_local_crops, with_objectives
+
+__all__ = ["RECIPES", "with_local_crops", "with_objectives"]
 
 RECIPES: dict[str, Callable[[], Run]] = {
     recipe.__name__: recipe
@@ -16,6 +19,9 @@ RECIPES: dict[str, Callable[[], Run]] = {
         ours.selfpatch_vits16_large_batch,
         papers.dino_vits16_in1k,
         papers.dino_vits16_in1k_300ep,
+        papers.dino_vits16_in1k_800ep,
+        papers.dino_vits16_in1k_two_views,
+        papers.dino_resnet50_ins300,
         papers.ibot_vits16_in1k,
         papers.selfpatch_vits16_in1k,
         papers.selfpatch_vits16_in1k_released,

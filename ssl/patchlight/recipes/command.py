@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checks import check, sentence
@@ -29,14 +30,21 @@ from ..usage import (
 from . import RECIPES
 from .config_file import read_config
 from .papers import YOUR_IMAGES
+from .switches import check_terms, registered, with_local_crops, with_objectives
 
 CONFIG, DRY_RUN = "--config", "--dry-run"
+WITH, WITHOUT, LOCAL_COUNT = "--with", "--without", "--data.local-count"
 USUAL = (
     "--data.path", "--data.batch-per-rank", "--data.workers", "--model.arch", "--model.init-from", "--optim.base-lr",
     "--schedule.epochs", "--parallel.accumulate", "--parallel.shard", "--parallel.precision", "--parallel.seed",
     "--output.folder", "--output.resume", "--output.save-every", "--output.evaluate-every",
 )  # fmt: skip
+_EXAMPLES = {WITH: f"write {WITH} sere", WITHOUT: f"write {WITHOUT} sere", LOCAL_COUNT: f"write {LOCAL_COUNT} 4"}
 OTHER_HELP = f"""  {CONFIG} FILE                     Instead of a recipe: the run.json of a run, or the same as YAML.
+  {WITH} NAME ...                   Adds objectives: {{names}}.
+  {WITHOUT} NAME ...                Leaves objectives out. What one needs in its paper (weights, crops, masks) comes and goes
+                                    with it; flags on objectives count those that are there then.
+  {LOCAL_COUNT} N            So many local crops by the run's own rule, else by DINO's; 0 for none.
   {DRY_RUN}                         Builds everything, prints settings and cost, writes nothing, and stops.
   {HELP_ALL}                        Every setting."""
 
@@ -61,23 +69,57 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "train.py") -> Run
 
 
 def request(words: Sequence[str], prog: str) -> Request:
-    """Takes apart what belongs to no setting: the recipe, the file of settings, --dry-run."""
+    """Takes apart what belongs to no setting: the recipe, the file of settings, --dry-run, and what changes the run that
+    settings belong to."""
     with errors_in_words(prog, WRONG_USAGE):
         rest = [word for word in words if word != DRY_RUN]
         dry = len(rest) < len(words)
-        place = next((i for i, word in enumerate(rest) if word == CONFIG or word.startswith(f"{CONFIG}=")), None)
-        if place is None:
-            name, recipe = recipe_of(rest, prog)
-            return Request(made_by(name, recipe), inspect.getdoc(recipe) or "", rest[1:], dry)
-        _, equals, path = rest[place].partition("=")
-        path = path if equals else next(iter(rest[place + 1 :]), "")
-        check(path not in ("", *HELP), f"{CONFIG} needs a file", "nothing", f"write {CONFIG} runs/NAME/run.json")
-        rest = rest[:place] + rest[place + (1 if equals else 2) :]
-        named = next(iter(rest), "-")
-        rule, remedy = f"A run starts from a recipe or from {CONFIG}", "leave one out"
-        check(named.startswith("-"), rule, f"{named} and {path}", remedy)
-        run, note = read_config(Path(path))
-        return Request(run, f"The run of {path}.", rest, dry, note)
+        taken = {flag: _take(rest, flag) for flag in (WITH, WITHOUT, LOCAL_COUNT)}
+        asked = _beginning(rest, prog)
+        return replace(asked, start=_switched(asked.start, taken), dry=dry)
+
+
+def _beginning(rest: list[str], prog: str) -> Request:
+    """The run of the recipe or of the file, and the words after it."""
+    place = next((i for i, word in enumerate(rest) if word == CONFIG or word.startswith(f"{CONFIG}=")), None)
+    if place is None:
+        name, recipe = recipe_of(rest, prog)
+        return Request(made_by(name, recipe), inspect.getdoc(recipe) or "", rest[1:], False)
+    _, equals, path = rest[place].partition("=")
+    path = path if equals else next(iter(rest[place + 1 :]), "")
+    check(path not in ("", *HELP), f"{CONFIG} needs a file", "nothing", f"write {CONFIG} runs/NAME/run.json")
+    rest = rest[:place] + rest[place + (1 if equals else 2) :]
+    named = next(iter(rest), "-")
+    rule, remedy = f"A run starts from a recipe or from {CONFIG}", "leave one out"
+    check(named.startswith("-"), rule, f"{named} and {path}", remedy)
+    run, note = read_config(Path(path))
+    return Request(run, f"The run of {path}.", rest, False, note)
+
+
+def _take(words: list[str], flag: str) -> list[str] | None:
+    """Removes a flag and the words up to the next one, which it returns; None if it is not there."""
+    taken: list[str] | None = None
+    while (
+        place := next((i for i, w in enumerate(words) if w.replace("_", "-").partition("=")[0] == flag), None)
+    ) is not None:
+        _, equals, value = words.pop(place).partition("=")
+        found = [value] if equals else []
+        while not equals and place < len(words) and not re.match("--?[A-Za-z]", words[place]):
+            found.append(words.pop(place))
+        check(found not in ([], [""]), f"{flag} needs a value", "nothing", _EXAMPLES[flag])
+        taken = [*(taken or []), *found]
+    return taken
+
+
+def _switched(run: Run, taken: dict[str, list[str] | None]) -> Run:
+    """Local crops first, as an objective may need what goes with them."""
+    if (count := taken[LOCAL_COUNT]) is not None:
+        whole = len(count) == 1 and re.fullmatch(r"-?[0-9]+", count[0]) is not None
+        check(whole, f"{LOCAL_COUNT} must be a whole number", " ".join(count), _EXAMPLES[LOCAL_COUNT])
+        run = with_local_crops(run, int(count[0]))
+    if taken[WITH] is None and taken[WITHOUT] is None:
+        return run
+    return with_objectives(run, *(taken[WITH] or ()), without=taken[WITHOUT] or ())
 
 
 def recipe_of(words: Sequence[str], prog: str) -> tuple[str, Callable[[], Run]]:
@@ -107,7 +149,7 @@ def made_by(name: str, recipe: Callable[[], Run]) -> Run:
 
 
 def _run_of(asked: Request, group: Group) -> Run:
-    read = Words(group, asked.words, (CONFIG, DRY_RUN, HELP_ALL))
+    read = Words(group, asked.words, (CONFIG, DRY_RUN, HELP_ALL, WITH, WITHOUT, LOCAL_COUNT))
     read.read()
     check(not read.loose, "Every word must belong to a setting", " ".join(read.loose), "write --setting value")
     for path, words in read.typed.items():
@@ -117,10 +159,15 @@ def _run_of(asked: Request, group: Group) -> Run:
                 sentence("There must be at least one crop of each rule", words, f"{kind} none has no such crops")
             )
     run = Run(**group.make(read.given, read.typed))
+    check_terms(run)
     rule, got = "Data.path must be your own images for this recipe", f"{YOUR_IMAGES}, which stands for them"
     check(asked.dry or run.data.path != YOUR_IMAGES, rule, got, "add --data.path FOLDER")
     run.data.check_path()
     return run
+
+
+def _other_help() -> str:
+    return OTHER_HELP.format(names=", ".join(registered()))
 
 
 def _words(arguments: Sequence[str] | None) -> list[str]:
@@ -139,14 +186,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> None
     words = _words(arguments)
     if words and words[0] in (*HELP, HELP_ALL):
         docs = {name: inspect.getdoc(recipe) or "" for name, recipe in RECIPES.items()}
-        print(list_text(prog, "RECIPE", docs), OTHER_HELP, sep="\n\n")
+        print(list_text(prog, "RECIPE", docs), _other_help(), sep="\n\n")
         return
     shown = {HELP_ALL: None, **dict.fromkeys(HELP, USUAL)}
     asked_help = [word for word in words if word in shown]
     asked = request([word for word in words if word not in shown], prog)
     group = Group.of_instance(asked.start)
     if asked_help:
-        print(help_text(group, f"{prog} {words[0]}", asked.about, shown[asked_help[-1]], OTHER_HELP))
+        print(help_text(group, f"{prog} {words[0]}", asked.about, shown[asked_help[-1]], _other_help()))
         return
     with errors_in_words(prog, WRONG_USAGE, group):
         run = _run_of(asked, group)

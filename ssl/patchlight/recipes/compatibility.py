@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields, replace
 
 from ..data.policy import CropSpec, dino_policy
 from ..engine.assembly import build_context, build_objectives
-from ..objectives import OBJECTIVES, DinoOptions, IbotOptions, MobyOptions, MocoV3Options, ObjectiveOptions
+from ..objectives import OBJECTIVES, ObjectiveOptions
 from ..run import Data, Model, Objectives, Optim, Parallel, Run, Schedule
+from .switches import HOSTS
 
-HOSTS = (DinoOptions, IbotOptions, MocoV3Options, MobyOptions)
 PLUG_INS = tuple(kind for kind in OBJECTIVES.values() if kind not in HOSTS)
 SUMMARIES = ("cls", "mean", "class_attention")  # the first that works is taken
 

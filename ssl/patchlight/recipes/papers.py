@@ -1,6 +1,7 @@
 """The pretraining runs of the papers. Set `data.path`; batches are per process, for the processes that a text names.
 
-Every number that a recipe does not set is the released code's default, which is also that of `Run`.
+Every number that a recipe does not set is the released code's default, which is also that of `Run`. Where paper and release
+differ, a recipe's text says which it follows; tests/recipes/paper_values.toml has the place of each number.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..data.masking import MaskRule
 from ..data.policy import CropPolicy, dino_policy, pqcl_policy, selfpatch_policy
 from ..objectives.dino import DinoOptions
 from ..objectives.ibot import IbotOptions
@@ -19,11 +19,13 @@ from ..objectives.selfpatch import SelfPatchOptions
 from ..objectives.selfpatch_contrast import SelfPatchContrastOptions
 from ..objectives.sere import SereOptions, sere_weights
 from ..run import Data, Model, Objectives, Optim, Run, Schedule
+from .switches import HALF_MASKED, SELFPATCH_WEIGHT, SERE_IBOT_SHARES, SERE_SHARES, WARM
 
 YOUR_IMAGES = "path/to/images"
-WARM: dict[str, Any] = {"warmup_teacher_temperature": 0.04, "teacher_temperature": 0.07, "warmup_epochs": 30}
-LAMBDA = {"selfpatch/patch": 0.1}  # Eq. (8)
-HALF_MASKED = MaskRule(ratios=((0.0, 0.0), (0.3, 0.2)))  # iBOT's published rule, which PQCL calls 0.3
+LAMBDA = {"selfpatch/patch": SELFPATCH_WEIGHT}
+
+
+UNCLIPPED = Optim(min_lr=1e-5, clip=0)  # DINO's own runs, beside its code's defaults
 
 
 def _imagenet(policy: CropPolicy, batch_per_rank: int) -> Data:
@@ -51,6 +53,42 @@ def dino_vits16_in1k_300ep() -> Run:
     )
 
 
+def dino_vits16_in1k_800ep() -> Run:
+    """DINO, ViT-S/16, 800 epochs with 10 local crops: the published weights. 16 processes x 64 = 1024 images.
+
+    It is the DINO row with local crops of PQCL's Tables 2 and 3. Areas and crops are those published with the weights; they
+    are not clipped and end at a rate of 1e-5 as in the authors' run of two views. Its README: 74.5 k-NN, 77.0 linear.
+    """
+    run = dino_vits16_in1k_300ep()
+    policy = dino_policy(10, global_scale=(0.25, 1.0), local_scale=(0.05, 0.25))
+    return replace(run, data=_imagenet(policy, 64), optim=UNCLIPPED, schedule=Schedule(epochs=800))
+
+
+def dino_vits16_in1k_two_views() -> Run:
+    """DINO, ViT-S/16, 300 epochs with two global crops and no local ones. 16 processes x 64 = 1024 images.
+
+    It is the DINO row without local crops of PQCL's Tables 1 to 3 (100 epochs: --schedule.epochs 100). Its authors name these
+    settings (areas 0.14-1, no clipping, a rate that ends at 1e-5) in issue 122 of their repository; temperatures and head
+    are those of the 300-epoch command.
+    """
+    run = dino_vits16_in1k_300ep()
+    return replace(run, data=_imagenet(dino_policy(0, global_scale=(0.14, 1.0)), 64), optim=UNCLIPPED)
+
+
+def dino_resnet50_ins300() -> Run:
+    """DINO, ResNet-50, 100 epochs on ImageNet-S300, two global crops: SERE's Table 16. 8 processes x 64 = 512 images.
+
+    Add SERE by --with sere: 32 groups of 64 channels, as its 6 do not divide 2048. SERE's settings are in a supplement that is
+    not at hand: optimizer, rates and areas are those of DINO's README for ResNet-50 (SGD, 0.03 per 256 images, 0.14-1); the
+    number of epochs and of crops are those of SERE's ablations.
+    """
+    return Run(
+        model=Model("resnet50", patch_size=32, drop_path=0.0, summary="mean"),
+        data=_imagenet(dino_policy(0, global_scale=(0.14, 1.0)), 64),
+        optim=Optim(name="sgd", base_lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4),
+    )
+
+
 def ibot_vits16_in1k() -> Run:
     """iBOT, ViT-S/16, 800 epochs on ImageNet-1k: the published command, 10 local crops. 16 processes x 64 = 1024 images.
 
@@ -69,13 +107,16 @@ def selfpatch_vits16_in1k() -> Run:
     """DINO + SelfPatch, ViT-S/16, 200 epochs on ImageNet-1k: the paper's Tables 1 to 3. 8 processes x 128 = 1024 images.
 
     What is not in the paper is from its earlier version (PASS, appendix A): the teacher's temperature rises from 0.04 to
-    0.07 in 30 epochs, the learning rate ends at 1e-5. Local crops: 8, as in its README.
+    0.07 in 30 epochs, the learning rate ends at 1e-5. Local crops: 8, as in its README, where PASS has 2.
     """
     return _selfpatch(Schedule(epochs=200), warm=True, local_crops=8, min_lr=1e-5, batch=128)
 
 
 def selfpatch_vits16_in1k_released() -> Run:
-    """DINO + SelfPatch, ViT-S/16, with every default of the released script: 300 epochs, constant temperature, 1e-6."""
+    """DINO + SelfPatch, ViT-S/16, with every default of the released script. 8 processes x 128 = 1024 images.
+
+    300 epochs, a constant temperature, a rate that ends at 1e-6.
+    """
     return _selfpatch(Schedule(epochs=300), warm=False, local_crops=8, min_lr=1e-6, batch=128)
 
 
@@ -98,12 +139,16 @@ def _selfpatch(schedule: Schedule, warm: bool, local_crops: int, min_lr: float, 
 
 
 def dino_vitti16_coco() -> Run:
-    """DINO, ViT-Ti/16, 200 epochs on COCO train2017: the baseline of SelfPatch's ablations. 2 processes x 128 = 256."""
+    """DINO, ViT-Ti/16, 200 epochs on COCO train2017: the baseline of SelfPatch's Tables 4 to 6. 2 processes x 128 = 256.
+
+    It is `selfpatch_vitti16_coco --without selfpatch`: 8 local crops in both, so that one thing differs. PASS's baseline
+    (its Table 3, 2 local crops) is `pass_vitti16_coco --without selfpatch`.
+    """
     dino = DinoOptions(prototypes=4096, **WARM)
     return Run(
         model=Model(arch="vit_tiny"),
         objectives=Objectives((dino,)),
-        data=_imagenet(selfpatch_policy(2), 128),
+        data=_imagenet(selfpatch_policy(8), 128),
         optim=Optim(min_lr=1e-5),
         schedule=Schedule(epochs=200),
     )
@@ -114,7 +159,7 @@ def selfpatch_vitti16_coco() -> Run:
 
     The ablations are options of the second objective: neighbors.radius 1, 2, None (3x3, 5x5, all patches),
     neighbors.k 1, 2, 4, 8, neighbors.pool mean; and weights selfpatch/patch 0, 0.1, 1. 4096 prototypes for the image,
-    as in PASS, appendix A, for COCO.
+    as in PASS, appendix A, for COCO. Local crops: 8, as in the release's README; the text of PASS has 2.
     """
     run = _selfpatch(Schedule(epochs=200), warm=True, local_crops=8, min_lr=1e-5, batch=128)
     return _tiny_on_coco(run)
@@ -306,9 +351,10 @@ def pqcl_vits16_in1k(epochs: int = 800) -> Run:
     """iBOT + PQCL, ViT-S/16 on ImageNet-1k: the paper's main results. 16 processes x 64 = 1024 images.
 
     Table 1: 69.7, 73.8 and 74.4 linear after 100, 400 and 800 epochs. Tables 2 and 3 (COCO, ADE20K): 200 and 300 epochs.
-    Table 5 (DAVIS): 63.8. Two global crops and one query crop of 96 pixels, no local crops. Where paper and release
-    differ: query positions take account of mirrored crops, the second crop is sometimes solarized as in the paper, and
-    the learning rate warms up for 10 epochs as released (30 in the paper, which the release has for the temperature).
+    Table 5 (DAVIS): 63.8. Without PQCL (--without pqcl) it is iBOT with two views and fixed positions, the paper's iBOT*.
+    Two global crops and one query crop of 96 pixels, no local crops. Where paper and release differ: query positions take
+    account of mirrored crops, the second crop is sometimes solarized as in the paper, and the learning rate warms up for 10
+    epochs as released (30 in the paper, which the release has for the temperature).
     """
     return _pqcl(IbotOptions(), pqcl_policy(), epochs)
 
@@ -323,7 +369,8 @@ def pqcl_dino_vits16_in1k(epochs: int = 300) -> Run:
     """DINO + PQCL, ViT-S/16 on ImageNet-1k: Table 5, 63.4 on DAVIS. 16 processes x 64 = 1024 images.
 
     The paper names no number of epochs here; its DINO has 300 (Tables 2 and 3). No masks; otherwise as on iBOT, with
-    8192 prototypes. Not released.
+    8192 prototypes (Table 6). Their lengths are trained, which the paper does not say, as in DINO's 300-epoch command and in
+    iBOT's. Not released.
     """
     return _pqcl(DinoOptions(prototypes=8192, train_norm=True, **WARM), pqcl_policy(), epochs)
 
@@ -358,10 +405,11 @@ def pqcl_vits16_in1k_released() -> Run:
 
 
 def _pqcl(host: DinoOptions | IbotOptions, policy: CropPolicy, epochs: int, **options: Any) -> Run:
-    """64 images per process."""
+    """64 images per process. Masks are iBOT's."""
+    both = host, PqclOptions(**options)
     return Run(
         model=Model(positions="sincos"),
-        objectives=Objectives((host, PqclOptions(**options)), masks=HALF_MASKED),
+        objectives=Objectives(both, masks=HALF_MASKED) if isinstance(host, IbotOptions) else Objectives(both),
         data=_imagenet(policy, 64),
         schedule=Schedule(epochs=epochs),
     )
@@ -371,7 +419,7 @@ def sere_vits16_in1k() -> Run:
     """DINO + SERE, ViT-S/16, 100 epochs on ImageNet-1k: the paper's main model, Tables 1 to 6. 8 processes x 64 = 512.
 
     Section 4.1: a learning rate of 0.001 for 512 images, 4 local crops, areas 0.35-1 and 0.05-0.35, alpha = beta = 1. Other
-    values are DINO's defaults. Its code was never released. Its paper: 80.9 fine-tuned (DINO 79.7).
+    values are DINO's defaults. Its code was never released. Its paper: 80.9 fine-tuned (DINO 79.7, --without sere).
     """
     return _sere_dino(dino_policy(4, global_scale=(0.35, 1.0), local_scale=(0.05, 0.35)))
 
@@ -381,7 +429,8 @@ def sere_vits16_ins300() -> Run:
 
     The ablations are options of the second objective: heads 1, 3, 6, 12, 16 (Table 12), teacher_spatial_temperature 0.1,
     0.5, 1 and teacher_channel_temperature 0.01, 0.1, 0.5 (Table 13), asymmetric (Table 15); and weights of 0 for
-    sere/spatial, sere/channel or dino/cls (Table 8). Areas as in the main model; the paper has none.
+    sere/spatial, sere/channel or dino/cls (Table 8). Areas as in the main model; the paper has none. The baseline is
+    --without sere.
     """
     return _sere_dino(dino_policy(0, global_scale=(0.35, 1.0)))
 
@@ -389,26 +438,30 @@ def sere_vits16_ins300() -> Run:
 def _sere_dino(policy: CropPolicy) -> Run:
     """With alpha = beta = 1 DINO's weight is 1, rescaled or not."""
     return Run(
-        objectives=Objectives((DinoOptions(), SereOptions()), weights=sere_weights({"dino/cls": 1.0}, 1.0, 1.0)),
+        objectives=Objectives((DinoOptions(), SereOptions()), weights=sere_weights({"dino/cls": 1.0}, *SERE_SHARES)),
         data=_imagenet(policy, 64),
     )
 
 
 def sere_ibot_vits16_in1k() -> Run:
-    """iBOT + SERE, ViT-S/16, 100 epochs on ImageNet-1k: Tables 1, 3, 6 and 14, by the README. 8 processes x 128 = 1024.
+    """iBOT + SERE, ViT-S/16, 100 epochs on ImageNet-1k: Tables 1, 3, 6 and 14. 8 processes x 64 = 512 images.
 
-    Table 14 varies alpha and beta: the weights sere/spatial and sere/channel, beside which the release rescales both of
-    iBOT's (`sere_weights`). As released, biases decay. Its paper: 81.5 fine-tuned (iBOT 80.9).
+    Section 4.1: a learning rate of 0.001 for 512 images, 10 local crops, areas 0.4-1 and 0.05-0.4, alpha 0.2, beta 0.5, a clip
+    of 0.3. The release's README has 1024 images at the same rate per image: --data.batch-per-rank 128. Table 14 varies alpha
+    and beta: the weights sere/spatial and sere/channel, beside which the release rescales both of iBOT's (`sere_weights`). As
+    released, biases decay. Its paper: 81.5 fine-tuned (iBOT 80.9, --without sere).
     """
-    return _sere_ibot(IbotOptions())
+    return _sere_ibot(IbotOptions(), 64)
 
 
 def sere_ibot_vitb16_in1k() -> Run:
     """iBOT + SERE, ViT-B/16, 100 epochs on ImageNet-1k: Tables 1 and 6, by the README. 8 processes x 128 = 1024 images.
 
-    Its paper: 83.7 fine-tuned (iBOT 83.3).
+    Section 4.1 leaves ViT-B to a supplement that is not at hand, so all is as in the README, areas that meet at 0.32 too
+    (0.4 in 4.1, for the ViT-S). Its paper: 83.7 fine-tuned (iBOT 83.3, --without sere; in Table 3 (a) iBOT has 400 epochs:
+    --without sere --schedule.epochs 400).
     """
-    run = _sere_ibot(IbotOptions(train_norm=False, warmup_epochs=50), global_low=0.32)
+    run = _sere_ibot(IbotOptions(train_norm=False, warmup_epochs=50), 128, global_low=0.32)
     return replace(
         run,
         model=replace(run.model, arch="vit_base"),
@@ -417,17 +470,20 @@ def sere_ibot_vitb16_in1k() -> Run:
 
 
 def sere_ibot_vitb16_in1k_200ep() -> Run:
-    """iBOT + SERE, ViT-B/16, 200 epochs on ImageNet-1k: Table 3 (a). Otherwise as the README's run of 100 epochs."""
+    """iBOT + SERE, ViT-B/16, 200 epochs on ImageNet-1k: Table 3 (a). 8 processes x 128 = 1024 images.
+
+    Otherwise as the README's run of 100 epochs.
+    """
     return replace(sere_ibot_vitb16_in1k(), schedule=Schedule(epochs=200))
 
 
 def sere_ibot_vits16_ins300() -> Run:
-    """iBOT + SERE, ViT-S/16, 100 epochs on ImageNet-S300: Table 7. 8 processes x 128 = 1024 images.
+    """iBOT + SERE, ViT-S/16, 100 epochs on ImageNet-S300: Table 7. 8 processes x 64 = 512 images.
 
-    Two global crops, as in section 4.3 for this data set; the rest as in the README's run.
+    Two global crops, as in section 4.3 for this data set; the rest as on ImageNet-1k. The baseline is --without sere.
     """
     run = sere_ibot_vits16_in1k()
-    return replace(run, data=_imagenet(dino_policy(0), 128))
+    return replace(run, data=_imagenet(dino_policy(0), 64))
 
 
 def sere_moco_v3_vits16_ins300() -> Run:
@@ -436,15 +492,15 @@ def sere_moco_v3_vits16_ins300() -> Run:
     The baseline's settings with the paper's own alpha = beta = 1 and 6 heads, where MoCo v3's ViT-S has 12. Not released.
     """
     run = moco_v3_vits16_ins300()
-    weights = sere_weights({"moco_v3/contrast": 1.0}, 1.0, 1.0)
+    weights = sere_weights({"moco_v3/contrast": 1.0}, *SERE_SHARES)
     return replace(run, objectives=Objectives((*run.objectives.options, SereOptions(heads=6)), weights))
 
 
-def _sere_ibot(ibot: IbotOptions, global_low: float = 0.4) -> Run:
-    """The README's commands: 10 local crops, areas that meet at `global_low`, alpha 0.2, beta 0.5, a clip of 0.3."""
-    weights = sere_weights({"ibot/cls": 1.0, "ibot/patch": 1.0}, alpha=0.2, beta=0.5)
+def _sere_ibot(ibot: IbotOptions, batch: int, global_low: float = 0.4) -> Run:
+    """10 local crops, areas that meet at `global_low`, a clip of 0.3."""
+    weights = sere_weights({"ibot/cls": 1.0, "ibot/patch": 1.0}, *SERE_IBOT_SHARES)
     return Run(
         objectives=Objectives((ibot, SereOptions()), weights, masks=HALF_MASKED),
-        data=_imagenet(dino_policy(10, global_scale=(global_low, 1.0), local_scale=(0.05, global_low)), 128),
+        data=_imagenet(dino_policy(10, global_scale=(global_low, 1.0), local_scale=(0.05, global_low)), batch),
         optim=Optim(clip=0.3, decayed="biases"),
     )
