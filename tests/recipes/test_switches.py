@@ -197,7 +197,7 @@ WRONG = [
     ("dino_vits16_in1k --data.local-count 2 4", "--data.local-count must be a whole number, got 2 4"),
     ("dino_vits16_in1k --data.local-count --1", "got --1"),
     ("dino_vits16_in1k --data.local-count -1", "--data.local-count must be a whole number in [0, 2^53), got -1"),
-    ("pqcl_vits16_in1k --objectives.weights.pqcl/qury 2", "where the terms are ['ibot/cls', 'ibot/patch', 'pqcl/query']; perhaps"),
+    ("pqcl_vits16_in1k --objectives.weights.pqcl/qury 2", "terms are ['ibot/cls', 'ibot/patch', 'pqcl/query']; perhaps"),
     ("sere_vits16_in1k --objectives.weights.ibot/cls 2", "where the terms are ['dino/cls', 'sere/channel', 'sere/spatial']"),
     ("dino_vits16_in1k --objectives.weights.dino/cls -1", "must be a number in [0, 2^53), got -1"),
 ]  # fmt: skip
