@@ -286,7 +286,7 @@ def test_resnet_with_sere_has_groups_that_divide_its_width():
 
 
 LINES = [
-    "debug --with sere",
+    "debug --with sere --optim.name sgd",
     "debug --without selfpatch --with pqcl --data.local-count 0",
     "debug --without dino selfpatch --with ibot sere",
     "debug --without dino --with moby",

@@ -28,12 +28,8 @@ from ..objectives.weighted import check_weights
 from ..run import Run
 from ..values import nearest
 
-HOSTS = (
-    DinoOptions,
-    IbotOptions,
-    MocoV3Options,
-    MobyOptions,
-)  # the others are added to one of these, and come after it
+# The others are added to one of these, and come after it.
+HOSTS = (DinoOptions, IbotOptions, MocoV3Options, MobyOptions)
 WARM: dict[str, Any] = {"warmup_teacher_temperature": 0.04, "teacher_temperature": 0.07, "warmup_epochs": 30}
 SELFPATCH_WEIGHT = 0.1  # SelfPatch, Eq. (8)
 HALF_MASKED = MaskRule(ratios=((0.0, 0.0), (0.3, 0.2)))  # iBOT's published rule, which PQCL calls 0.3
