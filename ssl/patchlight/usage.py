@@ -34,6 +34,13 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A mark in Annotated: the group that flags change depends on all words typed, as on those after another flag."""
+
+    default: Callable[[Sequence[str]], Any]
+
+
+@dataclass(frozen=True)
 class Nothing:
     """A group without settings, until a word chooses its class."""
 
@@ -151,6 +158,9 @@ class Group:
         parameters = inspect.signature(function).parameters
         defaults = {name: MISSING if p.default is p.empty else p.default for name, p in parameters.items()}
         for name, kind in kinds.items():
+            for mark in _unmarked(kind)[1]:
+                if isinstance(mark, Start):
+                    defaults[name] = mark.default(words)
             choice = next((mark for mark in _unmarked(kind)[1] if isinstance(mark, Choice)), None)
             if choice is not None:
                 chosen = [word for word in words if word in choice.classes]

@@ -132,7 +132,8 @@ def test_a_share_of_labels(images, tmp_path):
 def test_a_list_of_labels_names_its_share(run_folder, images, tmp_path, monkeypatch):
     names = tmp_path / "names.txt"
     names.write_text("train00.png\ntrain13.png\ntrain25.png\n")
-    monkeypatch.setattr("patchlight.evaluation.__main__.evaluate_finetune", lambda *_: {"top1": 0.5})
+    monkeypatch.setattr("patchlight.evaluation.__main__.train_classifier", lambda *_: None)
+    monkeypatch.setattr("patchlight.evaluation.__main__.evaluate_classifier", lambda *_: {"top1": 0.5})
     for words in (["semi", "--names", names], ["semi", "--share", 0.5], ["finetune"]):
         call(monkeypatch, *words, "--checkpoint", run_folder, "--data", images)
     found = sorted(path.name for path in (run_folder / "evaluation").glob("finetune*"))

@@ -10,23 +10,31 @@ from typing import Annotated
 from ..data.procedural_video import write_davis
 from ..report.console import print_sentence
 from ..threads import limit_spinning
-from ..usage import Choice, call_one_of
+from ..usage import Choice, Start, call_one_of, word_after
+from .checkpoints import facts_of
 from .davis.benchmark import DavisProtocol, evaluate_davis
 from .davis.folder import DavisFolder
+from .encoder_folder import check_new
 from .features import Reading
 from .images import PROCEDURAL, open_images
 from .options import Checkpoint, Labeled, LabeledOptions
 from .pictures.patch_features import PictureProtocol, draw_pictures
 from .pictures.relations import RelationProtocol, evaluate_relations
-from .probes.finetune import FinetuneProtocol, SemiProtocol, evaluate_finetune
+from .probes.finetune import evaluate_classifier, save_classifier, train_classifier
+from .probes.finetune_protocols import FinetuneProtocol, SemiProtocol, published_finetune
 from .probes.knn import KnnProtocol, evaluate_knn
-from .probes.labeled import choose_labels, open_labeled
+from .probes.labeled import FOLDER, choose_labels
 from .probes.linear import LinearProtocol, evaluate_linear
 from .ranks import join_ranks
 from .results import build_result
 from .segment.benchmark import draw_segments, evaluate_segment
 from .segment.protocols import TASKS, ConvSegment, FpnSegment, LinearSegment, SegmentProtocol, UperNetSegment
 from .segment.scenes import open_scenes
+
+
+def _published_finetune(words: Sequence[str]) -> FinetuneProtocol:
+    """The protocol that flags change, by the layout among them."""
+    return published_finetune(word_after("--layout", words, FOLDER))
 
 
 def knn(
@@ -36,7 +44,7 @@ def knn(
 ) -> None:
     """Classify by nearest neighbors: nothing is trained, only the neighbors' labels are used."""
     with join_ranks(checkpoint.device) as ranks:
-        encoder, data = checkpoint.open(ranks), open_labeled(images.data)
+        encoder, data = checkpoint.open(ranks), images.open()
         metrics = evaluate_knn(encoder, data, protocol, ranks, images.reading)
         left_out = [k for k in protocol.k if f"k{k}" not in metrics]
         notes: tuple[str, ...] = (
@@ -53,7 +61,7 @@ def linear(
 ) -> None:
     """Train linear classifiers on frozen features, one per learning rate, in one pass."""
     with join_ranks(checkpoint.device) as ranks:
-        encoder, data = checkpoint.open(ranks), open_labeled(images.data)
+        encoder, data = checkpoint.open(ranks), images.open()
         metrics = evaluate_linear(encoder, data, protocol, ranks, images.reading)
         notes = data.unreadable.notes(ranks)
         checkpoint.finish(build_result(encoder, "linear", data.name, protocol, metrics, notes), ranks)
@@ -62,10 +70,16 @@ def linear(
 def finetune(
     checkpoint: Checkpoint,
     images: Labeled = LabeledOptions(),  # noqa: B008
-    protocol: FinetuneProtocol = FinetuneProtocol(),  # noqa: B008
+    protocol: Annotated[FinetuneProtocol, Start(_published_finetune)] = FinetuneProtocol(),  # noqa: B008
+    save: Path | None = None,
 ) -> None:
-    """Train the whole network on all labels of any image folder."""
-    _finetune(checkpoint, images, protocol)
+    """Train the whole network on all labels.
+
+    Args:
+        protocol: by default as published for the layout.
+        save: a new folder for the trained network, which other commands take as a checkpoint.
+    """
+    _finetune(checkpoint, images, protocol, published_finetune(images.layout), save)
 
 
 def semi(
@@ -74,30 +88,44 @@ def semi(
     share: float = 0.01,
     names: str = "",
     protocol: SemiProtocol = SemiProtocol(),  # noqa: B008
+    save: Path | None = None,
 ) -> None:
     """Train the whole network on few labels: 1 % or 10 %.
 
     Args:
         share: of the labels of each class, drawn once for all.
         names: instead, a list of file names, such as SimCLR's 1percent.txt, which published numbers use.
+        save: a new folder for the trained network, which other commands take as a checkpoint.
     """
-    _finetune(checkpoint, images, protocol, share, names)
+    _finetune(checkpoint, images, protocol, SemiProtocol(), save, share, names)
 
 
 def _finetune(
-    checkpoint: Checkpoint, images: Labeled, protocol: FinetuneProtocol, share: float = 1.0, names: str = ""
+    checkpoint: Checkpoint,
+    images: Labeled,
+    protocol: FinetuneProtocol,
+    published: FinetuneProtocol,
+    save: Path | None,
+    share: float = 1.0,
+    names: str = "",
 ) -> None:
     with join_ranks(checkpoint.device) as ranks:
-        encoder, data = checkpoint.open(ranks), open_labeled(images.data)
+        encoder, data = checkpoint.open(ranks), images.open()
         train = choose_labels(data.train, share, names, protocol.seed)
+        if save:
+            check_new(save)  # before hours of training
         percent = round(100 * len(train) / len(data.train), 1) if names else 100 * share
         task = f"finetune-{percent:g}%" if isinstance(protocol, SemiProtocol) else "finetune"
-        metrics = evaluate_finetune(encoder, train, data, protocol, ranks, images.reading)
+        model = train_classifier(encoder, train, data, protocol, ranks, images.reading)
+        metrics = evaluate_classifier(model, data, protocol, ranks, images.reading)
+        if save and ranks.rank == 0:
+            save_classifier(save, model, data, protocol, metrics, facts_of(checkpoint.checkpoint))
+            print(f"saved: {save}")
         notes = (
             f"{len(train)} of {len(data.train)} labels, {'listed in ' + names if names else 'drawn'}",
             *data.unreadable.notes(ranks),
         )
-        checkpoint.finish(build_result(encoder, task, data.name, protocol, metrics, notes), ranks)
+        checkpoint.finish(build_result(encoder, task, data.name, protocol, metrics, notes, published=published), ranks)
 
 
 def davis(

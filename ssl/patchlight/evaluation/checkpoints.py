@@ -21,9 +21,8 @@ from ..checkpoint.manifest import MANIFEST
 from ..checks import check_least, sentence
 from ..heads.summary import ClassTokenSummary, MeanSummary, build_summary
 from .encoder import Encoder, InputFormat
+from .encoder_folder import EXPORTED, EXPORTED_SUMMARY, is_described, read_encoder
 
-# An exported folder: the backbone under timm's names; the class attention, which timm does not have, if that is the summary.
-EXPORTED, EXPORTED_SUMMARY = "model.safetensors", "summary.safetensors"
 HUB = "hf-hub:"  # as timm writes it
 _MEAN_NOTE = "an image is summed up by the mean of its patches"
 
@@ -39,6 +38,9 @@ def open_checkpoint(checkpoint: str, heads: int | None = None) -> Encoder:
     if checkpoint.startswith(HUB):
         return _open_file(_download(checkpoint) / EXPORTED, heads, checkpoint).eval()
     path = Path(checkpoint)
+    folder = path.parent if path.name == EXPORTED else path
+    if is_described(folder):
+        return read_encoder(folder).eval()
     if path.is_dir():
         return _open_folder(path).eval()
     if path.is_file():
@@ -77,6 +79,8 @@ def facts_of(checkpoint: str) -> dict[str, Any] | None:
     facts = path / FACTS if path.is_dir() else path.with_name(FACTS)
     if not path.exists() or not facts.exists():
         return None
+    if is_described(facts.parent) and "run" not in json.loads(facts.read_text()):
+        return None  # of an encoder that no run made
     run = _read_run(facts)  # which names what is wrong with the file
     return {**json.loads(facts.read_text()), "run": run}
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from PIL import Image
 
-from ..checks import check, check_numbers
+from ..checks import check, check_choice, check_numbers
 from ..report.console import print_sentence
 from ..report.environment import describe_environment
 from ..report.page import write_report
@@ -19,6 +19,7 @@ from .encoder import Encoder
 from .features import Reading
 from .images import PROCEDURAL
 from .pictures.page import CAPTIONS, write_page
+from .probes.labeled import FOLDER, LAYOUTS, LabeledData, open_labeled
 from .ranks import Ranks
 from .results import Result, print_result, results_folder, save_result
 
@@ -89,8 +90,16 @@ class LabeledOptions:
 
     data: str = PROCEDURAL
     """A folder with train/ and val/, my_file.py:my_function that returns data sets of these names, or `procedural`."""
+    layout: str = FOLDER
+    """folder, or the files of cifar10, cifar100, flowers102, cars or inat2019 as they are downloaded."""
     reading: Reading = field(default_factory=Reading)
     """How images are read."""
+
+    def __post_init__(self) -> None:
+        check_choice("LabeledOptions.layout", self.layout, LAYOUTS)
+
+    def open(self) -> LabeledData:
+        return open_labeled(self.data, layout=self.layout)
 
 
 Checkpoint = Annotated[CheckpointOptions, FLAT]  # its options without a prefix

@@ -48,16 +48,17 @@ def build_result(
     notes: tuple[str, ...] = (),
     failed: dict[str, str] | None = None,
     details: dict | None = None,
+    published: DataclassInstance | None = None,
 ) -> Result:
-    """A result under a protocol, a dataclass whose defaults are the published setting."""
-    used, changed, notes = asdict(protocol), changed_fields(protocol), (*encoder.notes, *notes)
+    """A result under a protocol. published: that of this data set, by default the protocol's class without arguments."""
+    used, changed, notes = asdict(protocol), changed_fields(protocol, published), (*encoder.notes, *notes)
     return Result(task, data, encoder.name, used, changed, metrics, notes, failed or {}, details or {})
 
 
-def changed_fields(protocol: DataclassInstance) -> dict:
+def changed_fields(protocol: DataclassInstance, published: DataclassInstance | None = None) -> dict:
     """Fields that differ from the published protocol: the published value and the used one."""
-    used, published = asdict(protocol), asdict(type(protocol)())
-    return {name: [published[name], used[name]] for name in used if used[name] != published[name]}
+    used, right = asdict(protocol), asdict(published or type(protocol)())
+    return {name: [right[name], used[name]] for name in used if used[name] != right[name]}
 
 
 def results_folder(checkpoint: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..backbones.interface import Backbone
@@ -19,7 +19,8 @@ from ..checkpoint.folder import FACTS, TEACHER, read_facts
 from ..checkpoint.manifest import Manifest, damaged, find_damage
 from ..checks import check, sentence
 from ..durable import make_folder, write_whole
-from ..evaluation.checkpoints import EXPORTED, EXPORTED_SUMMARY, latest_step, open_checkpoint, run_folder_of
+from ..evaluation.checkpoints import latest_step, open_checkpoint, run_folder_of
+from ..evaluation.encoder_folder import EXPORTED, EXPORTED_SUMMARY, as_file
 from ..evaluation.images import resize_side
 from ..heads.summary import SummaryHead
 from ..report.run_folder import RUN_FILE
@@ -143,15 +144,13 @@ def _write_model(teacher: Teacher, step: Path, folder: Path, config: dict[str, A
     wrong = find_damage(step, Manifest.read(step), [TEACHER])
     if wrong:
         raise damaged(step, wrong[0])
-    form = {"format": "pt"}  # what readers of safetensors expect
     make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as beside:
         made = Path(beside)
         write_whole(made / CONFIG, json.dumps(config, indent=2))
-        write_whole(made / EXPORTED, save(load_file(step / TEACHER), form))
+        write_whole(made / EXPORTED, as_file(load_file(step / TEACHER)))
         if _kind(teacher) == "class_attention":  # which timm does not have
-            state = teacher.encoder.summary.state_dict()
-            write_whole(made / EXPORTED_SUMMARY, save({n: t.contiguous() for n, t in state.items()}, form))
+            write_whole(made / EXPORTED_SUMMARY, as_file(teacher.encoder.summary.state_dict()))
         check_with_timm(teacher, made)
         (folder / EXPORTED_SUMMARY).unlink(missing_ok=True)  # of an earlier export
         names = [path.name for path in made.iterdir()]

@@ -13,7 +13,8 @@ from patchlight.backbones.vit import DropPath, VisionTransformer
 from patchlight.evaluation.encoder import Encoded, Encoder, InputFormat, Level, set_drop_path
 from patchlight.evaluation.features import Reading
 from patchlight.evaluation.probes.classification import count_correct
-from patchlight.evaluation.probes.finetune import Augment, FinetuneProtocol, SemiProtocol, evaluate_finetune
+from patchlight.evaluation.probes.finetune import Augment, evaluate_classifier, train_classifier
+from patchlight.evaluation.probes.finetune_protocols import FinetuneProtocol, SemiProtocol
 from patchlight.evaluation.probes.labeled import LabeledData, LabeledImages, choose_labels
 from patchlight.evaluation.probes.linear import LinearProtocol, evaluate_linear, probe_features
 from patchlight.evaluation.ranks import Ranks, join_ranks
@@ -59,6 +60,11 @@ def small_encoder() -> Encoder:
     return Encoder(vit, ClassTokenSummary(), "small", InputFormat(16))
 
 
+def finetuned(encoder, train, data, protocol, ranks, reading) -> dict[str, float]:
+    model = train_classifier(encoder, train, data, protocol, ranks, reading)
+    return evaluate_classifier(model, data, protocol, ranks, reading)
+
+
 def test_probe_features_are_the_last_levels():
     levels = tuple(Level(torch.full((2, 3), float(i)), torch.randn(2, 4, 3)) for i in range(2))
     encoded = Encoded(torch.full((2, 3), 9.0), torch.arange(24.0).view(2, 4, 3), (2, 2), levels)
@@ -98,7 +104,7 @@ def test_fine_tuning_moves_deep_blocks_less():
     before = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
     plain = {"randaugment": "", "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
     protocol = FinetuneProtocol(60, 16, 3e-3, warmup_epochs=1, layer_decay=0.3, drop_path=0.2, **plain)
-    found = evaluate_finetune(encoder, data.train, data, protocol, CPU, READING)
+    found = finetuned(encoder, data.train, data, protocol, CPU, READING)
     assert found["top1"] > 0.9
     moved = {n: (t - before[n]).abs().mean() for n, t in encoder.backbone.state_dict().items()}
     assert moved["blocks.1.attn.qkv.weight"] > 2 * moved["blocks.0.attn.qkv.weight"] > 0
@@ -109,7 +115,7 @@ def test_the_published_augmentation_runs():
     """RandAugment, erasing, mixup and cutmix on an odd batch too: the numbers stay finite and the network moves."""
     encoder, data = small_encoder(), stripes(train=45)
     before = encoder.backbone.norm.weight.clone()
-    found = evaluate_finetune(encoder, data.train, data, FinetuneProtocol(1, 15, warmup_epochs=0), CPU, READING)
+    found = finetuned(encoder, data.train, data, FinetuneProtocol(1, 15, warmup_epochs=0), CPU, READING)
     assert 0 <= found["top1"] <= 1
     assert torch.isfinite(encoder.backbone.norm.weight).all()
     assert not torch.equal(encoder.backbone.norm.weight, before)
@@ -126,11 +132,11 @@ def test_the_strongest_posterization_is_no_error():
 
 def test_a_semi_supervised_run_starts_from_its_own_protocol():
     data, protocol = stripes(), SemiProtocol()
-    assert (protocol.epochs, protocol.batch, protocol.rate, protocol.mixup) == (1000, 1024, 1e-5, 0)
+    assert (protocol.epochs, protocol.batch, protocol.rate, protocol.min_rate) == (1000, 1024, 1e-5, 1e-5)
     few = choose_labels(data.train, 0.1)
     read, original = [], data.train.source.read
     data.train.source.read = lambda index: (read.append(index), original(index))[1]
-    evaluate_finetune(small_encoder(), few, data, SemiProtocol(epochs=2, warmup_epochs=0), CPU, READING)
+    finetuned(small_encoder(), few, data, SemiProtocol(epochs=2, warmup_epochs=0, repeats=1), CPU, READING)
     assert sorted(read) == sorted([*few.ids, *few.ids]), "two epochs over the labelled images and no others"
     with pytest.raises(ValueError, match="got 5 of 2"):
         FinetuneProtocol(epochs=2)

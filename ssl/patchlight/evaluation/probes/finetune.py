@@ -2,99 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm.data
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ...checks import check, check_positive
 from ..encoder import Encoder, autocast, set_drop_path
+from ..encoder_folder import FINETUNED, as_file, write_encoder
 from ..features import Reading
 from ..progress import progress
 from ..ranks import Ranks
 from ..training import Batches, broadcast_weights, cosine_rate, layer_groups, set_rate, training_loader, update
 from .classification import TrainingImages, count_test_images
+from .finetune_protocols import FinetuneProtocol
 from .labeled import LabeledData, LabeledImages
 
-
-@dataclass(frozen=True)
-class FinetuneProtocol:
-    """The SERE paper's fine-tuning (Section 4.2). Augmentation and drop path are not stated there; they are BEiT's and iBOT's."""
-
-    epochs: int = 100
-    """Passes over the training images."""
-    batch: int = 512
-    """Images per step over all ranks."""
-    rate: float = 1e-3
-    """Learning rate of the head for a batch of this size; it is not scaled."""
-    min_rate: float = 1e-6
-    """The rate at the end of its cosine."""
-    warmup_epochs: int = 5
-    """Epochs over which the rate rises."""
-    layer_decay: float = 0.65
-    """Each block's rate is this share of that of the one above it."""
-    weight_decay: float = 0.05
-    """Of AdamW; vectors, biases and tokens have none."""
-    drop_path: float = 0.1
-    """The last block's rate of dropping a residual branch."""
-    randaugment: str = "rand-m9-mstd0.5-inc1"
-    """timm's name of the augmentation; empty: crops and flips only."""
-    erase: float = 0.25
-    """Share of images with a random box erased."""
-    mixup: float = 0.8
-    """Strength of mixing images; 0 turns it off."""
-    cutmix: float = 1.0
-    """Strength of pasting boxes; 0 turns it off."""
-    smoothing: float = 0.1
-    """Of labels."""
-    clip: float = 0.0
-    """Largest norm over all gradients; 0: none."""
-    size: int | None = None
-    """Side of the images; None: the size that the position table was made for."""
-    seed: int = 0
-    """Of order, augmentation and the head's start."""
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        for field in ("epochs", "batch", "rate", "layer_decay"):
-            check_positive(f"{name}.{field}", getattr(self, field), "the published value is the default")
-        check(
-            0 <= self.warmup_epochs <= self.epochs,
-            f"{name}.warmup_epochs must lie in [0, epochs]",
-            f"{self.warmup_epochs} of {self.epochs}",
-            "change one of them",
-        )
-
-
-@dataclass(frozen=True)
-class SemiProtocol(FinetuneProtocol):
-    """The SERE paper's semi-supervised setting: 1000 epochs, batches of 1024, 1e-5. What it does not state is turned off."""
-
-    epochs: int = 1000
-    """Passes over the labeled images."""
-    batch: int = 1024
-    """Images per step over all ranks."""
-    rate: float = 1e-5
-    """Learning rate; it is not scaled."""
-    layer_decay: float = 1.0
-    """All blocks have the same rate."""
-    drop_path: float = 0.0
-    """Turned off."""
-    randaugment: str = ""
-    """Crops and flips only."""
-    erase: float = 0.0
-    """Turned off."""
-    mixup: float = 0.0
-    """Turned off."""
-    cutmix: float = 0.0
-    """Turned off."""
-    smoothing: float = 0.0
-    """Turned off."""
+CLASSIFIER = "classifier.safetensors"  # weight and bias of the linear layer
 
 
 class Classifier(nn.Module):
@@ -151,7 +84,7 @@ class MixingLoss:
         self.loss = LabelSmoothingCrossEntropy(protocol.smoothing) if protocol.smoothing else F.cross_entropy
         if protocol.mixup or protocol.cutmix:
             self.mix = timm.data.Mixup(
-                protocol.mixup, protocol.cutmix, label_smoothing=protocol.smoothing, num_classes=classes, mode="elem"
+                protocol.mixup, protocol.cutmix, label_smoothing=protocol.smoothing, num_classes=classes
             )
             self.loss = SoftTargetCrossEntropy()
 
@@ -164,22 +97,41 @@ class MixingLoss:
         return self.mix(pixels, labels)
 
 
-def evaluate_finetune(
+class RepeatedBatches(Batches):
+    """Batches in which each image is several times, changed anew each time: DeiT's repeated augmentation.
+
+    An epoch has as many steps as without, so it has only some of the images. Copies go to different ranks.
+    """
+
+    def __init__(self, count: int, batch: int, epochs: int, ranks: Ranks, seed: int, repeats: int) -> None:
+        super().__init__(count, batch, epochs, ranks, seed)
+        self.repeats = repeats
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for epoch in range(self.epochs):
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.count).repeat(self.repeats)
+            for step in range(self.steps_per_epoch):
+                batch = order[step * self.batch : (step + 1) * self.batch]
+                whole = self.batch // self.ranks.world * self.ranks.world
+                yield batch[:whole][self.ranks.rank :: self.ranks.world].tolist()
+
+
+def train_classifier(
     encoder: Encoder,
     train: LabeledImages,
     data: LabeledData,
     protocol: FinetuneProtocol,
     ranks: Ranks,
     reading: Reading,
-) -> dict[str, float]:
-    """top1 and top5 on the test images after training on `train`. The encoder is changed."""
+) -> Classifier:
+    """The encoder, which is changed, with a new linear layer, after training on `train`; the same on all ranks."""
     size, device = protocol.size or encoder.input_format.image_size, ranks.device
     torch.manual_seed(protocol.seed)
     model = Classifier(encoder, data.class_count).to(device).requires_grad_(True)
     broadcast_weights(model, ranks)
-    torch.manual_seed(protocol.seed + 1 + ranks.rank)
+    _seed(protocol.seed + 1 + ranks.rank)
     set_drop_path(encoder.backbone, protocol.drop_path)
-    batches = Batches(len(train), protocol.batch, protocol.epochs, ranks, protocol.seed)
+    batches = RepeatedBatches(len(train), protocol.batch, protocol.epochs, ranks, protocol.seed, protocol.repeats)
     groups = layer_groups(encoder.backbone, model.others(), protocol.layer_decay, protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=protocol.rate)
     mixing = MixingLoss(protocol, data.class_count)
@@ -193,7 +145,32 @@ def evaluate_finetune(
         with autocast(device, reading.precision):
             logits = model(pixels)
         update(mixing.loss(logits.float(), labels), model, optimizer, ranks, protocol.clip)
-    model.eval()
+    average_statistics(model, ranks)
+    return model.eval()
+
+
+def _seed(seed: int) -> None:
+    """Of all random numbers that timm's changes of images take."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 it is timm that draws from it
+    random.seed(seed)
+
+
+def average_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Running means and variances of BatchNorm, of which each rank has its own, become their means over ranks."""
+    if ranks.world > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= ranks.world
+
+
+def evaluate_classifier(
+    model: Classifier, data: LabeledData, protocol: FinetuneProtocol, ranks: Ranks, reading: Reading
+) -> dict[str, float]:
+    """top1 and top5 on the test images."""
+    encoder, device = model.encoder, ranks.device
+    size = protocol.size or encoder.input_format.image_size
 
     def classify(images: Tensor) -> list[Tensor]:
         with autocast(device, reading.precision):
@@ -201,3 +178,19 @@ def evaluate_finetune(
 
     top1, top5, count = count_test_images(classify, 1, data, size, ranks, reading)[0].tolist()
     return {"top1": top1 / count, "top5": top5 / count}
+
+
+def save_classifier(
+    folder: Path,
+    model: Classifier,
+    data: LabeledData,
+    protocol: FinetuneProtocol,
+    metrics: dict[str, float],
+    facts: dict[str, Any] | None,
+) -> None:
+    """The encoder as a folder that `open_checkpoint` opens, and its classifier. facts: of the run that pretrained it."""
+    kept = {name: facts[name] for name in ("clock", "run") if name in facts} if facts else {}
+    made = {"data": data.name, "classes": data.class_count, "top1": metrics["top1"], "protocol": asdict(protocol)}
+    made |= {"checkpoint": model.encoder.name, "names": list(data.train.classes)}
+    classifier = {CLASSIFIER: as_file(model.head.state_dict())}
+    write_encoder(folder, model.encoder, kept | {FINETUNED: made}, classifier)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,26 @@ from ...data.stored import Images, Source, Subset
 from ...data.streams import ImageStream
 from ...file_functions import call_alone, function_of, names_function
 from ..images import PROCEDURAL, Unreadable
+from ..layouts.annotated import read_cars, read_flowers102, read_inat2019
+from ..layouts.cifar import Part, read_cifar
 
-_IMAGENET = (1000, 50_000)  # classes, images of its validation set
+FOLDER = "folder"  # the layout of most data sets: parts that are folders of class folders, or lists
+ORIGINALS: dict[str, Callable[[Path], tuple[Part, Part]]] = {  # layouts of data sets as they are downloaded
+    "cifar10": lambda root: read_cifar(root, 10),
+    "cifar100": lambda root: read_cifar(root, 100),
+    "flowers102": read_flowers102,
+    "cars": read_cars,
+    "inat2019": read_inat2019,
+}
+LAYOUTS = (FOLDER, *ORIGINALS)
+_WHOLE = {  # classes and test images of the whole data sets: published numbers are of these
+    "imagenet": (1000, 50_000),
+    "cifar10": (10, 10_000),
+    "cifar100": (100, 10_000),
+    "flowers102": (102, 6149),
+    "cars": (196, 8041),
+    "inat2019": (1010, 3030),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,7 @@ class LabeledImages(Subset):
 class LabeledData:
     """A data set for classification."""
 
-    name: str  # imagenet for ImageNet, else the path
+    name: str  # that of a whole data set with published numbers, else the path
     train: LabeledImages
     test: LabeledImages
     whole: bool  # whether test images are used whole: objects reach the border, so nothing may be cut off
@@ -44,9 +62,11 @@ class LabeledData:
         return len(self.train.classes)
 
 
-def open_labeled(path: str, procedural_images: int = 2048) -> LabeledData:
+def open_labeled(path: str, procedural_images: int = 2048, layout: str = FOLDER) -> LabeledData:
     """A folder with train/ and val/ (or test/), each a folder of class folders or a list <name>.txt; the function of a file
-    that returns data sets under these names (`my_images.py:both`); or `procedural`."""
+    that returns data sets under these names (`my_images.py:both`); or `procedural`. layout: of other folders."""
+    if layout != FOLDER:
+        return _open_original(path, layout)
     if path == PROCEDURAL:
         drawn = ProceduralSource(procedural_images), ProceduralSource(512, seed=1)
         train, test = (_all_images(source, source.labels, source.classes) for source in drawn)
@@ -64,8 +84,28 @@ def open_labeled(path: str, procedural_images: int = 2048) -> LabeledData:
             f" {sorted(train_only | test_only)[0]!r}"
         )
         raise ValueError(sentence("Both parts must have the same classes", got, "complete them or take the class out"))
-    name = "imagenet" if (len(train.classes), len(test)) == _IMAGENET else str(root)
-    return LabeledData(name, train, test, whole=False)
+    return LabeledData(_name_of("imagenet", root, train, test), train, test, whole=False)
+
+
+def _open_original(path: str, layout: str) -> LabeledData:
+    """A data set in the layout that it is downloaded in."""
+    is_folder, remedy = Path(path).is_dir(), f"pass the folder of {layout} as --data"
+    check(is_folder, f"The layout {layout} needs a folder", f"{path!r}, which is none", remedy)
+    train, test = (_all_images(*part) for part in ORIGINALS[layout](Path(path)))
+    every = set(range(len(train.classes)))
+    for title, part in (("training", train), ("test", test)):
+        found = set(part.labels.tolist())
+        rule, got = "Each label must be the number of a class", f"{sorted(found - every)[:1]} of {len(every)} in {path}"
+        check(found <= every, rule, got, "copy the files again")
+        missing = sorted(every - found)
+        got = f"{len(missing)} without one in {path}, such as {train.classes[missing[0]]!r}" if missing else ""
+        check(not missing, f"Every class must have a {title} image", got, "copy the files again")
+    return LabeledData(_name_of(layout, Path(path), train, test), train, test, whole=False)
+
+
+def _name_of(benchmark: str, path: Path, train: LabeledImages, test: LabeledImages) -> str:
+    """The benchmark's, if this is the whole of it."""
+    return benchmark if (len(train.classes), len(test)) == _WHOLE[benchmark] else str(path)
 
 
 def _all_images(source: Images, labels: np.ndarray, classes: tuple[str, ...]) -> LabeledImages:
