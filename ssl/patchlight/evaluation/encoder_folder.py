@@ -156,12 +156,20 @@ def _describe_backbone(backbone: Any, image_size: int) -> dict[str, Any]:
         name = (getattr(backbone.model, "pretrained_cfg", None) or {}).get("architecture")
         rule = "A timm model that is saved must have been created by its name"
         check(name is not None, rule, type(backbone.model).__name__, "create it with timm.create_model")
-        return {"timm": name, "dynamic_img_size": bool(getattr(backbone.model, "dynamic_img_size", False))}
+        return {"timm": name, "options": _any_size(backbone.model)}
     described = next((make for kind, make in _DESCRIBED.items() if isinstance(backbone, kind)), None)
     rule, got = "A network that is saved must be a ViT, Swin, ResNet or timm model", type(backbone).__name__
     check(described is not None, rule, got, "save its state dict yourself")
     assert described is not None
     return {"class": type(backbone).__name__, "patch_size": backbone.patch_size, **described(backbone, image_size)}
+
+
+def _any_size(model: Any) -> dict[str, bool]:
+    """timm's option with which a model was created that takes images of any size."""
+    if getattr(model, "dynamic_img_size", False):
+        return {"dynamic_img_size": True}
+    strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", True)
+    return {} if strict else {"strict_img_size": False}
 
 
 def _vit(vit: Any, image_size: int) -> dict[str, Any]:
@@ -204,7 +212,7 @@ _DESCRIBED = {VisionTransformer: _vit, SwinTransformer: _swin, ResNet: _resnet}
 
 def _build_backbone(described: Mapping[str, Any]) -> Backbone:
     if "timm" in described:
-        options: dict[str, Any] = {"dynamic_img_size": True} if described["dynamic_img_size"] else {}
+        options: dict[str, Any] = dict(described["options"])
         return TimmBackbone(timm.create_model(described["timm"], pretrained=False, num_classes=0, **options))
     return _CLASSES[described["class"]](**{name: value for name, value in described.items() if name != "class"})
 

@@ -50,15 +50,16 @@ def build_result(
     details: dict | None = None,
     published: DataclassInstance | None = None,
 ) -> Result:
-    """A result under a protocol. published: that of this data set, by default the protocol's class without arguments."""
+    """A result under a protocol. published: the protocol as published for this data; by default the class's own defaults."""
     used, changed, notes = asdict(protocol), changed_fields(protocol, published), (*encoder.notes, *notes)
     return Result(task, data, encoder.name, used, changed, metrics, notes, failed or {}, details or {})
 
 
 def changed_fields(protocol: DataclassInstance, published: DataclassInstance | None = None) -> dict:
-    """Fields that differ from the published protocol: the published value and the used one."""
-    used, right = asdict(protocol), asdict(published or type(protocol)())
-    return {name: [right[name], used[name]] for name in used if used[name] != right[name]}
+    """Fields that differ from the published protocol, by default the class's own defaults: the published value and the used
+    one."""
+    used, usual = asdict(protocol), asdict(published or type(protocol)())
+    return {name: [usual[name], used[name]] for name in used if used[name] != usual[name]}
 
 
 def results_folder(checkpoint: str) -> Path:

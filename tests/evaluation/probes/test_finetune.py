@@ -12,9 +12,11 @@ from parity import SEED
 from safetensors.torch import load_file, save_file
 
 from patchlight.backbones.architectures import build_backbone
+from patchlight.backbones.timm_backbone import TimmBackbone
 from patchlight.evaluation.__main__ import finetune, main
 from patchlight.evaluation.checkpoints import facts_of, open_checkpoint
 from patchlight.evaluation.encoder import Encoder, InputFormat
+from patchlight.evaluation.encoder_folder import write_encoder
 from patchlight.evaluation.features import Reading
 from patchlight.evaluation.layouts.labeled import write_cifar10, write_folder
 from patchlight.evaluation.probes.finetune import RepeatedBatches, save_classifier, train_classifier
@@ -22,7 +24,7 @@ from patchlight.evaluation.probes.finetune_protocols import FinetuneProtocol, Se
 from patchlight.evaluation.probes.labeled import open_labeled
 from patchlight.evaluation.ranks import Ranks, join_ranks
 from patchlight.export.traced import open_teacher
-from patchlight.heads.summary import ClassTokenSummary, build_summary
+from patchlight.heads.summary import ClassTokenSummary, MeanSummary, build_summary
 from patchlight.usage import Group
 
 CPU = Ranks(torch.device("cpu"))
@@ -81,7 +83,7 @@ def run_encoder(folder, **parts) -> str:
 
 def published_vit(folder) -> str:
     vit = timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=36, depth=2, num_heads=3, num_classes=0, mlp_ratio=3
+        img_size=224, patch_size=32, embed_dim=36, depth=2, num_heads=3, num_classes=0, mlp_ratio=3
     )
     torch.save({"teacher": {f"backbone.{n}": t for n, t in vit.state_dict().items()}}, folder / "vit.pth")
     return str(folder / "vit.pth")
@@ -162,14 +164,14 @@ def test_a_saved_checkpoint_is_opened_again(kind, data, tmp_path, monkeypatch):
     checkpoint = KINDS[kind](tmp_path)
     encoder = open_checkpoint(checkpoint, heads=3 if kind == "a published file" else None)
     facts = facts_of(checkpoint)
-    opened = check_saved(encoder, data, tmp_path / "saved here", replace(SHORT, batch=4, size=32), facts)
+    opened = check_saved(encoder, data, tmp_path / "saved here", replace(SHORT, batch=10, size=32), facts)
     assert (facts_of(str(tmp_path / "saved here")) is None) == (facts is None)
     names = {path.name for path in (tmp_path / "saved here").iterdir()}
     assert ("summary.safetensors" in names) == (kind == "class attention")
     if "timm" not in kind and facts:
         assert facts_of(str(tmp_path / "saved here"))["run"] == facts["run"]
         open_teacher(str(tmp_path / "saved here"), None, 16)
-    again = check_saved(opened, data, tmp_path / "again", replace(SHORT, batch=4, size=32))
+    again = check_saved(opened, data, tmp_path / "again", replace(SHORT, batch=10, size=32))
     assert len(again.notes) == len(encoder.notes) + 2
 
 
@@ -187,6 +189,16 @@ def test_every_backbone_of_ours_is_saved(kind, data, tmp_path):
     weights = load_file(tmp_path / "saved/model.safetensors")
     assert "mask_token" not in weights
     assert ("norm.weight" in weights) == (not arch.startswith("resnet"))
+
+
+def test_a_swin_of_timm_keeps_its_option(tmp_path):
+    """Without it, timm refuses images of another size."""
+    swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, strict_img_size=False)
+    encoder = Encoder(TimmBackbone(swin), MeanSummary(), "timm swin", InputFormat()).eval()
+    write_encoder(tmp_path / "saved", encoder, {}, {})
+    pixels = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(open_checkpoint(str(tmp_path / "saved"))(pixels).summary, encoder(pixels).summary)
 
 
 def test_a_folder_that_holds_anything_is_refused_first(data, tmp_path, run_folder, monkeypatch, capsys):

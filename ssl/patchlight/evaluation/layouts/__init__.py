@@ -1,1 +1,1 @@
-"""Small procedural data in the layouts of data sets, and readers of such layouts."""
+"""Small procedural data in the layouts of real data sets."""

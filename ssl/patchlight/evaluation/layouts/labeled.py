@@ -113,4 +113,7 @@ def _both(*sources: ProceduralSource) -> Iterator[tuple[np.ndarray, int]]:
 
 def _save(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
+    if path.suffix == ".jpg":
+        Image.fromarray(image).save(path, quality=95, subsampling=0)
+    else:
+        Image.fromarray(image).save(path)
