@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from ..checks import check, check_choice
 from ..data.procedural_video import write_davis
 from ..report.console import print_sentence
 from ..threads import limit_spinning
@@ -28,8 +29,10 @@ from .probes.linear import LinearProtocol, evaluate_linear
 from .ranks import join_ranks
 from .results import build_result
 from .segment.benchmark import draw_segments, evaluate_segment
-from .segment.protocols import TASKS, ConvSegment, FpnSegment, LinearSegment, SegmentProtocol, UperNetSegment
-from .segment.scenes import open_scenes
+from .segment.predictions import TEST, VAL, Predictions
+from .segment.protocols import HEADS, SegmentProtocol, head_name
+from .segment.scenes import open_scenes, open_unmasked
+from .segment.settings import default_protocol, published_for
 
 
 def _published_finetune(words: Sequence[str]) -> FinetuneProtocol:
@@ -158,37 +161,54 @@ def davis(
         checkpoint.finish(build_result(encoder, "davis", name, protocol, metrics, notes, failed, details), ranks)
 
 
-HEADS = {"linear": LinearSegment, "conv": ConvSegment, "fpn": FpnSegment, "upernet": UperNetSegment}
-
-
 def segment(
     checkpoint: Checkpoint,
-    protocol: Annotated[SegmentProtocol, Choice(HEADS)],
+    protocol: Annotated[SegmentProtocol, Choice(HEADS, default_protocol)],
     layout: str = PROCEDURAL,
     data: str = "",
     train_list: str = "train",
+    paper: str = "",
+    predictions: Path | None = None,
+    split: str = VAL,
     reading: Reading = Reading(),  # noqa: B008
 ) -> None:
     """Predict the class of every pixel: `segment --checkpoint ... linear|conv|fpn|upernet`; then the head's own options.
 
     Args:
-        protocol: a head and its published setting.
+        protocol: a head and its setting; the defaults are those published for the layout.
         layout: ade20k, voc2012, imagenet-s or procedural.
         data: the folder of the data set.
         train_list: VOC's list of training images, e.g. trainaug.
+        paper: whose published setting is used where several have one: sere, sere-vitb, pqcl, selfpatch or pass.
+        predictions: a new folder for predicted classes, in the format of the data set's server.
+        split: of which images: val, which are always scored, or test, which have no masks.
         reading: how images are read.
     """
+    check_choice("The split", split, (VAL, TEST))
+    rule, remedy = "The test split has no masks and needs a folder of predictions", "add --predictions FOLDER"
+    check(split == VAL or predictions is not None, rule, "none", remedy)
     with join_ranks(checkpoint.device) as ranks:
         encoder, scenes = checkpoint.open(ranks), open_scenes(layout, data, train_list)
-        result = evaluate_segment(encoder, scenes, protocol, ranks, reading)
-        task, absent = TASKS[type(protocol)], result.absent
-        notes: tuple[str, ...] = (f"{len(absent)} classes are in no test scene: {list(absent)[:20]}",) if absent else ()
+        unmasked = open_unmasked(layout, data) if split == TEST else None
+        written = Predictions(predictions, layout, unmasked) if predictions is not None else None
+        published, notes = published_for(protocol, layout, paper, encoder.width)
+        result = evaluate_segment(encoder, scenes, protocol, ranks, reading, written)
+        task, absent, name = f"segment-{head_name(protocol)}", result.absent, scenes.name
+        if absent:
+            notes = (*notes, f"{len(absent)} classes are in no test scene: {list(absent)[:20]}")
+        if (facts_of(checkpoint.checkpoint) or {}).get("finetuned"):
+            name += "-ft" if layout == "imagenet-s" else ""
+            notes = (*notes, "the network was fine-tuned on labels first")
         notes = (*notes, *scenes.unreadable.notes(ranks))
+        details = {"predictions": str(predictions)} if predictions is not None else {}
         if ranks.rank == 0:
-            folder = checkpoint.folder / f"{task}-{scenes.name}"
+            folder = checkpoint.folder / f"{task}-{name}"
             folder.mkdir(parents=True, exist_ok=True)
             draw_segments(result.pictures).save(folder / "scenes.png")
-        checkpoint.finish(build_result(encoder, task, scenes.name, protocol, result.metrics, notes), ranks)
+        metrics = result.metrics
+        checkpoint.finish(
+            build_result(encoder, task, name, protocol, metrics, notes, details=details, published=published), ranks
+        )
 
 
 def attention(

@@ -112,11 +112,10 @@ def cosine_rate(step: int, total: int, peak: float, end: float = 0.0, warmup: in
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def poly_rate(step: int, total: int, peak: float, end: float = 0.0, warmup: int = 0) -> float:
-    """The same with a straight fall, as segmentation has it (mmsegmentation's poly with power 1)."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return end + (peak - end) * (1 - step / total)
+def poly_rate(step: int, total: int, peak: float, end: float = 0.0, warmup: int = 0, power: float = 1.0) -> float:
+    """A fall by a power of the share of steps that are left, times a straight rise from almost 0, as in mmsegmentation."""
+    rate = end + (peak - end) * (1 - step / total) ** power
+    return rate * max(step / warmup, 1e-6) if step < warmup else rate
 
 
 def depth_of(name: str, depth: int) -> int:

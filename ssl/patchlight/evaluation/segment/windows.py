@@ -1,4 +1,4 @@
-"""Predictions for whole scenes from overlapping windows."""
+"""Predictions for whole scenes: of the image as a whole, or from overlapping windows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..encoder import autocast
+from .crops import side_lengths
 from .heads import resized
 from .model import Segmenter
-from .protocols import SegmentProtocol
+from .protocols import WHOLE, SegmentProtocol
 
 _MOST_SCORES = 1 << 27  # floats of one image's class scores that are enlarged at a time
 
@@ -19,16 +20,17 @@ _MOST_SCORES = 1 << 27  # floats of one image's class scores that are enlarged a
 def predict(
     model: Segmenter, image: np.ndarray, protocol: SegmentProtocol, device: torch.device, precision: str
 ) -> np.ndarray:
-    """The class of every pixel [H, W] int64: scores of overlapping windows are averaged at the test size, then enlarged."""
-    pixels = v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), [protocol.test_short_side])
+    """The class of every pixel [H, W] int64: scores at the test size, of overlapping windows their mean, are enlarged."""
+    sides = side_lengths(image.shape[:2], protocol.test_short_side, protocol.long_side)
+    pixels = v2.functional.resize(torch.from_numpy(image).permute(2, 0, 1), list(sides))
     pixels = model.encoder.normalize(pixels.to(device)[None])
-    height, width = pixels.shape[-2:]
-    patch = model.encoder.patch_size
+    height, width = sides
+    patch, crop = model.encoder.patch_size, max(sides) if protocol.test == WHOLE else protocol.crop
     total: Tensor | None = None
     count = torch.zeros(height, width, device=device)
-    for y in window_starts(height, protocol.crop, protocol.stride):
-        for x in window_starts(width, protocol.crop, protocol.stride):
-            window = pixels[..., y : y + protocol.crop, x : x + protocol.crop]
+    for y in window_starts(height, crop, protocol.stride):
+        for x in window_starts(width, crop, protocol.stride):
+            window = pixels[..., y : y + crop, x : x + crop]
             rows, columns = window.shape[-2:]
             with autocast(device, precision):
                 scores = model(window)[0]
