@@ -74,8 +74,8 @@ SETTINGS = (
 )  # fmt: skip
 
 _SMALL = {
-    "steps": 200,
-    "warmup": 20,
+    "steps": 50,
+    "warmup": 5,
     "batch": 8,
     "crop": 96,
     "test_short_side": 96,
