@@ -59,14 +59,25 @@ class Views:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryContent:
+    """What the student sees of the query crops, the same beside every global crop. Q: the patches of an image's L crops."""
+
+    pixels: Tensor  # [B, L, 3, S, S] normalized
+    mask: Tensor  # [B, Q] bool; True: a mask token as everywhere else, False: the patch itself
+
+
+@dataclass(frozen=True, slots=True)
 class Queries:
-    """Positions whose content the student predicts: each is a masked token in every block, to which no patch attends."""
+    """Positions whose content the student predicts: each is a token, a mask token without content, in every block."""
 
     positions: (
         Tensor  # [V, B, Q, 2] x, y in patches of the global crop, any real numbers; a backbone gets [V * B, Q, 2]
     )
-    keys: str = "all"  # queries attend to the raw tokens and the queries ("all"), or to the raw tokens only ("raw")
+    # Queries attend to the raw tokens and the queries ("all"), or to the raw tokens only ("raw"); raw tokens to raw tokens. Or
+    # all attend to all ("joint"), so that queries change what raw tokens are.
+    keys: str = "all"
     crop: int | None = None  # the number of queries of a crop: if set, queries attend only to queries of their own crop
+    content: QueryContent | None = None  # where some positions are given with their pixels
 
 
 @dataclass(frozen=True, slots=True)

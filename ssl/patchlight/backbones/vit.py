@@ -123,8 +123,8 @@ class VisionTransformer(Backbone):
         """pixels [M, 3, H, W] to tokens; masked patches ([M, N] bool) are replaced by the mask token.
 
         layers: also return the tokens after these blocks (0-based, negative from the end), with the final norm if there
-        is one. queries: mask tokens at positions [M, Q, 2], which attend to the tokens and to which no token attends.
-        residual: also return the patches before the final norm.
+        is one. queries: tokens at positions [M, Q, 2], which attend to the tokens; no token attends to them, unless their keys
+        are "joint". residual: also return the patches before the final norm.
         """
         grid = self.grid(*pixels.shape[-2:])
         wanted = [self._block_number(layer) for layer in layers]
@@ -134,7 +134,7 @@ class VisionTransformer(Backbone):
         query_arguments: tuple = ()
         if queries is not None:
             x = torch.cat([x, self.embed_queries(queries).to(x.dtype)], dim=1)
-            query_arguments = (raw, queries.keys, queries.crop)
+            query_arguments = () if queries.keys == "joint" else (raw, queries.keys, queries.crop)  # joint: as patches
         kept = {}
         for number, block in enumerate(self.blocks):
             x = block(x, *query_arguments)
@@ -212,11 +212,11 @@ class VisionTransformer(Backbone):
         return torch.cat([cls.to(x.dtype), x], dim=1)
 
     def embed_queries(self, queries: Queries) -> Tensor:
-        """Mask tokens at the queries' positions, [M, Q, D]."""
+        """Mask tokens, or what is seen of the query crops, at the queries' positions: [M, Q, D]."""
         if self.embed_positions is None:
             rule = "VisionTransformer: queries need positions between patches"
             raise ValueError(sentence(rule, "a learned table", 'build it with positions="sincos"'))
-        return self.mask_token + self.embed_positions(queries.positions, self.width)
+        return query_tokens(self, queries) + self.embed_positions(queries.positions, self.width)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position table for a grid, [1, N (+1), D]: unchanged where it fits, else resized except for the class row."""
@@ -231,6 +231,21 @@ class VisionTransformer(Backbone):
         rule = f"VisionTransformer: layers must lie in [{-depth}, {depth})"
         check(-depth <= layer < depth, rule, layer, f"there are {depth} blocks")
         return layer % depth
+
+
+def query_tokens(vit: VisionTransformer, queries: Queries) -> Tensor:
+    """Queries without positions: mask tokens, [1, D] for all, or with the patches that are seen, [M, Q, D]."""
+    rule = 'VisionTransformer: with keys="joint" queries attend to all queries'
+    got = f"crop={queries.crop}, to those of a crop only"
+    check(queries.keys != "joint" or queries.crop is None, rule, got, 'leave crop out, or set keys="all"')
+    content = queries.content
+    if content is None:
+        return vit.mask_token
+    images, crops = content.pixels.shape[:2]
+    seen = vit.patch_embed(content.pixels.flatten(0, 1)).unflatten(0, (images, crops)).flatten(1, 2)
+    vit.check_mask(content.mask, *seen.shape[:2])
+    tokens = torch.where(content.mask[..., None], vit.mask_token.to(seen.dtype), seen)
+    return tokens.repeat(len(queries.positions) // images, 1, 1)  # the same beside each global crop
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check, check_choice
+from ..checks import check, check_choice, check_numbers
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Now, Side, SoftTarget, Views
+from .geometry import global_pairs
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, local_crops_of
 from .targets import build_target, check_target_options, temperature_of
 
@@ -48,6 +49,12 @@ class DinoOptions(ObjectiveOptions):
     """What keeps the teacher from collapse: centering, as released, or sinkhorn."""
     center_momentum: float = 0.9
     """Share of the center that a step keeps."""
+    patches: bool = False
+    """Adds the clustering of patches, the term dino/patch: DINO+ of SERE's Table 10, which its text names in a sentence. Here a
+    student's patches get the teacher's targets for the same points of the other global crop, through the same head; points that
+    two crops share are spread as in SERE, and their features are read bilinearly."""
+    patch_points: int = 13
+    """Points per side of the region that two global crops share, for the patches; 13 as in SERE."""
     center_over: str = "global"
     """Which teacher rows the center averages (or Sinkhorn balances): global crops, as DINO does, or all crops, as the released
     SelfPatch does, whose teacher gets the local crops in any case; its paper has only "as DINO"."""
@@ -55,13 +62,18 @@ class DinoOptions(ObjectiveOptions):
     def __post_init__(self) -> None:
         check_target_options(self)
         check_choice("DinoOptions.center_over", self.center_over, ("global", "all"))
+        check_numbers(self, patch_points="[2, inf)")
 
     def build(self, context: BuildContext) -> Dino:
         return Dino(self)
 
 
 class Dino(Objective):
-    """The term "dino/cls": each of the teacher's global crops is the target of all other crops of the student."""
+    """The term "dino/cls": each of the teacher's global crops is the target of all other crops of the student.
+
+    With `patches` also "dino/patch": the same for points of global crops. A pair of crops without a common region adds 0, and
+    its points are not in the patches' center.
+    """
 
     name = "dino"
     terms = ("dino/cls",)
@@ -71,12 +83,15 @@ class Dino(Objective):
         self.options = o = options or DinoOptions()
         self.temperature = temperature_of(o)
         self.target = build_target(o.target, o.prototypes, o.center_momentum)
+        self.patch_target = build_target(o.target, o.prototypes, o.center_momentum) if o.patches else None
 
     def needs(self) -> Needs:
-        return Needs(teacher_sees_local=self.options.center_over == "all")
+        o = self.options
+        return Needs(global_crops=2 if o.patches else 1, teacher_sees_local=o.center_over == "all")
 
     def prototype_counts(self) -> dict[str, int]:
-        return {"dino/cls": self.options.prototypes}
+        terms = ("dino/cls", "dino/patch") if self.options.patches else ("dino/cls",)
+        return dict.fromkeys(terms, self.options.prototypes)
 
     def head(self, width: int) -> nn.Module:
         return prototype_head(width, self.options)
@@ -90,7 +105,24 @@ class Dino(Objective):
         target = self.teacher_targets(teacher, teacher_head, now["dino/teacher_temperature"], has_local)
         z = head(torch.cat([crops.summary for crops in student.crop_sizes()]))
         pairs = other_views(len(target.z), z)
-        return {"dino/cls": head.prototypes(z, target, self.options.student_temperature, pairs)}
+        terms = {"dino/cls": head.prototypes(z, target, self.options.student_temperature, pairs)}
+        if self.patch_target is not None:
+            terms["dino/patch"] = self.patch_term(student, teacher, views, now["dino/teacher_temperature"])
+        return terms
+
+    def patch_term(self, student: Side, teacher: Side, views: Views, temperature: Tensor) -> Tensor:
+        """The mean over pairs of a student's and a teacher's global crop, images and points."""
+        o, crops, head, teacher_head = self.options, views.global_crops, *heads_of(self.name, student, teacher)
+        patches = student.global_crops.patches, teacher.global_crops.patches
+        pairs = global_pairs(*patches, crops.box, crops.flip, student.global_crops.grid, o.patch_points, "centers")
+        counted = torch.cat([pair.exist.flatten() for pair in pairs]).repeat_interleave(o.patch_points**2)
+        with torch.no_grad():
+            z = teacher_head(torch.cat([pair.teacher.flatten(0, 3) for pair in pairs]))
+            directions = teacher_head.prototypes.directions()
+            bias = self.patch_target(z, directions, temperature, counted)
+        target = SoftTarget(z.unsqueeze(0), directions, temperature, bias)
+        z = head(torch.cat([pair.student.flatten(0, 3) for pair in pairs])).unsqueeze(0)
+        return head.prototypes(z, target, o.student_temperature, z.new_ones(1, 1), counted.to(z.dtype) / len(counted))
 
     @torch.no_grad()
     def teacher_targets(self, teacher: Side, head: Any, temperature: Tensor, has_local: bool) -> SoftTarget:
@@ -105,6 +137,8 @@ class Dino(Objective):
 
     def after_step(self) -> None:
         self.target.after_step()
+        if self.patch_target is not None:
+            self.patch_target.after_step()
 
 
 def prototype_head(width: int, options: Any) -> ProjectionHead:

@@ -50,6 +50,15 @@ class SamplingMatrices:
     columns: Tensor  # [..., S, W]
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Features at the same points of the image, of a student's and a teacher's crop in each place of three dimensions."""
+
+    teacher: Tensor  # [..., points, D]
+    student: Tensor  # [..., points, D]
+    exist: Tensor  # [...] bool, whether the two crops overlap
+
+
 def overlap(box: Tensor, other: Tensor) -> Overlap:
     """The common rectangle of two boxes; sharing an edge is not enough."""
     start = torch.maximum(box[..., :2], other[..., :2])
@@ -102,6 +111,33 @@ def sample_patches(patches: Tensor, grid: tuple[int, int], at: SamplingMatrices)
         lines = rows.flatten(-3, -2) @ maps.flatten(-2)  # [..., R * S, W * D]
         lines = lines.unflatten(-2, rows.shape[-3:-1]).unflatten(-1, maps.shape[-2:])
         return (columns.unsqueeze(-3) @ lines).flatten(-3, -2)
+
+
+def to_autocast(x: Tensor) -> Tensor:
+    """x in the dtype to which autocast converts the inputs of a matrix product."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def sample(patches: Tensor, grid: tuple[int, int], at: SamplingMatrices) -> Tensor:
+    """`sample_patches`, ready for a product."""
+    return to_autocast(sample_patches(patches, grid, at))
+
+
+def global_pairs(
+    student: Tensor, teacher: Tensor, box: Tensor, flip: Tensor, grid: tuple[int, int], count: int, points: str
+) -> list[Pairs]:
+    """Pairs [V, B, 1] for each turn 1 .. V - 1: student view v and teacher view v + turn, counted modulo V, at count x count
+    points of the region that they share. student, teacher: [V, B, N, D] of the same crops."""
+    box, flip = box.unsqueeze(2), flip.unsqueeze(2)
+    turns = range(1, len(box))
+    shared = [overlap(box, box.roll(-turn, 0)) for turn in turns]
+    at = [sampling_matrices(sample_points(region, box, flip, count, points), grid) for region in shared]
+    pairs = []
+    for turn, region in zip(turns, shared, strict=True):
+        of_teacher = sample(teacher, grid, at[-turn]).roll(-turn, 0)  # its own turn to the student is the opposite one
+        pairs.append(Pairs(of_teacher, sample(student, grid, at[turn - 1]), region.exists))
+    return pairs
 
 
 def relative_positions(

@@ -13,8 +13,10 @@ from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
 from ..records import Clock, Cues, Now, Side, SoftTarget, Views
 from .dino import other_views
-from .interface import BuildContext, Masks, Needs, Objective, ObjectiveOptions, heads_of
+from .interface import BuildContext, Masks, Needs, Objective, ObjectiveOptions, heads_of, predictor_of
 from .targets import TeacherTemperature, build_target, check_target_options, temperature_of
+
+HEADS = ("shared", "semi", "vanilla")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +25,14 @@ class IbotOptions(ObjectiveOptions):
 
     prototypes: int = 8192
     """How many learned directions there are, K, for the class token."""
+    heads: str | None = None
+    """Which prototypes the patches have; the layers before them are shared, as released. shared, as in the paper and the
+    published command: those of the class token. vanilla: their own in both branches. semi, the released defaults: their own in
+    the student, while the teacher has one set, which follows the student's for the class token; those of the student's patches
+    have no copy in the teacher. Rows of PQCL's Table 7. none: vanilla if patch_prototypes is a number, else shared."""
     patch_prototypes: int | None = None
-    """none lets the class token and the patches share one set of prototypes; a number gives patches a set of their own. The
-    released defaults separate them in the student and share them in the teacher, whose patch targets then never follow the
-    student's patch prototypes; paper and published command share them throughout."""
+    """How many prototypes of their own the patches have in both branches; none: as many as the class token, where heads is
+    vanilla."""
     bottleneck: int = 256
     """Width of the head's output, in which the prototypes are directions."""
     hidden: int = 2048
@@ -70,6 +76,17 @@ class IbotOptions(ObjectiveOptions):
         check_target_options(self)
         check_choice("IbotOptions.patch_center_over", self.patch_center_over, ("all", "masked"))
         check_choice("IbotOptions.patch_average", self.patch_average, ("image", "sum"))
+        if self.heads is not None:
+            check_choice("IbotOptions.heads, if not none,", self.heads, HEADS)
+        rule = "IbotOptions.patch_prototypes needs patches with prototypes of their own in both branches"
+        remedy = "leave it out, or set heads to vanilla"
+        allowed = self.patch_prototypes is None or self.heads in (None, "vanilla")
+        check(allowed, rule, f"{self.patch_prototypes} with heads={self.heads!r}", remedy)
+
+    @property
+    def own_patch_prototypes(self) -> int | None:
+        """How many prototypes patches have of their own in both branches; None where the teacher shares its only set."""
+        return self.patch_prototypes or (self.prototypes if self.heads == "vanilla" else None)
 
     def build(self, context: BuildContext) -> Ibot:
         return Ibot(context.masks, self)
@@ -103,22 +120,27 @@ class Ibot(Objective):
             o.patch_start_epoch,
         )
         self.target = build_target(o.target, o.prototypes, o.center_momentum)
-        self.patch_target = build_target(o.target, o.patch_prototypes or o.prototypes, o.patch_center_momentum)
+        self.patch_target = build_target(o.target, o.own_patch_prototypes or o.prototypes, o.patch_center_momentum)
 
     def needs(self) -> Needs:
         return Needs(masks=True)
 
     def prototype_counts(self) -> dict[str, int]:
         o = self.options
-        return {"ibot/cls": o.prototypes, "ibot/patch": o.patch_prototypes or o.prototypes}
+        return {"ibot/cls": o.prototypes, "ibot/patch": o.own_patch_prototypes or o.prototypes}
 
     def head(self, width: int) -> nn.Module:
         o = self.options
-        prototypes = Prototypes(o.bottleneck, o.prototypes, o.train_norm)
-        for_patches = Prototypes(o.bottleneck, o.patch_prototypes, o.train_norm) if o.patch_prototypes else None
+        prototypes, own = Prototypes(o.bottleneck, o.prototypes, o.train_norm), o.own_patch_prototypes
+        for_patches = Prototypes(o.bottleneck, own, o.train_norm) if own else None
         return ProjectionHead(
             width, o.bottleneck, o.hidden, o.layers, prototypes=prototypes, patch_prototypes=for_patches
         )
+
+    def predictor(self, width: int) -> nn.Module | None:
+        """The student's prototypes for patches, where the teacher has none."""
+        o = self.options
+        return Prototypes(o.bottleneck, o.prototypes, o.train_norm) if o.heads == "semi" else None
 
     def schedule(self, clock: Clock) -> dict[str, float]:
         return {
@@ -153,9 +175,12 @@ class Ibot(Objective):
         pairs, same_view = other_views(len(target.z), z), z.new_ones(1, 1)
         weight = masked.valid.to(z.dtype) / masked.divisor
         temperature = self.options.student_temperature
+        patch_prototypes: Any = (
+            predictor_of(self.name, student) if self.options.heads == "semi" else head.patch_prototypes
+        )
         return {
             "ibot/cls": head.prototypes(z, target, temperature, pairs),
-            "ibot/patch": head.patch_prototypes(z_patch, patch_target, temperature, same_view, weight),
+            "ibot/patch": patch_prototypes(z_patch, patch_target, temperature, same_view, weight),
         }
 
     def masked_patches(self, cues: Cues, grid: tuple[int, int]) -> MaskedPatches:

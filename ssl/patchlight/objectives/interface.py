@@ -35,6 +35,11 @@ class Masks(Protocol):
 
     on_host: ClassVar[bool]  # whether masks are drawn on the host, and so need the number of the first sample there
 
+    @property
+    def seed(self) -> int:
+        """By which they are drawn."""
+        ...
+
     def rows(self, views: int, batch: int, grid: tuple[int, int]) -> int:
         """The number of masked patches of a batch, or a number that no batch exceeds."""
         ...

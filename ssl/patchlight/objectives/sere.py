@@ -16,7 +16,17 @@ from patchlight_kernels import self_relation
 from ..checks import check, check_choice, check_numbers, sentence
 from ..heads.relation import RelationFeatures, RelationHead, RelationPredictor, StudentRelations
 from ..records import Crops, Cues, Features, Now, Side, Views
-from .geometry import Points, SamplingMatrices, overlap, sample_patches, sample_points, sampling_matrices
+from .geometry import (
+    Pairs,
+    Points,
+    SamplingMatrices,
+    global_pairs,
+    overlap,
+    sample,
+    sample_points,
+    sampling_matrices,
+    to_autocast,
+)
 from .interface import BuildContext, Needs, Objective, ObjectiveOptions, heads_of, predictor_of
 from .targets import distributed
 
@@ -175,16 +185,9 @@ class Sere(Objective):
 
     def global_pairs(self, target: CropRelations, globals_: CropRelations) -> list[Pairs]:
         """[V, B, 1] for each turn 1 .. V - 1: student view v and teacher view v + turn, counted modulo V."""
-        o, box, flip = self.options, globals_.box.unsqueeze(2), globals_.flip.unsqueeze(2)
-        turns = range(1, len(box))
-        shared = [overlap(box, box.roll(-turn, 0)) for turn in turns]
-        points = [sample_points(region, box, flip, o.global_points, o.points) for region in shared]
-        at = [sampling_matrices(p, globals_.grid) for p in points]
-        pairs = []
-        for turn, region in zip(turns, shared, strict=True):
-            teacher = sample(target, at[-turn]).roll(-turn, 0)  # its own turn to the student is the opposite one
-            pairs.append(Pairs(teacher, sample(globals_, at[turn - 1]), region.exists))
-        return pairs
+        o = self.options
+        places = globals_.box, globals_.flip, globals_.grid
+        return global_pairs(globals_.spatial, target.spatial, *places, o.global_points, o.points)
 
     def local_pairs(self, target: CropRelations, locals_: CropRelations) -> Pairs:
         """[L, B, V] each local crop of the student and each global crop of the teacher."""
@@ -196,7 +199,8 @@ class Sere(Objective):
         points = sample_points(shared, box, flip, self.options.local_points, self.options.points)
         at, target_at = (sampling_matrices(Points(xy), c.grid) for xy, c in zip(points.xy, crops, strict=True))
         at_VBL = SamplingMatrices(target_at.rows.transpose(0, 2), target_at.columns.transpose(0, 2))
-        return Pairs(sample(target, at_VBL).transpose(0, 2), sample(locals_, at), shared.exists)
+        teacher = sample(target.spatial, target.grid, at_VBL).transpose(0, 2)
+        return Pairs(teacher, sample(locals_.spatial, locals_.grid, at), shared.exists)
 
     def by_head(self, x: Tensor) -> Tensor:
         """[A, B, R, points, D] to [A * B * R, M, points, D / M]; heads are contiguous groups of channels."""
@@ -239,15 +243,6 @@ class CropRelations:
     side: float  # what features are divided by before channels are related
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """Features at the same points of the image, of a student's and a teacher's crop in each place of three dimensions."""
-
-    teacher: Tensor  # [..., points, D]
-    student: Tensor  # [..., points, D]
-    exist: Tensor  # [...] bool, whether the two crops overlap
-
-
 def residual_of(crops: Features) -> Tensor:
     """The patches before the backbone's final norm."""
     if crops.residual is None:
@@ -261,20 +256,9 @@ def residual_of(crops: Features) -> Tensor:
     return crops.residual
 
 
-def sample(crops: CropRelations, at: SamplingMatrices) -> Tensor:
-    """[V, B, R, points, D] the features of crops at the points of R regions each, ready for a product."""
-    return to_autocast(sample_patches(crops.spatial, crops.grid, at))
-
-
 def by_channel(x: Tensor) -> Tensor:
     """[..., N, D] to [..., 1, D, N]: the rows to relate are the channels."""
     return x.mT.unsqueeze(-3)
-
-
-def to_autocast(x: Tensor) -> Tensor:
-    """x in the dtype to which autocast converts the inputs of a matrix product."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def mean_over_ranks(counted: Tensor) -> Tensor:
