@@ -17,8 +17,6 @@ from patchlight.engine import assembly
 from patchlight.engine.optim import TRUST, Lars, Update
 from patchlight.engine.parallel import Mesh
 from patchlight.engine.schedules import cosine
-from patchlight.heads.projection import ProjectionHead
-from patchlight.heads.prototypes import Prototypes
 from patchlight.objectives.dino import DinoOptions
 from patchlight.objectives.ibot import IbotOptions
 from patchlight.objectives.interface import NeighborRule
@@ -98,12 +96,19 @@ HEAD_PARTS = {
 }
 
 
-def our_name(recorded: str, first: str) -> str:
+def our_name(case: Case, recorded: str, first: str) -> str:
     """The name in our branches of a recorded parameter; `first` is the objective that owns "head"."""
+    if is_semi(case):
+        recorded = recorded.replace("head.last_layer2.", f"predictors.{first}.")
     for theirs, ours in HEAD_PARTS.items():
         recorded = recorded.replace(theirs, ours)
     (name,) = renamed({recorded: None}, OUR_NAMES)
     return name.format(first=first)
+
+
+def is_semi(case: Case) -> bool:
+    """The released defaults of iBOT: a student with separate prototypes and a teacher with one set."""
+    return case.config.get("shared_head_teacher", False) and not case.config["shared_head_student"]
 
 
 class RecordedViews:
@@ -224,7 +229,7 @@ def build_trainer(case: Case, run: Run) -> RecordedTrainer:
 
 
 def load(trainer: RecordedTrainer, case: Case, first: str) -> None:
-    weights = {our_name(name, first): value for name, value in case.under("step0.weight.student.").items()}
+    weights = {our_name(case, name, first): value for name, value in case.under("step0.weight.student.").items()}
     weights.setdefault("backbone.mask_token", torch.zeros(1, case.config["embed_dim"]))
     trainer.student.load_state_dict(weights, strict=True)
     trainer.teacher.start_from(trainer.student)
@@ -232,7 +237,7 @@ def load(trainer: RecordedTrainer, case: Case, first: str) -> None:
 
 def compare_steps(case: Case, trainer: RecordedTrainer, first: str, outputs: dict) -> None:
     """Every step: terms, centers, gradients and their norms before clipping; then the final weights of both branches."""
-    order = [our_name(name, first) for name in json.loads(case.meta["param_order"])]
+    order = [our_name(case, name, first) for name in json.loads(case.meta["param_order"])]
     bounds = RoundingBounds(trainer.student)
     for number, epoch in enumerate(case.config["epoch_of_step"]):
         trainer.step(number, epoch)
@@ -243,7 +248,7 @@ def compare_steps(case: Case, trainer: RecordedTrainer, first: str, outputs: dic
         norms = [zero if gradients[name] is None else gradients[name].norm() for name in order if name in gradients]
         case.close(f"step{number}.output.grad_norms_before_clip", torch.stack(norms), rel=1e-5)
         for name in case.under(f"step{number}.grad.student."):
-            ours = our_name(name, first)
+            ours = our_name(case, name, first)
             rel = 0.0 if ours in bounds else 1e-4
             case.close(f"step{number}.grad.student.{name}", gradients[ours], rel, floor=bounds.get(ours, 0.0))
         bounds.clear_gradients()
@@ -251,7 +256,7 @@ def compare_steps(case: Case, trainer: RecordedTrainer, first: str, outputs: dic
         ours = branch.state_dict()
         prefix = f"final.weight.{type(branch).__name__.lower()}."
         for name in case.under(prefix):
-            check_weight(case, prefix + name, ours[our_name(name, first)])
+            check_weight(case, prefix + name, ours[our_name(case, name, first)])
 
 
 def check_weight(case: Case, key: str, ours: Tensor) -> None:
@@ -280,7 +285,8 @@ def ibot_options(case: Case) -> IbotOptions:
         skip_unsupported("a teacher with patch prototypes of its own beside a student without")
     return IbotOptions(
         **head_options(case),
-        patch_prototypes=None if config["shared_head_student"] else config["patch_out_dim"],
+        heads="semi" if is_semi(case) else None,
+        patch_prototypes=None if config["shared_head_student"] or is_semi(case) else config["patch_out_dim"],
         patch_start_epoch=config.get("mim_start_epoch", 0),
         patch_teacher_temperature=config["teacher_patch_temp"],
         warmup_patch_teacher_temperature=config["warmup_teacher_patch_temp"],
@@ -312,8 +318,9 @@ def ibot_steps(case: Case) -> None:
     (ibot,) = trainer.objectives.objectives()
     ibot.masks = RecordedMasks(case)
     load(trainer, case, "ibot")
-    if case.config["shared_head_teacher"] and not case.config["shared_head_student"]:
-        share_the_teachers_prototypes(case, trainer, ibot)
+    if is_semi(case):  # there the teacher starts as the student's prototypes for patches
+        recorded = case.under("step0.weight.teacher.head.last_layer.")
+        trainer.teacher.heads["ibot"].prototypes.load_state_dict({n: v.double() for n, v in recorded.items()})
     outputs = {
         "loss": lambda t: t.metrics.terms["loss"],
         "loss_cls": lambda t: t.metrics.terms["ibot/cls"] * weights["ibot/cls"],  # recorded with their weights
@@ -322,22 +329,6 @@ def ibot_steps(case: Case) -> None:
         "center_patch": lambda t: ibot.patch_target.center[None, None],
     }
     compare_steps(case, trainer, "ibot", outputs)
-
-
-def share_the_teachers_prototypes(case: Case, trainer: RecordedTrainer, ibot: nn.Module) -> None:
-    """The released defaults: a student with separate heads and a teacher with one, which starts as the student's patch head."""
-    o = ibot.options
-    ours = ProjectionHead(
-        case.config["embed_dim"],
-        o.bottleneck,
-        o.hidden,
-        o.layers,
-        prototypes=Prototypes(o.bottleneck, o.prototypes, o.train_norm),
-    ).double()
-    ours.load_state_dict({n: t for n, t in trainer.teacher.heads["ibot"].state_dict().items() if "own_" not in n})
-    recorded = case.under("step0.weight.teacher.head.last_layer.")
-    ours.prototypes.load_state_dict({name: value.double() for name, value in recorded.items()})
-    trainer.teacher.heads["ibot"] = ours.requires_grad_(False)
 
 
 @check("selfpatch_train_step")

@@ -23,6 +23,7 @@ from ..backbones.vit import VisionTransformer
 from ..checks import sentence
 from ..heads.projection import ProjectionHead
 from ..heads.prototypes import Prototypes
+from ..objectives.ranks import SumOverRanks
 from ..process import end_with_launcher
 from ..run import Parallel
 
@@ -233,20 +234,6 @@ def normalize_over_ranks(norm: _BatchNorm, x: Tensor) -> Tensor:
     if norm.affine:
         y = y * norm.weight.view(of_channels) + norm.bias.view(of_channels)
     return y.to(x.dtype)
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum over all ranks. The gradient includes that of the other ranks' losses."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return SumOverRanks.apply(gradient)
 
 
 def shard(branch: Branch, grid: DeviceMesh, trained: bool) -> None:

@@ -112,6 +112,7 @@ class Dino(Objective):
 
     def patch_term(self, student: Side, teacher: Side, views: Views, temperature: Tensor) -> Tensor:
         """The mean over pairs of a student's and a teacher's global crop, images and points."""
+        assert self.patch_target is not None
         o, crops, head, teacher_head = self.options, views.global_crops, *heads_of(self.name, student, teacher)
         patches = student.global_crops.patches, teacher.global_crops.patches
         pairs = global_pairs(*patches, crops.box, crops.flip, student.global_crops.grid, o.patch_points, "centers")

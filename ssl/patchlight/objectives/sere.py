@@ -16,6 +16,8 @@ from patchlight_kernels import self_relation
 from ..checks import check, check_choice, check_numbers, sentence
 from ..heads.relation import RelationFeatures, RelationHead, RelationPredictor, StudentRelations
 from ..records import Crops, Cues, Features, Now, Side, Views
+from .batch_relation import batch_relation_loss
+from .dino import other_views
 from .geometry import (
     Pairs,
     Points,
@@ -62,6 +64,10 @@ class SereOptions(ObjectiveOptions):
     no_overlap: str = "count"
     """Two crops without a common region have a constant loss, the log of the number of points, and no gradient; count, as
     released, includes them in the mean; skip, as in the paper, leaves them out: the mean is then over the pairs of all ranks."""
+    channel: str = "self"
+    """self: how channels relate within an image (Eq. 4). batch: how they relate over the images of a batch, as in Barlow Twins,
+    whose loss, a sum over channels with lambda 0.005, is the channel term then, on the same heads, with the mean of an image's
+    patches as the sample. Both rows of Table 11 are without the spatial term: set its weight to 0."""
     asymmetric: bool = True
     """Only the student has a predictor after its projection. False: neither branch has one."""
 
@@ -69,6 +75,7 @@ class SereOptions(ObjectiveOptions):
         check_choice("SereOptions.points", self.points, ("ends", "centers"))
         check_choice("SereOptions.scale", self.scale, ("head", "width"))
         check_choice("SereOptions.no_overlap", self.no_overlap, ("count", "skip"))
+        check_choice("SereOptions.channel", self.channel, ("self", "batch"))
         check_numbers(self, heads="[1, inf)", global_points="[2, inf)", local_points="[2, inf)")
         kinds = [f"{branch}_{kind}" for branch in ("teacher", "student") for kind in ("spatial", "channel")]
         check_numbers(self, **{f"{kind}_temperature": "(0, inf)" for kind in kinds})
@@ -108,11 +115,12 @@ class Sere(Objective):
         self.options, self.heads, self.local = options, heads, local
 
     def needs(self) -> Needs:
-        return Needs(global_crops=2, residual=True)
+        return Needs(global_crops=2, residual=True, batch_norm=self.options.channel == "batch")
 
     def head(self, width: int) -> nn.Module:
-        got = f"{self.heads} and {width}"
-        check(width % self.heads == 0, "sere: its heads must divide the backbone's width", got, "set SereOptions.heads")
+        rule, got = "sere: its heads must divide the backbone's width", f"{self.heads} and {width}"
+        able = [heads for heads in range(1, 65) if width % heads == 0]
+        check(width % self.heads == 0, rule, got, f"set SereOptions.heads to none, or to one of {able}")
         return RelationHead(width)
 
     def predictor(self, width: int) -> nn.Module | None:
@@ -132,9 +140,10 @@ class Sere(Objective):
         locals_ = None
         if features.local_crops is not None and student.local_crops is not None and views.local_crops is not None:
             locals_ = self.relations(features.local_crops, student.local_crops, views.local_crops)
+        channel = self.channel if self.options.channel == "self" else self.batch_channel
         return {
             "sere/spatial": self.spatial(target, globals_, locals_),
-            "sere/channel": self.channel(target, globals_, locals_),
+            "sere/channel": channel(target, globals_, locals_),
         }
 
     def student_features(self, student: Side, head: nn.Module) -> StudentRelations:
@@ -229,6 +238,12 @@ class Sere(Objective):
             for crops, student, view in related
         ]
         return reduce(add, losses)
+
+    def batch_channel(self, target: CropRelations, globals_: CropRelations, locals_: CropRelations | None) -> Tensor:
+        """Barlow Twins' loss of the same pairs, with an image's mean over its patches as the sample of each channel."""
+        teacher = target.channel.mean(dim=2)
+        student = torch.cat([crops.channel.mean(dim=2) for crops in (globals_, locals_) if crops])
+        return batch_relation_loss(student, teacher, other_views(len(teacher), student))
 
 
 @dataclass(frozen=True, slots=True)
