@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchlight.backbones.positions import sincos
 from patchlight.backbones.vit import DropPath, VisionTransformer
-from patchlight.records import Queries
+from patchlight.records import Queries, QueryContent
 
 CROPS, EACH = 3, 4  # query crops, patches of each
 
@@ -34,10 +35,17 @@ def attend(block: nn.Module, source: Tensor, *targets: Tensor) -> Tensor:
     return block.attn.proj((probabilities @ v).transpose(1, 2).flatten(2))
 
 
-def two_streams(vit: VisionTransformer, pixels: Tensor, queries: Queries) -> tuple[Tensor, Tensor]:
-    """Raw tokens and queries, each as a stream of its own in every block."""
-    x, y = vit.embed(pixels), vit.mask_token + sincos(queries.positions, vit.width)
+def two_streams(
+    vit: VisionTransformer, pixels: Tensor, queries: Queries, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Raw tokens and queries, each as a stream of its own in every block. tokens: the queries before positions are added."""
+    x, y = vit.embed(pixels), vit.mask_token if tokens is None else tokens
+    y = y + sincos(queries.positions, vit.width)
     for block in vit.blocks:
+        if queries.keys == "joint":
+            x, y = x + attend(block, x, x, y), y + attend(block, y, x, y)
+            x, y = (s + block.mlp(block.norm2(s)) for s in (x, y))
+            continue
         if queries.keys == "raw":
             attended = attend(block, y, x)
         elif queries.crop:
@@ -50,7 +58,7 @@ def two_streams(vit: VisionTransformer, pixels: Tensor, queries: Queries) -> tup
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize(("keys", "crop"), [("all", None), ("all", EACH), ("raw", None)])
+@pytest.mark.parametrize(("keys", "crop"), [("all", None), ("all", EACH), ("raw", None), ("joint", None)])
 def test_one_sequence_is_two_streams(keys, crop, class_token):
     vit, (pixels, positions) = small_vit(class_token=class_token), inputs()
     queries = Queries(positions, keys, crop)
@@ -78,6 +86,67 @@ def test_queries_do_not_change_other_tokens(dtype):
     with_queries.patches.square().sum().backward()
     others = Queries(positions.to(dtype) + 1)
     torch.testing.assert_close(vit(pixels, mask, queries=others).patches, with_queries.patches, **near)
+
+
+def test_joint_queries_change_the_class_token_and_the_patches():
+    """Each by its own: the paper's direct input, with the inputs of one sequence."""
+    vit, (pixels, positions) = small_vit(), inputs()
+    joint, alone = vit(pixels, layers=(0,), queries=Queries(positions, "joint")), vit(pixels, layers=(0,))
+    for a, b in ((joint.cls, alone.cls), (joint.patches, alone.patches), (joint.layers[0], alone.layers[0])):
+        assert ((a - b).abs().amax(dim=-1) > 1e-6).all()
+    x = torch.cat([vit.embed(pixels), vit.mask_token + sincos(positions, vit.width)], dim=1)
+    for block in vit.blocks:
+        x = block(x)
+    x = vit.norm(x)
+    torch.testing.assert_close(joint.cls, x[:, 0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(joint.queries, x[:, -CROPS * EACH :], rtol=1e-10, atol=1e-12)
+
+
+def content_of(images: int, hidden: float = 0.5) -> QueryContent:
+    """Query crops of 2 x 2 patches of 4 pixels, the first position seen and the last hidden."""
+    mask = torch.rand(images, CROPS * EACH) < hidden
+    mask[:, 0], mask[:, -1] = False, True
+    return QueryContent(torch.randn(images, CROPS, 3, 8, 8, dtype=torch.float64), mask)
+
+
+@pytest.mark.parametrize("keys", ["all", "joint"])
+def test_seen_positions_have_the_patch_of_their_query_crop(keys):
+    """Two views of two images: the same content beside both views of an image, patch by patch."""
+    vit, (pixels, positions) = small_vit(), inputs(4)
+    content = content_of(2)
+    tokens = vit.mask_token.expand(4, CROPS * EACH, -1).clone()
+    for row in range(4):
+        for place in (~content.mask[row % 2]).nonzero().flatten().tolist():
+            crop, (y, x) = content.pixels[row % 2, place // EACH], divmod(place % EACH, 2)
+            patch = crop[None, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            tokens[row, place] = F.conv2d(patch, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias).flatten()
+    queries = Queries(positions, keys, content=content)
+    result = vit(pixels, queries=queries)
+    raw, expected = two_streams(vit, pixels, queries, tokens)
+    torch.testing.assert_close(result.queries, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result.patches, raw[:, 1:], rtol=1e-10, atol=1e-12)
+    cotangent = torch.randn_like(expected)
+    weights = [vit.patch_embed.proj.weight, vit.mask_token]
+    ours, theirs = (torch.autograd.grad((out * cotangent).sum(), weights) for out in (result.queries, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+
+def test_content_that_is_hidden_everywhere_is_no_content():
+    vit, (pixels, positions) = small_vit(), inputs()
+    content = content_of(2)
+    content.mask.fill_(True)
+    hidden = vit(pixels, queries=Queries(positions, content=content)).queries
+    assert torch.equal(hidden, vit(pixels, queries=Queries(positions)).queries)
+
+
+def test_wrong_queries_are_refused():
+    vit, (pixels, positions) = small_vit(), inputs()
+    with pytest.raises(ValueError, match='with keys="joint" queries attend to all queries, got crop=4, to those'):
+        vit(pixels, queries=Queries(positions, "joint", EACH))
+    content = QueryContent(content_of(2).pixels, torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask must be bool of shape \(2, 12\)"):
+        vit(pixels, queries=Queries(positions, content=content))
 
 
 def test_outputs_have_the_order_of_the_queries():
@@ -117,6 +186,19 @@ def test_queries_work_compiled_and_under_autocast():
     for block in vit.blocks:
         block.compile(dynamic=False, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(vit(pixels, queries=queries).queries, plain.queries)
+
+
+@pytest.mark.parametrize("keys", ["all", "joint"])
+def test_partly_seen_queries_work_compiled_and_under_autocast(keys):
+    vit, (pixels, positions) = small_vit().float(), inputs()
+    content = content_of(2)
+    queries = Queries(positions.float(), keys, content=QueryContent(content.pixels.float(), content.mask))
+    plain = vit(pixels.float(), queries=queries).queries
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = vit(pixels.float(), queries=queries).queries.float()
+    assert 0 < (rounded - plain).abs().max() < 0.1
+    compiled = torch.compile(vit, dynamic=False, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(pixels.float(), queries=queries).queries, plain)
 
 
 def test_learned_positions_cannot_take_queries():

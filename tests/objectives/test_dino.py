@@ -5,9 +5,10 @@ import dataclasses
 import objective_cases as cases
 import pytest
 import torch
+import torch.nn.functional as F
 
 from patchlight.objectives.dino import Dino, DinoOptions, other_views
-from patchlight.records import Cues, Side
+from patchlight.records import Crops, Cues, Features, Side, Views
 
 WIDTH, BATCH, LOCAL = 12, 3, 4
 SMALL = DinoOptions(prototypes=20, bottleneck=6, hidden=16)
@@ -185,3 +186,103 @@ def test_unknown_choices_are_refused():
         DinoOptions(center_over="local")
     with pytest.raises(ValueError, match="sinkhorn"):
         Dino(dataclasses.replace(SMALL, target="none"))
+
+
+GRID, POINTS = (5, 4), 3
+
+
+def with_patches(views: int = 2, overlap: bool = True):
+    """DINO+ and sides with patches, of global crops at places that overlap, or do not in one image."""
+    objective, *heads = build(dataclasses.replace(SMALL, patches=True, patch_points=POINTS))
+    corner, size = torch.randint(0, 12, (views, BATCH, 2)), torch.randint(25, 50, (views, BATCH, 2))
+    box = torch.cat([corner, size], dim=-1).double()
+    if not overlap:
+        box[0, 1, 0] += 1000
+    crops = Crops(torch.zeros(views, BATCH, 3, 1, 1), box, torch.rand(views, BATCH) < 0.5)
+
+    def side(head):
+        x = torch.randn(views, BATCH, GRID[0] * GRID[1], WIDTH, dtype=torch.float64)
+        return Side(Features(x.mean(2), x, GRID), head=head)
+
+    return objective, side(heads[0]), side(heads[1]), Views(crops, None, None, torch.arange(BATCH))
+
+
+def read_at(patches, crops, view, image, xy):
+    """[D] the features of a crop at a point of the image, by grid_sample."""
+    x, y, w, h = crops.box[view, image].tolist()
+    u, v = (xy[0] - x) / w, (xy[1] - y) / h
+    u = 1 - u if crops.flip[view, image] else u
+    at = torch.tensor([[[[2 * u - 1, 2 * v - 1]]]], dtype=torch.float64)
+    maps = patches[view, image].T.unflatten(1, GRID)[None]
+    return F.grid_sample(maps, at, align_corners=False).flatten()
+
+
+def patch_loop(objective, student, teacher, crops):
+    """Pair by pair, image by image, point by point; and the teacher's logits of all points that count."""
+    total, seen, number, views = 0.0, [], 0, len(crops.box)
+    for s in range(views):
+        for t in range(views):
+            if s == t:
+                continue
+            for image in range(BATCH):
+                number += POINTS**2
+                corners = [[*box[:2], box[0] + box[2], box[1] + box[3]] for box in crops.box[[s, t], image].tolist()]
+                low, high = ([f(pair) for pair in zip(*corners, strict=True)] for f in (max, min))
+                if high[2] <= low[0] or high[3] <= low[1]:
+                    continue
+                for j in range(POINTS):
+                    for i in range(POINTS):
+                        xy = [
+                            a + (n + 0.5) / POINTS * (b - a) for n, a, b in ((i, low[0], high[2]), (j, low[1], high[3]))
+                        ]
+                        a = student.head(read_at(student.global_crops.patches, crops, s, image, xy))
+                        b = teacher.head(read_at(teacher.global_crops.patches, crops, t, image, xy))
+                        seen.append(teacher.head.prototypes.logits(b))
+                        target = ((seen[-1] - objective.patch_target.center) / 0.04).softmax(-1)
+                        total = total - (target * (student.head.prototypes.logits(a) / 0.1).log_softmax(-1)).sum()
+    return total / number, torch.stack(seen)
+
+
+@pytest.mark.parametrize(("views", "overlap"), [(2, True), (2, False), (3, True)])
+def test_patches_are_compared_at_the_points_that_two_crops_share(views, overlap):
+    """SERE's DINO+: values, gradients and the patches' own center; crops without a common region add nothing."""
+    objective, student, teacher, batch = with_patches(views, overlap)
+    objective.patch_target.center.normal_()
+    leaf = student.global_crops.patches.requires_grad_()
+    expected, seen = patch_loop(objective, student, teacher, batch.global_crops)
+    terms = objective(student, teacher, batch, Cues(), cases.now_of(objective))
+    torch.testing.assert_close(terms["dino/patch"], expected, rtol=1e-9, atol=0)
+    leaves = [leaf, *(p for p in student.head.parameters() if p.requires_grad)]
+    pair = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (terms["dino/patch"], expected)]
+    for a, b in zip(*pair, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+    before = objective.patch_target.center.clone()
+    objective.after_step()
+    torch.testing.assert_close(objective.patch_target.center, 0.9 * before + 0.1 * seen.mean(0), rtol=1e-9, atol=1e-12)
+
+
+def test_patches_leave_the_term_of_the_class_token_alone():
+    objective, student, teacher, batch = with_patches()
+    plain = Dino(SMALL).double()
+    now = cases.now_of(objective)
+    both, alone = (o(student, teacher, batch, Cues(), now) for o in (objective, plain))
+    assert torch.equal(both["dino/cls"], alone["dino/cls"])
+    assert (both.keys(), alone.keys()) == ({"dino/cls", "dino/patch"}, {"dino/cls"})
+    assert (objective.prototype_counts(), plain.prototype_counts()) == (dict.fromkeys(both, 20), {"dino/cls": 20})
+    assert plain.state_dict().keys() == {"target.center"}
+    assert (objective.needs().global_crops, plain.needs().global_crops) == (2, 1)
+    with pytest.raises(ValueError, match=r"DinoOptions\.patch_points"):
+        DinoOptions(patches=True, patch_points=1)
+
+
+def test_sinkhorn_of_patches_ignores_crops_without_a_common_region():
+    objective, student, teacher, batch = with_patches(overlap=False)
+    options = dataclasses.replace(objective.options, target="sinkhorn")
+    again = Dino(options).double()
+    crops = batch.global_crops
+    kept = dataclasses.replace(crops, box=crops.box.clone())
+    term = again(student, teacher, batch, Cues(), cases.now_of(again))["dino/patch"]
+    kept.box[0, 1, 0] += 500  # no region either: only what the points would be differs
+    moved = again(student, teacher, dataclasses.replace(batch, global_crops=kept), Cues(), cases.now_of(again))
+    assert term.isfinite()
+    torch.testing.assert_close(moved["dino/patch"], term, rtol=1e-12, atol=0)

@@ -13,6 +13,7 @@ from patchlight.records import Cues, Features, Side, now_at
 WIDTH, BATCH, GRID = 10, 3, (3, 4)
 SMALL = IbotOptions(prototypes=16, bottleneck=6, hidden=12, warmup_epochs=0)
 SEPARATE = dataclasses.replace(SMALL, patch_prototypes=9)
+SEMI = dataclasses.replace(SMALL, heads="semi")
 
 
 def given_masks(padding=0):
@@ -34,9 +35,9 @@ def features():
     return Features(summary, patches, GRID)
 
 
-def sides(student_head, teacher_head):
+def sides(student_head, teacher_head, predictor=None):
     local = cases.cls_features(torch.randn(2, BATCH, WIDTH, dtype=torch.float64))
-    return Side(features(), local, head=student_head), Side(features(), head=teacher_head)
+    return Side(features(), local, head=student_head, predictor=predictor), Side(features(), head=teacher_head)
 
 
 def run(objective, student, teacher, clock=None):
@@ -53,7 +54,7 @@ def patch_loop(objective, student, teacher, average="image", temperature=0.07):
         for image in range(BATCH):
             mask = objective.masks.mask[view, image]
             s, t = (
-                side.head.patch_prototypes.logits(side.head(side.global_crops.patches[view, image]))
+                (side.predictor or side.head.patch_prototypes).logits(side.head(side.global_crops.patches[view, image]))
                 for side in (student, teacher)
             )
             q = ((t - objective.patch_target.center) / temperature).softmax(dim=-1)
@@ -65,14 +66,16 @@ def patch_loop(objective, student, teacher, average="image", temperature=0.07):
 
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("average", ["image", "sum"])
-@pytest.mark.parametrize("options", [SMALL, SEPARATE], ids=["shared", "separate"])
+@pytest.mark.parametrize("options", [SMALL, SEPARATE, SEMI], ids=["shared", "separate", "semi"])
 def test_patch_term_and_gradient_are_those_of_the_loop(options, average, padding):
     objective, *heads = build(dataclasses.replace(options, patch_average=average), given_masks(padding))
     objective.patch_target.center.normal_()
-    student, teacher = sides(*heads)
+    predictor = objective.predictor(WIDTH)
+    student, teacher = sides(*heads, predictor if predictor is None else predictor.double())
     result, expected = run(objective, student, teacher)["ibot/patch"], patch_loop(objective, student, teacher, average)
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=0)
-    parameters = [p for p in heads[0].parameters() if p.requires_grad]
+    modules = [heads[0], *([predictor] if predictor else [])]
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     gradients = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (result, expected)]
     for a, b in zip(*gradients, strict=True):
         assert (a is None) == (b is None)
@@ -156,6 +159,42 @@ def test_shared_prototypes_are_one_module():
     assert shared.patch_prototypes is shared.prototypes
     assert separate.patch_prototypes.count == 9
     assert build(SEPARATE)[0].patch_target.center.shape == (9,)
+
+
+@pytest.mark.parametrize(
+    ("options", "of_patches", "student_only"),
+    [({}, None, None), ({"heads": "shared"}, None, None), ({"heads": "semi"}, None, 16), ({"heads": "vanilla"}, 16, None),
+     ({"heads": "vanilla", "patch_prototypes": 9}, 9, None), ({"patch_prototypes": 9}, 9, None)],
+)  # fmt: skip
+def test_the_prototypes_of_patches(options, of_patches, student_only):
+    """Those of both branches, and those of the student alone."""
+    objective = Ibot(given_masks(), dataclasses.replace(SMALL, **options))
+    head, predictor = objective.head(WIDTH), objective.predictor(WIDTH)
+    own = head.own_patch_prototypes
+    assert (own and own.count, predictor and predictor.count) == (of_patches, student_only)
+    counts = objective.prototype_counts()
+    assert counts == {"ibot/cls": 16, "ibot/patch": of_patches or 16}
+    assert objective.patch_target.center.shape == (counts["ibot/patch"],)
+
+
+def test_semi_shared_heads_keep_both_terms_apart_in_the_student():
+    """The class token's prototypes learn nothing from patches, those of patches nothing from the class token."""
+    objective, head, teacher_head = build(SEMI)
+    predictor = objective.predictor(WIDTH).double()
+    terms = run(objective, *sides(head, teacher_head, predictor))
+    for term, learns, stays in (("ibot/cls", head.prototypes, predictor), ("ibot/patch", predictor, head.prototypes)):
+        weights = [module.weight_v for module in (learns, stays)]
+        a, b = torch.autograd.grad(terms[term], weights, retain_graph=True, allow_unused=True)
+        assert a.abs().max() > 0
+        assert b is None or not b.any()
+
+
+@pytest.mark.parametrize("heads", ["shared", "semi"])
+def test_a_number_of_patch_prototypes_needs_separate_heads(heads):
+    with pytest.raises(ValueError, match=f"in both branches, got 9 with heads='{heads}'; leave it out, or set"):
+        IbotOptions(heads=heads, patch_prototypes=9)
+    with pytest.raises(ValueError, match=r"IbotOptions\.heads"):
+        IbotOptions(heads="own")
 
 
 class Recorder(cases.GivenMasks):

@@ -11,7 +11,7 @@ from patchlight.objectives.geometry import relative_positions
 from patchlight.objectives.ibot import IbotOptions
 from patchlight.objectives.pqcl import Pqcl, PqclOptions, choose_host
 from patchlight.objectives.selfpatch import SelfPatchOptions
-from patchlight.records import Crops, Cues, Features, Side, Views
+from patchlight.records import Crops, Cues, Features, Queries, QueryContent, Side, Views, now_at
 
 WIDTH, BATCH, CROPS, GRID = 10, 3, 2, (2, 3)
 QUERIES = CROPS * 6
@@ -36,22 +36,27 @@ def sides(student_head, teacher_head, predictor=None):
     return student, Side(features(2, BATCH, 8), query_crops=features(CROPS, BATCH, 6), head=teacher_head)
 
 
-def run(objective, student, teacher):
-    return objective(student, teacher, cases.views_of(BATCH), Cues(), cases.now_of(objective))["pqcl/query"]
+def run(objective, student, teacher, cues=Cues()):  # noqa: B008 frozen
+    return objective(student, teacher, cases.views_of(BATCH), cues, cases.now_of(objective))["pqcl/query"]
 
 
-def loop(objective, student, teacher, head, temperature=0.07):
-    total, center = 0.0, objective.target.center
+def loop(objective, student, teacher, head, temperature=0.07, mask=None):
+    """mask [B, Q]: only these positions count."""
+    total, number, center = 0.0, 0, objective.target.center
     for view in range(2):
         for image in range(BATCH):
             for crop in range(CROPS):
                 for patch in range(6):
+                    if mask is not None and not mask[image, crop * 6 + patch]:
+                        continue
+                    number += 1
                     t = teacher.head(teacher.query_crops.patches[crop, image, patch])
                     t = teacher.head.prototypes.logits(t)
                     s = student.global_crops.queries[view, image, crop * 6 + patch]
                     s = (head.prototypes.logits(head(s)) / 0.1).log_softmax(-1)
                     total -= (((t - center) / temperature).softmax(-1) * s).sum()
-    return total / (2 * BATCH * QUERIES)
+    assert mask is not None or number == 2 * BATCH * QUERIES
+    return total / number
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -124,15 +129,77 @@ def views() -> Views:
 
 
 @pytest.mark.parametrize(
-    ("query_keys", "keys", "crop"), [("all", "all", None), ("crop", "all", 6), ("raw", "raw", None)]
+    ("query_keys", "keys", "crop"),
+    [("all", "all", None), ("crop", "all", 6), ("raw", "raw", None), ("joint", "joint", None)],
 )
 @pytest.mark.parametrize(("flip_aware", "anchor"), [(True, "corner"), (False, "center")])
 def test_the_cue_has_the_positions_and_the_keys(query_keys, keys, crop, flip_aware, anchor):
     objective, batch = build(query_keys=query_keys, flip_aware=flip_aware, anchor=anchor)[0], views()
     cue = objective.cue(batch, (4, 4), cases.now_of(objective))
-    assert (cue.mask, cue.queries.keys, cue.queries.crop) == (None, keys, crop)
+    assert (cue.mask, cue.queries.keys, cue.queries.crop, cue.queries.content) == (None, keys, crop, None)
     expected = relative_positions(batch.query_crops, batch.global_crops, GRID, (4, 4), flip_aware, anchor)
     assert torch.equal(cue.queries.positions, expected)
+
+
+@pytest.mark.parametrize("over", ["masked", "all"])
+def test_the_loss_is_over_the_masked_positions_or_over_all(over):
+    """Of partly masked query crops; the center is over all patches either way."""
+    objective, student_head, teacher_head = build(query_mask_ratio=0.5, query_loss_over=over)
+    student, teacher = sides(student_head, teacher_head.requires_grad_(False))
+    objective.target.center.normal_()
+    mask = torch.rand(BATCH, QUERIES) < 0.5
+    mask[0, 0], mask[1] = True, False
+    cues = Cues(queries=Queries(torch.zeros(2, BATCH, QUERIES, 2), content=QueryContent(torch.zeros(0), mask)))
+    leaf = student.global_crops.queries.requires_grad_()
+    expected = loop(objective, student, teacher, student_head, mask=mask if over == "masked" else None)
+    result = run(objective, student, teacher, cues)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaf)[0] for loss in (result, expected)), rtol=1e-8, atol=0)
+    assert objective.target.row_count == BATCH * QUERIES
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.5, 3), (0.25, 1), (0.999, 5)])
+def test_partly_masked_query_crops_hide_as_many_patches_in_each(ratio, count):
+    """By the images' running numbers, and so the same for any split over batches; another seed hides others."""
+    objective, batch = build(query_mask_ratio=ratio)[0], views()
+    content = objective.cue(batch, (4, 4), cases.now_of(objective)).queries.content
+    assert torch.equal(content.pixels, batch.query_crops.pixels.transpose(0, 1))
+    assert content.mask.shape == (BATCH, QUERIES)
+    assert (content.mask.unflatten(1, (CROPS, 6)).sum(-1) == count).all()
+
+    def masks(first: int, seed: int = 0):
+        """Of 40 batches, the first of which begins with image `first`."""
+        again = Pqcl(HOST, objective.options, seed)
+        found = []
+        for number in range(40):
+            clock = dataclasses.replace(cases.clock_of(0), first_image=first + number * BATCH)
+            found.append(again.cue(batch, (4, 4), now_at(clock, again.schedule(clock))).queries.content.mask)
+        return torch.cat(found)
+
+    drawn = masks(0)
+    assert torch.equal(drawn[:BATCH], content.mask)
+    assert torch.equal(drawn[BATCH:], masks(BATCH)[:-BATCH])
+    assert not torch.equal(drawn, masks(0, seed=1))
+    assert (drawn.any(0) & ~drawn.all(0)).all(), "every position is hidden in some crops"
+
+
+def test_without_masked_positions_all_are_seen():
+    objective = build(query_mask_ratio=0.0, query_loss_over="all")[0]
+    content = objective.cue(views(), (4, 4), cases.now_of(objective)).queries.content
+    assert content.mask.shape == (BATCH, QUERIES)
+    assert not content.mask.any()
+
+
+def test_what_masks_nothing_is_refused():
+    with pytest.raises(ValueError, match="a loss over masked positions needs some, got query_mask_ratio=0; set"):
+        PqclOptions(query_mask_ratio=0.0)
+    with pytest.raises(ValueError, match=r"query_mask_ratio must be a number in \[0, 1\], got 1.5"):
+        PqclOptions(query_mask_ratio=1.5)
+    with pytest.raises(ValueError, match="query_loss_over"):
+        PqclOptions(query_loss_over="seen")
+    objective = build(query_mask_ratio=0.1)[0]
+    with pytest.raises(ValueError, match=r"a query crop needs a masked position, got 0\.1 of 6; raise"):
+        objective.cue(views(), (4, 4), cases.now_of(objective))
 
 
 def test_the_defaults_are_those_of_the_methods_table():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dispatched import dispatched
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from patchlight.objectives.batch_relation import batch_relation_loss
 from patchlight.objectives.sere import Sere, SereOptions, sere_weights
 from patchlight.records import Crops, Cues, Features, Side, Views
 
@@ -279,3 +280,78 @@ def test_weights_rescale_the_host_as_released_unless_turned_off():
     released = sere_weights(host, 0.2, 0.5)
     assert released == pytest.approx({"ibot/cls": 1.65, "ibot/patch": 0.825, "sere/spatial": 0.2, "sere/channel": 0.5})
     assert sere_weights(host, 0.2, 0.5, rescale_base=False) == host | {"sere/spatial": 0.2, "sere/channel": 0.5}
+
+
+def barlow(student, teacher, views):
+    """The published loss, pair by pair: BatchNorm without weights, the correlation over the batch, both sums over channels."""
+    losses = []
+    for s, predicted in enumerate(student):
+        for t, given in enumerate(teacher):
+            if s == t and s < views:
+                continue
+            a, b = (F.batch_norm(x.mean(dim=1), None, None, training=True, eps=1e-5) for x in (predicted, given))
+            c = a.T @ b / BATCH
+            on = sum((1 - c[i, i]) ** 2 for i in range(WIDTH))
+            losses.append(on + 0.005 * sum(c[i, j] ** 2 for i in range(WIDTH) for j in range(WIDTH) if i != j))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(("views", "local", "asymmetric"), [(2, 0, True), (2, 3, True), (3, 2, False)])
+def test_the_channel_relation_over_the_batch_is_that_of_barlow_twins(views, local, asymmetric):
+    objective, student, teacher, crops = build(views, local, channel="batch", asymmetric=asymmetric)
+    result = run(objective, student, teacher, crops)
+    features = objective.student_features(student, student.head)
+    of_student = [*features.global_crops.channel, *(features.local_crops.channel if local else [])]
+    expected = barlow(of_student, teacher.head(teacher.global_crops.residual).channel, views)
+    torch.testing.assert_close(result["sere/channel"], expected, rtol=1e-10, atol=0)
+    leaves = leaves_of(student)
+    pair = [
+        torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
+        for term in (result["sere/channel"], expected)
+    ]
+    for a, b in zip(*pair, strict=True):
+        torch.testing.assert_close(*(torch.zeros(()) if x is None else x for x in (a, b)), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        result["sere/spatial"], run(*build(views, local, asymmetric=asymmetric))["sere/spatial"], rtol=0, atol=0
+    )
+    assert objective.needs().batch_norm
+    assert not build()[0].needs().batch_norm
+
+
+def test_the_batch_relation_has_the_right_gradient():
+    student, teacher = (torch.randn(2, 5, 4, dtype=torch.float64) for _ in range(2))
+    weight = torch.rand(2, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(batch_relation_loss, (student.requires_grad_(), teacher.requires_grad_(), weight))
+    dead = student.detach().clone()
+    dead[:, :, 0] = 3.0  # a channel without variance is related to nothing
+    assert batch_relation_loss(dead, dead, torch.eye(2)).item() == pytest.approx(
+        2 + batch_relation_loss(dead[..., 1:], dead[..., 1:], torch.eye(2)).item()
+    )
+
+
+def batch_relation_on_a_rank(rank, student, teacher):
+    """The loss and the gradient of a rank's images."""
+    part = student[:, 3 * rank : 3 * rank + 3].clone().requires_grad_()
+    loss = batch_relation_loss(part, teacher[:, 3 * rank : 3 * rank + 3], torch.ones(2, 2))
+    loss.backward()
+    return loss.detach(), part.grad
+
+
+def test_the_batch_relation_of_two_processes_is_that_of_all_their_images():
+    """A run averages gradients over processes: each has the whole gradient of its images, times their number."""
+    student, teacher = (torch.randn(2, 6, 4, dtype=torch.float64) for _ in range(2))
+    whole = student.clone().requires_grad_()
+    loss = batch_relation_loss(whole, teacher, torch.ones(2, 2))
+    loss.backward()
+    ranks = cases.in_two_processes(batch_relation_on_a_rank, student, teacher)
+    for rank_loss, _ in ranks:
+        torch.testing.assert_close(rank_loss, loss.detach(), rtol=1e-12, atol=0)
+    gradient = torch.cat([gradient for _, gradient in ranks], dim=1) / 2
+    torch.testing.assert_close(gradient, whole.grad, rtol=1e-9, atol=1e-13)
+
+
+def test_heads_that_do_not_divide_the_width_are_named_with_those_that_do():
+    with pytest.raises(
+        ValueError, match=r"got 6 and 2048; set SereOptions\.heads to none, or to one of \[1, 2, 4, 8, 16"
+    ):
+        Sere(SereOptions(heads=6), heads=6).head(2048)
