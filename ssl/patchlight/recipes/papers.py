@@ -158,15 +158,19 @@ def selfpatch_vitti16_coco() -> Run:
     """DINO + SelfPatch, ViT-Ti/16, 200 epochs on COCO train2017: Tables 4 to 6. 2 processes x 128 = 256 images.
 
     The ablations are options of the second objective: neighbors.radius 1, 2, None (3x3, 5x5, all patches),
-    neighbors.k 1, 2, 4, 8, neighbors.pool mean; and weights selfpatch/patch 0, 0.1, 1. 4096 prototypes for the image,
-    as in PASS, appendix A, for COCO. Local crops: 8, as in the release's README; the text of PASS has 2.
+    neighbors.k 1, 2, 4, 8, neighbors.pool mean (without "Agg"); and weights selfpatch/patch 0, 0.1, 1. 4096 prototypes for
+    the image, as in PASS, appendix A, for COCO. Local crops: 8, as in the release's README; the text of PASS has 2.
     """
     run = _selfpatch(Schedule(epochs=200), warm=True, local_crops=8, min_lr=1e-5, batch=128)
     return _tiny_on_coco(run)
 
 
 def pass_vitti16_coco() -> Run:
-    """PASS, ViT-Ti/16, 200 epochs on COCO train2017, 2 local crops: its Table 3. 2 processes x 128 = 256 images."""
+    """PASS, ViT-Ti/16, 200 epochs on COCO train2017, 2 local crops: its Table 3. 2 processes x 128 = 256 images.
+
+    Its rows are options of the second objective: (a) neighbors.radius none (without "Neighbors"), neighbors.k 8 (without
+    "Matching"), neighbors.pool mean (without "Aggregation"); (b) neighbors.k 1, 2, 4, 8.
+    """
     return _tiny_on_coco(pass_vits16_in1k())
 
 
@@ -382,17 +386,23 @@ def pqcl_vits16_in1k_ablation(
     query_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     prototypes: int = 8192,
     heads: str = "shared",
+    query_keys: str = "all",
+    query_mask_ratio: float = 1.0,
 ) -> Run:
     """iBOT + PQCL, ViT-S/16, 100 epochs on ImageNet-1k: the paper's ablations. 8 processes x 64 = 512 images.
 
-    query_size: Fig. 3, 16, 32, 48, 64 and 96 pixels; Fig. 4 to 224. query_area: Table 4, the largest area of a query
-    crop, 0.05, 0.1, 0.15, 0.2, 0.25 and 0.4. prototypes: Table 6, 4096, 8192 and 16384. heads: Table 7, shared, semi and
-    vanilla, where iBOT's patches have prototypes of their own too. query_count, query_ratio (width / height): the
-    numbers of crops and their shapes, without a table.
+    query_size: Fig. 3, 16, 32, 48, 64 and 96 pixels; Fig. 4 to 224. query_keys: Fig. 4, all (cross attention) and joint
+    (direct input). query_mask_ratio: Fig. 5, down to 0.25. query_area: Table 4, the largest area of a query crop, 0.05,
+    0.1, 0.15, 0.2, 0.25 and 0.4. prototypes: Table 6, 4096, 8192 and 16384. heads: Table 7, shared, semi and vanilla, of
+    iBOT's patches and of the queries. query_count, query_ratio (width / height): the numbers of crops and their shapes,
+    without a table.
+
+    By flags: objectives.options.0.heads, objectives.options.1.heads, .query-keys and .query-mask-ratio,
+    data.crops.query-crops.0.size.
     """
     policy = pqcl_policy(query_count, query_size, (0.05, query_area), query_ratio)
-    ibot = IbotOptions(prototypes=prototypes, patch_prototypes=prototypes if heads == "vanilla" else None)
-    return _pqcl(ibot, policy, 100, heads=heads)
+    ibot = IbotOptions(prototypes=prototypes, heads=heads, patch_prototypes=prototypes if heads == "vanilla" else None)
+    return _pqcl(ibot, policy, 100, heads=heads, query_keys=query_keys, query_mask_ratio=query_mask_ratio)
 
 
 def pqcl_vits16_in1k_released() -> Run:
@@ -428,7 +438,8 @@ def sere_vits16_ins300() -> Run:
     """DINO + SERE, ViT-S/16, 100 epochs on ImageNet-S300, two global crops: Tables 7 to 13 and 15. 8 x 64 = 512 images.
 
     The ablations are options of the second objective: heads 1, 3, 6, 12, 16 (Table 12), teacher_spatial_temperature 0.1,
-    0.5, 1 and teacher_channel_temperature 0.01, 0.1, 0.5 (Table 13), asymmetric (Table 15); and weights of 0 for
+    0.5, 1 and teacher_channel_temperature 0.01, 0.1, 0.5 (Table 13), asymmetric (Table 15), channel batch (Table 11, with
+    a weight of 0 for sere/spatial in both rows); patches of the first one (DINO+, Table 10); and weights of 0 for
     sere/spatial, sere/channel or dino/cls (Table 8). Areas as in the main model; the paper has none. The baseline is
     --without sere.
     """
