@@ -25,6 +25,7 @@ from engine.tiny_run import (
 from patchlight.data.policy import dino_policy
 from patchlight.engine.assembly import build_branches, build_objectives, build_trainer
 from patchlight.engine.branches import check_teacher_student
+from patchlight.engine.optim import prototype_names
 from patchlight.recipes.command import parse
 from patchlight.recipes.compatibility import BACKBONES
 from patchlight.run import Data, Objectives, Optim, Output, Parallel, Run, Schedule
@@ -112,6 +113,7 @@ def test_the_teacher_of_semi_shared_heads_has_no_prototypes_for_patches(tmp_path
     check_teacher_student(teacher, student)
     names = {name for name, _ in teacher.named_parameters()} ^ {name for name, _ in student.named_parameters()}
     assert names == {"predictors.ibot.weight_g", "predictors.ibot.weight_v"}
+    assert names < prototype_names(student), "they are frozen in the first epochs like the others"
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(1)
