@@ -76,11 +76,11 @@ class Dino(Objective):
     """
 
     name = "dino"
-    terms = ("dino/cls",)
 
     def __init__(self, options: DinoOptions | None = None) -> None:
         super().__init__()
         self.options = o = options or DinoOptions()
+        self.terms = ("dino/cls", "dino/patch") if o.patches else ("dino/cls",)
         self.temperature = temperature_of(o)
         self.target = build_target(o.target, o.prototypes, o.center_momentum)
         self.patch_target = build_target(o.target, o.prototypes, o.center_momentum) if o.patches else None
@@ -90,8 +90,7 @@ class Dino(Objective):
         return Needs(global_crops=2 if o.patches else 1, teacher_sees_local=o.center_over == "all")
 
     def prototype_counts(self) -> dict[str, int]:
-        terms = ("dino/cls", "dino/patch") if self.options.patches else ("dino/cls",)
-        return dict.fromkeys(terms, self.options.prototypes)
+        return dict.fromkeys(self.terms, self.options.prototypes)
 
     def head(self, width: int) -> nn.Module:
         return prototype_head(width, self.options)
