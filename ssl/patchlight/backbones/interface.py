@@ -49,6 +49,7 @@ class Backbone(nn.Module, ABC):
         float | None
     )  # of the final norm of its published weights; None where they have none that a summary must have
     blocks: nn.ModuleList | list[nn.Module]  # of several processes the engine compiles and shards each by itself
+    returns_blocks = False  # whether forward's `layers` may be any block; others have patches after the last block only
     takes_sizes = False  # whether it has `forward_sizes`, which takes crops of several sizes at once
     has_class_token: bool  # whether Tokens.cls exists
 

@@ -14,21 +14,36 @@ from .weight_file import check_weights, read_tensors
 
 # Prefixes of a backbone's names in a file; the first that exists is the branch that the authors evaluate.
 PREFIXES = (
+    "state_dict.module.encoder_q.0.",  # DenseCL and others of OpenSelfSup: a training checkpoint
+    "state_dict.encoder_q.0.",
+    "state_dict.module.encoder_q.",  # MoCo v2, ReSim, DetCo
+    "state_dict.encoder_q.",
     "teacher.module.backbone.",  # DINO, iBOT, SelfPatch, SERE, PQCL, DINOv2: a training checkpoint
     "teacher.backbone.",
     "state_dict.module.base_encoder.",  # MoCo v3
     "state_dict.base_encoder.",
     "model.encoder.",  # MoBY
+    "state_dict.module.backbone.",
+    "state_dict.module.encoder.",  # SimSiam
+    "state_dict.backbone.",  # solo-learn, mmdetection
+    "model.module.backbone.",  # Barlow Twins, VICReg
+    "model.backbone.",
+    "module.backbone.",
+    "backbone.",
     "state_dict.module.",
-    "state_dict.",  # iBOT: the backbone alone
-    "model.",
+    "state_dict.",  # iBOT, DenseCL: the backbone alone
+    "module.",  # SwAV
+    "model.",  # Swin
     "teacher.",
-    "",  # DINO, DINOv2, timm, and this library's export
+    "",  # DINO, DINOv2, timm, torchvision, Barlow Twins, and this library's export
 )
 # Parts of names that identify a file's method, the most specific first.
 METHODS = {
     "base_encoder.": "MoCo v3",
+    "encoder_q.0.": "OpenSelfSup",
+    "encoder_q.": "MoCo v2",
     "encoder_k.": "MoBY",
+    "prototypes.": "SwAV",
     "ca_head.": "SelfPatch",
     "query_block.": "PQCL",
     "sere": "SERE",
@@ -41,7 +56,7 @@ FIRST_WEIGHTS = ("patch_embed.proj.weight", "conv1.weight")  # every backbone ha
 # What decides whether a model computes what a file's network does. All other tensors must be in both.
 # Names beside a backbone in a file: heads, decoders and predictors, which may be left out ...
 BESIDE = re.compile(
-    r"(head\w*|fc|fc_norm|norm2|query_block|attn_pool|pre_logits|classifier|prototypes|last_layer|optimizer|queue\w*"
+    r"(head\w*|fc|fc_norm|norm2|query_block|attn_pool|fpn_\w+|pre_logits|classifier|prototypes|last_layer|optimizer|queue\w*"
     r"|\w*(decoder|projector|projection|predictor|sere)\w*)(\.|$)"
 )
 MAY_LEAVE_OUT = "cls_token"  # of a backbone, by a model whose summary of an image is another
@@ -60,6 +75,9 @@ FOREIGN = {
     "separate projections of queries, keys and values": r"blocks\.\d+\.attn\.([qkv]_bias$|[qkv]_proj\.)",
     "masked biases of queries, keys and values": r"blocks\.\d+\.attn\.qkv\.bias_mask$",
     "a norm before the blocks": r"(norm_pre|ln_pre)\.",
+    "a stem of three convolutions (ResNet-C or ResNet-D)": r"(.*\.)?conv1\.0\.weight$",
+    "squeeze and excitation": r"layer\d\.\d+\.se\.",
+    "the attention of Swin V2": r"layers\.\d+\.blocks\.\d+\.attn\.(logit_scale|cpb_mlp)",
     "the layout of OpenAI's CLIP": r"(class_embedding|positional_embedding)$|transformer\.resblocks\.",
 }
 

@@ -53,6 +53,7 @@ class TimmBackbone(Backbone):
             and isinstance(embedded[0], Tensor)
             and embedded[0].numel() == cells * self.width
         )
+        self.returns_blocks = self.is_vit
         self.final_norm = self.is_vit and not isinstance(getattr(model, "norm", nn.Identity()), nn.Identity)
         self.norm_eps = NORM_EPS if self.is_vit and not (self.final_norm or self.has_class_token) else None
         self.blocks = list(model.blocks) if self.is_vit else [model]  # type: ignore[arg-type]  # a Sequential

@@ -51,7 +51,7 @@ class VisionTransformer(Backbone):
 
     capabilities = frozenset({"class_token", "masks", "queries"})
     norm_eps = NORM_EPS
-    takes_sizes = True
+    takes_sizes = returns_blocks = True
     blocks: nn.ModuleList
     residual_16bit = False  # under autocast the tokens between blocks have its format, which saves memory traffic
     cls_token: nn.Parameter | None  # [1, 1, D]

@@ -25,7 +25,7 @@ from .probes.finetune import evaluate_classifier, save_classifier, train_classif
 from .probes.finetune_protocols import FinetuneProtocol, SemiProtocol, published_finetune
 from .probes.knn import KnnProtocol, evaluate_knn
 from .probes.labeled import FOLDER, choose_labels
-from .probes.linear import LinearProtocol, evaluate_linear
+from .probes.linear import LinearProtocol, evaluate_linear, missing_layers, published_linear
 from .ranks import join_ranks
 from .results import build_result
 from .segment.benchmark import draw_segments, evaluate_segment
@@ -65,9 +65,10 @@ def linear(
     """Train linear classifiers on frozen features, one per learning rate, in one pass."""
     with join_ranks(checkpoint.device) as ranks:
         encoder, data = checkpoint.open(ranks), images.open()
-        metrics = evaluate_linear(encoder, data, protocol, ranks, images.reading)
-        notes = data.unreadable.notes(ranks)
-        checkpoint.finish(build_result(encoder, "linear", data.name, protocol, metrics, notes), ranks)
+        used, published = protocol.on(encoder), published_linear(encoder)
+        metrics = evaluate_linear(encoder, data, used, ranks, images.reading)
+        notes = (*missing_layers(protocol, encoder), *data.unreadable.notes(ranks))
+        checkpoint.finish(build_result(encoder, "linear", data.name, used, metrics, notes, published=published), ranks)
 
 
 def finetune(
@@ -218,14 +219,16 @@ def attention(
 ) -> None:
     """Draw attention of class token and query patches, similarities of patches, and main directions: PNGs and a page.
 
+    Swin and ResNet get similarities and main directions, and the attention of a class-attention summary.
+
     Args:
         data: a folder or list of images, or `procedural`.
     """
     with join_ranks(checkpoint.device) as ranks:
         encoder, source = checkpoint.open(ranks), open_images(data)
         if ranks.rank == 0:
-            sheets = draw_pictures(encoder, source, protocol, ranks.device, whole=data == PROCEDURAL)
-            checkpoint.save_sheets("attention", sheets, f"Patch features of {encoder.name}")
+            drawn = draw_pictures(encoder, source, protocol, ranks.device, whole=data == PROCEDURAL)
+            checkpoint.save_sheets("attention", drawn.sheets, f"Patch features of {encoder.name}", drawn.notes)
 
 
 def relations(

@@ -1,9 +1,9 @@
-"""Opens checkpoints: a run's folder, an exported folder, a teacher.safetensors, a published file, or a timm model by name."""
+"""Opens checkpoints: a run's folder, an exported folder, a teacher.safetensors, a published file, a timm model by name, or a
+backbone at random."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,23 @@ from ..backbones.architectures import build_backbone, capabilities_of
 from ..backbones.interface import Backbone
 from ..backbones.published import MAY_START_ANEW, read_published, without_ones
 from ..backbones.timm_backbone import TimmBackbone
-from ..backbones.vit import VisionTransformer
 from ..backbones.weight_file import read_tensors
 from ..checkpoint.folder import FACTS, complete, load_tensors, read_facts
 from ..checkpoint.manifest import MANIFEST
-from ..checks import check_least, sentence
+from ..checks import sentence
 from ..heads.summary import ClassTokenSummary, MeanSummary, build_summary
 from .encoder import Encoder, InputFormat
 from .encoder_folder import EXPORTED, EXPORTED_SUMMARY, is_described, read_encoder
+from .file_backbones import build_from_shapes
+from .random_start import RANDOM, open_random
 
 HUB = "hf-hub:"  # as timm writes it
+# timm's options, by its modules, with which models take images of any size.
+ANY_SIZE: dict[str, dict[str, Any]] = {
+    "vision_transformer": {"dynamic_img_size": True},
+    "swin_transformer": {"strict_img_size": False},
+    "swin_transformer_v2": {"strict_img_size": False},
+}
 _MEAN_NOTE = "an image is summed up by the mean of its patches"
 
 
@@ -31,10 +38,13 @@ def open_checkpoint(checkpoint: str, heads: int | None = None) -> Encoder:
     """An encoder in eval mode on the CPU.
 
     checkpoint: a run's folder (its latest checkpoint), one step's folder, what `patchlight export hub` wrote or uploaded
-    ("hf-hub:user/name"), a .safetensors or .pth file, or timm's name. Of files with several networks the one that their
+    ("hf-hub:user/name"), a .safetensors or .pth file, timm's name, or "random:vit_small", a backbone of this library as
+    it is before any training. Of files with several networks the one that their
     authors evaluate is taken. heads: attention heads, which a file of weights does not state. Runs of this library record
     them; others are taken to have 64 channels per head (MoCo v3's ViT-S has 12 heads).
     """
+    if checkpoint.startswith(RANDOM):
+        return open_random(checkpoint, heads).eval()
     if checkpoint.startswith(HUB):
         return _open_file(_download(checkpoint) / EXPORTED, heads, checkpoint).eval()
     path = Path(checkpoint)
@@ -132,8 +142,11 @@ def _open_file(path: Path, heads: int | None, name: str = "") -> Encoder:
     run = _read_run(facts) if facts.exists() else None
     summary_weights = _under("summary.", published.weights) or _read_summary(path.with_name(EXPORTED_SUMMARY), path)
     weights = {name: t for name, t in published.weights.items() if not name.startswith("summary.")}
-    backbone = _build_backbone_of_run(run["model"]) if run else _build_plain_vit(weights, path, heads)
-    assert isinstance(backbone, nn.Module)
+    if run:
+        backbone, input_format = _build_backbone_of_run(run["model"]), _input_format(run)
+    else:
+        backbone, size = build_from_shapes(weights, path, heads)
+        input_format = InputFormat(size)
     notes = [] if run else [f"layout of {published.layout}"]
     summary: nn.Module
     if summary_weights:
@@ -144,7 +157,7 @@ def _open_file(path: Path, heads: int | None, name: str = "") -> Encoder:
     elif backbone.has_class_token:
         summary = ClassTokenSummary()
     else:
-        if not run or run["model"]["summary"] != "mean":
+        if run["model"]["summary"] != "mean" if run else backbone.returns_blocks:  # a Swin or a ResNet has none
             notes.append(f"no summary head in the file: {_MEAN_NOTE}")
         norm = _under("norm.", weights)
         summary = build_summary("mean", backbone) if norm or backbone.norm_eps is None else MeanSummary()
@@ -156,7 +169,7 @@ def _open_file(path: Path, heads: int | None, name: str = "") -> Encoder:
     _load_weights(backbone, weights, path)
     if left_out := published.beside:
         notes.append(f"{len(left_out)} tensors are no part of the backbone and were left out, such as {left_out[0]}")
-    return Encoder(backbone, summary, name or str(path), _input_format(run), tuple(notes))
+    return Encoder(backbone, summary, name or str(path), input_format, tuple(notes))
 
 
 def _read_summary(path: Path, weights: Path) -> dict[str, Tensor]:
@@ -190,30 +203,6 @@ def _build_backbone_of_run(model: dict[str, Any]) -> Backbone:
     return build_backbone(model["arch"], **options)
 
 
-def _build_plain_vit(weights: dict[str, Tensor], path: Path, heads: int | None) -> VisionTransformer:
-    """A plain ViT of the weights' shapes."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    table, kernel = shapes.get("pos_embed", ()), shapes.get("patch_embed.proj.weight", ())
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    class_token = "cls_token" in weights
-    positions = table[1] - class_token if len(table) == 3 else 0
-    side = math.isqrt(max(0, positions))
-    if not depth or not side or side**2 != positions or len(kernel) != 4 or 0 in kernel:
-        rule = "A file of weights without a run must be of a plain ViT with a square position table"
-        got = f"{depth} blocks, {table or 'no'} table and patches {kernel or 'none'} in {path}"
-        remedy = "pass timm's name of the model, or a run of this library that started with them (Model.init_from)"
-        raise ValueError(sentence(rule, got, remedy))
-    width, _, patch, _ = kernel
-    if heads is None:
-        heads, rest = divmod(width, 64)
-        if rest:
-            rule = "The number of attention heads must be given where 64 does not divide the width"
-            raise ValueError(sentence(rule, f"width {width}, which 64 does not divide, in {path}", "pass heads"))
-    check_least("The number of attention heads", heads, 1, "leave it out for 64 channels each")
-    first = shapes.get("blocks.0.mlp.fc1.weight", (4 * width,))
-    return VisionTransformer(width, depth, heads, patch, side * patch, (first or (0,))[0] / width, class_token)
-
-
 def _load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Copies the weights, which must be exactly the module's own but for a mask token."""
     expected = module.state_dict()
@@ -222,7 +211,7 @@ def _load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> 
     common = [name for name in expected if name in weights]
     wrong = [name for name in common if without_ones(weights[name].shape) != without_ones(expected[name].shape)]
     if missing or unknown or wrong:
-        rule = "A checkpoint must fit the plain ViT of its shapes"
+        rule = "A checkpoint must fit the network of its shapes"
         got = (
             f"{len(missing)} tensors missing, {len(unknown)} unknown and {len(wrong)} of another size in {path}, such as"
             f" {(missing + unknown + wrong)[0]}"
@@ -231,17 +220,13 @@ def _load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> 
     module.load_state_dict(expected | {name: weights[name].reshape(expected[name].shape) for name in common})
 
 
-def _input_format(run: dict[str, Any] | None) -> InputFormat:
-    if run is None:
-        return InputFormat()
+def _input_format(run: dict[str, Any]) -> InputFormat:
     crops = run["data"]["crops"]
     return InputFormat(run["model"]["image_size"], tuple(crops["mean"]), tuple(crops["std"]))
 
 
 def _open_timm(name: str) -> Encoder:
-    options: dict[str, Any] = {}
-    if timm.model_entrypoint(name).__module__.endswith("vision_transformer"):
-        options = {"dynamic_img_size": True}
+    options = ANY_SIZE.get(timm.model_entrypoint(name).__module__.rpartition(".")[2], {})
     backbone = TimmBackbone(timm.create_model(name, pretrained=True, num_classes=0, **options))
     config = backbone.model.pretrained_cfg
     summary = ClassTokenSummary() if backbone.has_class_token else MeanSummary()

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from ..backbones.interface import MapLevel
 from ..backbones.vit import DropPath
+from ..checks import check
 from ..data.policy import IMAGENET_MEAN, IMAGENET_STD
 from ..heads.summary import Summary
 from ..records import Tokens
+
+DROPS = ("drop_path", "drop_path1", "drop_path2")  # names of a block's stochastic depth in timm
+IMAGE_SIZE = 224  # side of the images that all published networks were trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Encoded:
 class InputFormat:
     """Size and normalization of the images that a backbone was trained on."""
 
-    image_size: int = 224  # side of the images that its position table was made for
+    image_size: int = IMAGE_SIZE  # side of the images that its position table was made for
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -63,13 +67,21 @@ class EvaluatedBackbone(Protocol):
     def patch_size(self) -> int: ...
 
     @property
+    def heads(self) -> int: ...
+
+    @property
     def has_class_token(self) -> bool: ...
 
     @property
     def blocks(self) -> Blocks: ...
 
     @property
+    def returns_blocks(self) -> bool: ...
+
+    @property
     def map_levels(self) -> tuple[MapLevel, ...]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -105,7 +117,8 @@ class Encoder(nn.Module):
 
     @property
     def depth(self) -> int:
-        return len(self.backbone.blocks)
+        """After how many blocks its patches can be asked for: all of a ViT, only the last of others."""
+        return len(self.backbone.blocks) if self.backbone.returns_blocks else 1
 
     @property
     def map_levels(self) -> tuple[MapLevel, ...]:
@@ -116,10 +129,29 @@ class Encoder(nn.Module):
         return self.backbone.maps(pixels)
 
     def forward(self, pixels: Tensor, layers: tuple[int, ...] = ()) -> Encoded:
-        """pixels [M, 3, H, W] as `normalize` returns them, sides multiples of the patch size; layers: blocks to return."""
-        tokens = self.backbone(pixels, layers=layers)
+        """pixels [M, 3, H, W] as `normalize` returns them, sides multiples of the patch size; layers: blocks to return, of
+        which backbones with stages have the last alone."""
+        self.check_layers(layers)
+        of_blocks = layers if layers and self.backbone.returns_blocks else ()
+        tokens = self.backbone(pixels, layers=of_blocks)
+        if of_blocks:
+            levels = tuple(self._level(x) for x in tokens.layers)
+        else:
+            levels = tuple(self._last_level(tokens) for _ in layers)
         summary: Summary = self.summary(tokens)
-        return Encoded(summary.summary, summary.patches, tokens.grid, tuple(self._level(x) for x in tokens.layers))
+        return Encoded(summary.summary, summary.patches, tokens.grid, levels)
+
+    def check_layers(self, layers: tuple[int, ...]) -> None:
+        """A ValueError for a block whose patches the backbone does not return."""
+        if layers and not self.backbone.returns_blocks:
+            others = [layer for layer in layers if layer != -1]
+            rule = "Only a ViT has patches of one grid after every block; backbones with stages have those of the last"
+            check(not others, rule, f"blocks {others} of {self.name}", "leave it out, or use -1")
+
+    def _last_level(self, tokens: Tokens) -> Level:
+        if tokens.cls is not None:
+            return Level(tokens.cls, tokens.patches)
+        return self._level(tokens.patches)
 
     def _level(self, x: Tensor) -> Level:
         """A block's tokens [M, N (+1), D]."""
@@ -143,10 +175,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def set_drop_path(backbone: EvaluatedBackbone, rate: float) -> None:
-    """Gives the blocks of a ViT rates that rise evenly from 0 to this one; other backbones have no such rates."""
-    depth = len(backbone.blocks)
-    for number, block in enumerate(backbone.blocks):
-        for name in ("drop_path1", "drop_path2"):
+    """Gives the blocks of all stages rates that rise evenly from 0 to this one."""
+    blocks = [block for block in backbone.modules() if any(hasattr(block, name) for name in DROPS)]
+    rule, got = "Drop path needs a backbone of residual blocks, as ViT, Swin and ResNet have", type(backbone).__name__
+    check(bool(blocks) or not rate, rule, f"{rate} for {got}", "set drop_path to 0")
+    for number, block in enumerate(blocks):
+        block_rate = rate * number / max(len(blocks) - 1, 1)
+        for name in DROPS:
             if hasattr(block, name):
-                block_rate = rate * number / max(depth - 1, 1)
                 setattr(block, name, DropPath(block_rate) if block_rate else nn.Identity())

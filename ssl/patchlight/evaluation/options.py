@@ -29,7 +29,7 @@ class CheckpointOptions:
     """Which checkpoint is evaluated, and where."""
 
     checkpoint: str
-    """A run's folder, a .safetensors or .pth file, or the name of a timm model."""
+    """A run's folder, a .safetensors or .pth file, the name of a timm model, or e.g. random:vit_small, an untrained one."""
     heads: int | None = None
     """Attention heads, where the checkpoint does not state them: by default 64 channels each."""
     device: str | None = None
@@ -66,8 +66,8 @@ class CheckpointOptions:
         failed = f"{len(result.failed)} that failed (named above)"
         check(not result.failed, "All parts should be done", failed, "results of the others are kept")
 
-    def save_sheets(self, kind: str, sheets: dict[str, Image.Image], title: str) -> None:
-        """Saves sheets as PNG files and in one page, and writes the run's report again."""
+    def save_sheets(self, kind: str, sheets: dict[str, Image.Image], title: str, notes: tuple[str, ...] = ()) -> None:
+        """Saves sheets as PNG files and in one page with notes, and writes the run's report again."""
         folder = self.folder / kind
         folder.mkdir(parents=True, exist_ok=True)
         sections = []
@@ -75,7 +75,9 @@ class CheckpointOptions:
             path = folder / f"{name.replace(' ', '-')}.png"
             sheet.save(path)
             sections.append((name, CAPTIONS[name], path))
-        print(f"page: {write_page(folder, title, sections)}")
+        for note in notes:
+            print_sentence(f"note: {note}")
+        print(f"page: {write_page(folder, title, sections, notes)}")
         self._write_report()
 
     def _write_report(self) -> None:

@@ -16,7 +16,10 @@ from ..checks import check, sentence
 from ..data.reading import TIMEOUT, Named, read_sample
 from .encoder import EvaluatedBackbone
 from .images import Unreadable
+from .layers import MASK_TOKEN, parameter_layers
 from .ranks import Ranks
+
+UNDECAYED = ("bias", "pos_embed", "cls_token", "reg_token", "relative_position_bias_table")  # ends of names
 
 
 class Batches(Sampler[list[int]]):
@@ -118,30 +121,25 @@ def poly_rate(step: int, total: int, peak: float, end: float = 0.0, warmup: int 
     return rate * max(step / warmup, 1e-6) if step < warmup else rate
 
 
-def depth_of(name: str, depth: int) -> int:
-    """The depth of a backbone's parameter: 0 the embedding, 1..depth the blocks, depth + 1 everything after them."""
-    parts = name.removeprefix("model.").split(".")
-    if parts[0] == "blocks":
-        return int(parts[1]) + 1
-    embedding = ("patch_embed", "pos_embed", "cls_token", "mask_token", "reg_token", "norm_pre")
-    return 0 if parts[0] in embedding else depth + 1
-
-
 def layer_groups(
     backbone: EvaluatedBackbone, others: nn.Module, decay: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Parameter groups with an `lr_scale`: decay^(distance from the top) in the backbone, 1 elsewhere.
 
-    Vectors, biases and tokens have no weight decay.
+    Vectors, biases, tokens and tables of positions have no weight decay.
     """
-    depth = len(backbone.blocks)
-    scales = [(name, p, decay ** (depth + 1 - depth_of(name, depth))) for name, p in backbone.named_parameters()]
+    own = [(name, p) for name, p in backbone.named_parameters() if name != MASK_TOKEN]
+    if decay == 1:
+        scales = [(name, p, 1.0) for name, p in own]
+    else:
+        layers, top = parameter_layers(backbone)
+        scales = [(name, p, decay ** (top - layers[name])) for name, p in own]
     scales += [(name, p, 1.0) for name, p in others.named_parameters()]
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter, scale in scales:
-        if not parameter.requires_grad or name == "mask_token":
+        if not parameter.requires_grad:
             continue
-        undecayed = parameter.ndim <= 1 or name.endswith(("bias", "pos_embed", "cls_token"))
+        undecayed = parameter.ndim <= 1 or name.endswith(UNDECAYED)
         group = {"params": [], "lr_scale": scale, "weight_decay": 0.0 if undecayed else weight_decay}
         groups.setdefault((scale, undecayed), group)["params"].append(parameter)
     return list(groups.values())

@@ -106,7 +106,9 @@ def test_patches_of_high_attention_are_bright():
 def test_all_sheets_of_a_backbone(whole, tmp_path):
     vit = OurVisionTransformer(width=24, depth=2, heads=2, patch_size=4, image_size=16)
     encoder = Encoder(vit, ClassTokenSummary(), "small", InputFormat(16)).eval()
-    sheets = draw_pictures(encoder, ProceduralSource(9, 24), PictureProtocol(images=3), CPU.device, whole)
+    drawn = draw_pictures(encoder, ProceduralSource(9, 24), PictureProtocol(images=3), CPU.device, whole)
+    sheets = drawn.sheets
+    assert drawn.notes == ()
     assert set(sheets) == {"class attention", "query attention", "similarity", "principal components"}
     for name, sheet in sheets.items():
         sheet.save(tmp_path / f"{name}.png")
@@ -150,7 +152,7 @@ def test_relations_by_hand():
 class MeanColors(torch.nn.Module):
     """A backbone whose features are the mean color of a patch, so that mirroring alone changes no relation."""
 
-    width, patch_size, heads, has_class_token, blocks = 3, 4, 1, False, (None,)
+    width, patch_size, heads, has_class_token, returns_blocks, blocks = 3, 4, 1, False, False, (None,)
 
     def forward(self, pixels, layers=()):
         from patchlight.records import Tokens
@@ -167,4 +169,4 @@ def test_relation_differences_are_measured_over_all_pairs():
     assert found.sheet.size == (5 * 160 + 16, 4 * 160 + 12)
     json.dumps(found.metrics)
     with pytest.raises(ValueError, match="got 6 and 3"):
-        evaluate_relations(encoder, ProceduralSource(20, 48), RelationProtocol(), CPU)
+        evaluate_relations(encoder, ProceduralSource(20, 48), RelationProtocol(heads=6), CPU)

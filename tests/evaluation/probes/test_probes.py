@@ -83,7 +83,7 @@ def test_a_linear_probe_learns_and_the_backbone_does_not():
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
     assert evaluate_linear(encoder, data, protocol, CPU, READING) == found, "equal seeds give equal numbers"
     with pytest.raises(ValueError, match="got 4 of 2"):
-        evaluate_linear(encoder, data, LinearProtocol(), CPU, READING)
+        evaluate_linear(encoder, data, LinearProtocol(layers=4), CPU, READING)
 
 
 def linear_on_a_rank() -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_number, check_numbers
+from ...checks import check, check_number, check_numbers
 from ..encoder import Encoder, autocast
 from ..progress import progress
 from ..ranks import Ranks
@@ -33,10 +33,13 @@ class DavisProtocol:
     """The colors' spread in the released code (its 0.228 for red is a mistake that all published numbers share); None: the
     checkpoint's own. The mean is the checkpoint's own."""
     layer: int = -1
-    """The block whose patches are compared, after the final norm."""
+    """The block whose patches are compared, after the final norm; of Swin and ResNet only the last."""
+    stage: int | None = None
+    """Instead, of a backbone with stages (Swin, ResNet): the stage, 1 to 4, whose map is compared; None: the last one, after
+    its norm. Earlier maps are finer. The papers do not state which one their rows of ResNet-50 took."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, short_side="[16, inf)", layer="(-inf, inf)")
+        check_numbers(self, short_side="[16, inf)", layer="(-inf, inf)", stage="[1, 4]")
         for number, std in enumerate(self.std or ()):
             check_number(f"DavisProtocol.std[{number}]", std, "(0, inf)", "None is the checkpoint's own")
 
@@ -74,6 +77,7 @@ def evaluate_davis(
 
     Writes into `out`: masks/<sequence>/<frame>.png, and for the first sequences an animated preview and a sheet.
     """
+    _check_backbone(encoder, protocol)
     scores: dict[str, SequenceScores] = {}
     unscored: list[str] = []
     failed: dict[str, str] = {}
@@ -102,6 +106,24 @@ def evaluate_davis(
     )
 
 
+def _layers(protocol: DavisProtocol) -> tuple[int, ...]:
+    """The blocks that are asked for; the last one's patches come anyway."""
+    return () if protocol.layer == -1 else (protocol.layer,)
+
+
+def _check_backbone(encoder: Encoder, protocol: DavisProtocol) -> None:
+    """A ValueError for features that the backbone does not have."""
+    if protocol.stage is None:
+        encoder.check_layers(_layers(protocol))
+        return
+    stages = 0 if encoder.backbone.returns_blocks else len(encoder.map_levels)
+    rule, got = (
+        "DavisProtocol.stage needs a backbone with stages, as Swin and ResNet have",
+        f"{stages} in {encoder.name}",
+    )
+    check(stages >= protocol.stage, rule, got, "leave it out, or choose a block by layer")
+
+
 @torch.no_grad()
 def segment_video(
     encoder: Encoder, sequence: VideoSequence, protocol: DavisProtocol, device: torch.device, precision: str = "fp32"
@@ -110,20 +132,29 @@ def segment_video(
     given = sequence.first_mask()
     height, width = given.shape
     mean, std = encoder.input_format.mean, protocol.std or encoder.input_format.std
-    layers = () if protocol.layer == -1 else (protocol.layer,)
+    layers = _layers(protocol)
+    stage = None if protocol.stage is None else protocol.stage - 1
+    stride = encoder.patch_size if stage is None else encoder.map_levels[stage].stride
+
+    def features_of(pixels: Tensor) -> Tensor:
+        """[rows, columns, D] of a frame [3, H, W]."""
+        if stage is not None:
+            return encoder.maps(pixels[None])[stage][0].permute(1, 2, 0)
+        encoded = encoder(pixels[None], layers)
+        patches = encoded.levels[0].patches if layers else encoded.patches
+        return patches[0].unflatten(0, encoded.grid)
 
     def patch_features() -> Iterator[Tensor]:
         """Of each frame, [rows, columns, D]."""
         for image in sequence.images((height, width)):
             pixels = resize_frame(image, protocol.short_side, encoder.patch_size, mean, std).to(device)
             with autocast(device, precision):
-                encoded = encoder(pixels[None], layers)
-            patches = encoded.levels[0].patches if layers else encoded.patches
-            yield patches[0].float().unflatten(0, encoded.grid)
+                features = features_of(pixels)
+            yield features.float()
 
     size = frame_size(height, width, protocol.short_side, encoder.patch_size)
-    first = first_labels(given, size[0] // encoder.patch_size, size[1] // encoder.patch_size).to(device)
+    first = first_labels(given, size[0] // stride, size[1] // stride).to(device)
     maps = [given]
     for soft in propagate(patch_features(), first, protocol.propagation):
-        maps.append(resize_labels(to_label_map(soft, encoder.patch_size).cpu().numpy(), (height, width)))
+        maps.append(resize_labels(to_label_map(soft, stride).cpu().numpy(), (height, width)))
     return np.stack(maps)

@@ -33,6 +33,15 @@ def query_attention_maps(
     return _attention_rows(run, block, pixels, patches + prefix, prefix)
 
 
+def has_plain_attention(block: nn.Module) -> bool:
+    """Whether all tokens of a block attend to all others, as in timm's plain ViTs: no windows, no turned queries and keys."""
+    attention = getattr(block, "attn", None)
+    windows = hasattr(block, "window_size") or hasattr(attention, "window_size")
+    return all(hasattr(attention, name) for name in ("qkv", "num_heads", "scale")) and not (
+        windows or hasattr(attention, "rope")
+    )
+
+
 @torch.no_grad()
 def _attention_rows(
     run: Callable[[Tensor], object], block: nn.Module, pixels: Tensor, tokens: Tensor, prefix: int
@@ -41,11 +50,11 @@ def _attention_rows(
 
     The block has norm1 and attn with qkv, num_heads and scale, as timm's plain ViTs have.
     """
-    attention: Any = block.attn  # of timm
+    attention: Any = getattr(block, "attn", None)  # of timm
     check(
-        all(hasattr(attention, name) for name in ("qkv", "num_heads", "scale")) and not hasattr(attention, "rope"),
+        has_plain_attention(block),
         "Attention can be drawn for plain ViT blocks (qkv, num_heads, scale)",
-        type(attention).__name__,
+        type(attention or block).__name__,
         "use patch similarities for this model",
     )
     inputs: list[Tensor] = []

@@ -24,9 +24,9 @@ _STYLE = (
 )
 
 
-def write_page(folder: Path, title: str, sections: Sequence[tuple[str, str, Path]]) -> Path:
-    """A page of sections: a heading, a caption, and a PNG file, which becomes part of the page."""
-    body = "".join(
+def write_page(folder: Path, title: str, sections: Sequence[tuple[str, str, Path]], notes: Sequence[str] = ()) -> Path:
+    """A page of notes, then of sections: a heading, a caption, and a PNG file, which becomes part of the page."""
+    body = "".join(f"<p>Note: {escape(note)}.</p>" for note in notes) + "".join(
         f"<section><h2>{escape(heading)}</h2><p>{escape(caption)}</p>"
         f'<img alt="{escape(heading, quote=True)}" src="data:image/png;base64,'
         f'{base64.b64encode(png.read_bytes()).decode("ascii")}"></section>'

@@ -16,7 +16,13 @@ from ...heads.summary import ClassAttentionSummary
 from ..encoder import Encoder
 from ..images import CenterCrops, Images, Unreadable, check_some, readable, resize_side
 from ..sheets import tile
-from .attention import class_attention_maps, draw_attention, query_attention_maps, summary_attention_maps
+from .attention import (
+    class_attention_maps,
+    draw_attention,
+    has_plain_attention,
+    query_attention_maps,
+    summary_attention_maps,
+)
 from .heat import heat_picture, to_picture
 
 SIDE = 160  # pixels of a picture in a sheet
@@ -51,11 +57,19 @@ class PictureProtocol:
         )
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What was drawn, and what was not and why."""
+
+    sheets: dict[str, Image.Image]  # by name: class attention, query attention, similarity, principal components
+    notes: tuple[str, ...]
+
+
 @torch.no_grad()
 def draw_pictures(
     encoder: Encoder, source: Images, protocol: PictureProtocol, device: torch.device, whole: bool
-) -> dict[str, Image.Image]:
-    """Sheets by name: class attention, query attention, similarity, principal components."""
+) -> Pictures:
+    """All sheets of a ViT with attention to its patches; of other backbones those that need no attention."""
     size = (protocol.size or encoder.input_format.image_size) // encoder.patch_size * encoder.patch_size
     ids = np.linspace(0, len(source) - 1, min(protocol.images, len(source))).round().astype(int)
     crops = CenterCrops(source, ids, size, resize_side(size, whole))
@@ -70,23 +84,46 @@ def draw_pictures(
     cosines = similarities(encoded.patches, numbers).cpu()
     sheets["similarity"] = draw_similarities(images, cosines, numbers, grid)
     sheets["principal components"] = draw_components(images, principal_components(encoded.patches).cpu(), grid)
-    return sheets
+    return Pictures(sheets, _missing_sheets(encoder))
 
 
 def _attention_sheets(
     encoder: Encoder, pixels: Tensor, images: np.ndarray, numbers: Tensor, grid: tuple[int, int], top: float
 ) -> dict[str, Image.Image]:
-    """Class attention and query attention; empty for a backbone without attention."""
-    backbone, block = encoder.backbone, encoder.backbone.blocks[-1]
-    if not hasattr(block, "attn"):
-        return {}
+    """Class attention and query attention, as far as there are such."""
+    backbone = encoder.backbone
     sheets = {}
-    if backbone.has_class_token or isinstance(encoder.summary, ClassAttentionSummary):
+    if _has_class_attention(encoder):
         sheets["class attention"] = draw_attention(images, attention_maps(encoder, pixels).cpu(), grid, SIDE)
-    prefix = _prefix_tokens(encoder)
-    attention = query_attention_maps(backbone, block, pixels, numbers, prefix).mean(1).cpu()
-    sheets["query attention"] = draw_queries(images, attention, numbers, grid, top)
+    if _has_query_attention(encoder):
+        prefix = _prefix_tokens(encoder)
+        attention = query_attention_maps(backbone, backbone.blocks[-1], pixels, numbers, prefix).mean(1).cpu()
+        sheets["query attention"] = draw_queries(images, attention, numbers, grid, top)
     return sheets
+
+
+def _has_query_attention(encoder: Encoder) -> bool:
+    return encoder.backbone.returns_blocks and has_plain_attention(encoder.backbone.blocks[-1])
+
+
+def _has_class_attention(encoder: Encoder) -> bool:
+    own = encoder.backbone.has_class_token and _has_query_attention(encoder)
+    return own or isinstance(encoder.summary, ClassAttentionSummary)
+
+
+def _missing_sheets(encoder: Encoder) -> tuple[str, ...]:
+    """A sentence that names the sheets of attention that cannot be drawn, and why."""
+    drawn = {"class attention": _has_class_attention(encoder), "query attention": _has_query_attention(encoder)}
+    missing = [name for name, found in drawn.items() if not found]
+    if not missing:
+        return ()
+    if drawn["query attention"]:
+        reason = "an image is summed up by the mean of its patches"
+    elif encoder.backbone.returns_blocks:
+        reason = "the attention of this network's blocks is not that of a plain ViT"
+    else:
+        reason = "no block attends from a patch to all others: a Swin's attention stays in windows, a ResNet has none"
+    return (f"no {' and no '.join(missing)} of {encoder.name}, as {reason}",)
 
 
 @torch.no_grad()

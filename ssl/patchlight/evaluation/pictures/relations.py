@@ -36,8 +36,8 @@ class RelationProtocol:
     """How many images of the source; fewer if it has fewer."""
     points: int = 13
     """Points per side of the common part, at the centers of its cells; the paper trains with 13."""
-    heads: int = 6
-    """Groups of channels whose spatial relations are compared separately."""
+    heads: int | None = None
+    """Groups of channels whose spatial relations are compared separately; None: the backbone's heads, 6 of ViT-S."""
     scale: tuple[float, float] = (0.35, 1.0)
     """Area of a view; the paper's global views."""
     size: int | None = None
@@ -47,7 +47,7 @@ class RelationProtocol:
 
     def __post_init__(self) -> None:
         check(
-            self.images > 0 and self.points > 1 and self.heads > 0,
+            self.images > 0 and self.points > 1 and (self.heads is None or self.heads > 0),
             "RelationProtocol: images and heads must be positive and points 2 or more",
             f"{self.images}, {self.heads} and {self.points}",
             "change what does not fit",
@@ -98,8 +98,9 @@ def evaluate_relations(
     encoder: Encoder, source: Source, protocol: RelationProtocol, ranks: Ranks, batch: int = 16
 ) -> RelationResult:
     """Mean absolute differences of spatial and channel relations between two views of each image."""
-    got = f"{protocol.heads} and {encoder.width}"
-    check(encoder.width % protocol.heads == 0, "RelationProtocol.heads must divide the width", got, "change heads")
+    heads = protocol.heads or encoder.backbone.heads
+    got = f"{heads} and {encoder.width}"
+    check(encoder.width % heads == 0, "RelationProtocol.heads must divide the width", got, "change heads")
     size = protocol.size or encoder.input_format.image_size
     policy = dino_policy(0, size, size, protocol.scale)
     policy = replace(policy, mean=encoder.input_format.mean, std=encoder.input_format.std)
@@ -116,7 +117,7 @@ def evaluate_relations(
         grids, shared = common_points(crops.box, crops.flip, protocol.points)
         grids = torch.where(shared[None, :, None, None, None], grids, torch.zeros_like(grids))
         a, b = (
-            spatial_relations(encoded.patches, encoded.grid, grid, protocol.heads)
+            spatial_relations(encoded.patches, encoded.grid, grid, heads)
             for encoded, grid in zip((first, second), grids, strict=True)
         )
         spatial = (a - b).abs().mean((1, 2, 3))

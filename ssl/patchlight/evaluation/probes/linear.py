@@ -1,8 +1,12 @@
-"""Linear probe, DINO's protocol: linear classifiers on frozen features, one per learning rate, trained in one pass."""
+"""Linear probe, DINO's protocol: linear classifiers on frozen features, one per learning rate, trained in one pass.
+
+What is read depends on the backbone, as published: ViT-Ti and ViT-S the class tokens of the last four blocks; ViT-B and larger
+the last one and the mean of the patches (DINO); Swin (MoBY) and ResNet (DINO) the mean of the last stage.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,15 +23,17 @@ from ..training import Batches, broadcast_weights, cosine_rate, set_rate, traini
 from .classification import TrainingImages, count_test_images
 from .labeled import LabeledData
 
+WIDE = 768  # of ViT-B
+
 
 @dataclass(frozen=True)
 class LinearProtocol:
-    """DINO's linear classification; ViT-B has layers=1 and average_pool=True."""
+    """DINO's linear classification."""
 
-    layers: int = 4
-    """The last blocks whose class tokens are read, side by side."""
-    average_pool: bool = False
-    """Whether the mean of the last block's patches is read too."""
+    layers: int | None = None
+    """The last blocks whose class tokens are read, side by side; None: as published for the backbone, 4 of ViT-Ti and ViT-S."""
+    average_pool: bool | None = None
+    """Whether the mean of the last block's patches is read too; None: as published for the backbone, only of ViT-B and larger."""
     epochs: int = 100
     """Passes over the training images, each with a random crop and flip."""
     batch: int = 1024
@@ -42,12 +48,39 @@ class LinearProtocol:
     """Of the order of images, crops and starts."""
 
     def __post_init__(self) -> None:
+        layers = 1 if self.layers is None else self.layers
         check(
-            min(self.layers, self.epochs, self.batch, len(self.rates)) > 0,
+            min(layers, self.epochs, self.batch, len(self.rates)) > 0,
             "LinearProtocol: layers, epochs, batch and the number of rates must be positive",
             f"{self.layers}, {self.epochs}, {self.batch} and {len(self.rates)}",
             "change what is 0",
         )
+
+    def on(self, encoder: Encoder) -> LinearProtocol:
+        """With what is read of this encoder filled in: as published, and of a ViT of fewer blocks as many as there are."""
+        published = published_linear(encoder)
+        assert published.layers is not None
+        layers = min(published.layers, encoder.depth) if self.layers is None else self.layers
+        rule, got = "LinearProtocol.layers must not exceed the depth", f"{layers} of {encoder.depth}"
+        check(layers <= encoder.depth, rule, got, "use fewer layers")
+        average_pool = published.average_pool if self.average_pool is None else self.average_pool
+        return replace(self, layers=layers, average_pool=average_pool)
+
+
+def published_linear(encoder: Encoder) -> LinearProtocol:
+    """The published protocol for the encoder's backbone."""
+    if not encoder.backbone.returns_blocks:
+        return LinearProtocol(layers=1, average_pool=False)
+    wide = encoder.width >= WIDE
+    return LinearProtocol(layers=1 if wide else 4, average_pool=wide)
+
+
+def missing_layers(protocol: LinearProtocol, encoder: Encoder) -> tuple[str, ...]:
+    """A note where the backbone has fewer blocks than the published protocol reads."""
+    published = published_linear(encoder).layers
+    if protocol.layers is not None or published is None or published <= encoder.depth:
+        return ()
+    return (f"{encoder.depth} blocks are read, which is all that there are, instead of the published {published}",)
 
 
 def probe_features(encoded: Encoded, average_pool: bool) -> Tensor:
@@ -76,15 +109,11 @@ def evaluate_linear(
 ) -> dict[str, float]:
     """top1 and top5 of the best classifier, and top1 of each by its rate. The best is chosen on the test images, as usual."""
     size, device = protocol.size or encoder.input_format.image_size, ranks.device
-    check(
-        protocol.layers <= encoder.depth,
-        "LinearProtocol.layers must not exceed the depth",
-        f"{protocol.layers} of {encoder.depth}",
-        "use fewer layers",
-    )
-    layers = tuple(range(-protocol.layers, 0))
+    protocol = protocol.on(encoder)
+    assert protocol.layers is not None
+    layers, average_pool = tuple(range(-protocol.layers, 0)), bool(protocol.average_pool)
     torch.manual_seed(protocol.seed)
-    width = encoder.width * (protocol.layers + protocol.average_pool)
+    width = encoder.width * (len(layers) + average_pool)
     heads = _build_heads(width, data.class_count, len(protocol.rates), device)
     broadcast_weights(heads, ranks)
     torch.manual_seed(protocol.seed + 1 + ranks.rank)
@@ -93,7 +122,7 @@ def evaluate_linear(
     def features_of(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(device, reading.precision):
             encoded = encoder(encoder.normalize(images.to(device, non_blocking=True)), layers)
-        return probe_features(encoded, protocol.average_pool).float()
+        return probe_features(encoded, average_pool).float()
 
     def classify(images: Tensor) -> list[Tensor]:
         features = features_of(images)
