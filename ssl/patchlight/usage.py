@@ -41,6 +41,14 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Commands:
+    """A command whose own first word is one of several commands."""
+
+    about: str
+    functions: Mapping[str, Callable]
+
+
+@dataclass(frozen=True)
 class Nothing:
     """A group without settings, until a word chooses its class."""
 
@@ -356,14 +364,19 @@ def call(function: Callable, words: Sequence[str], prog: str) -> None:
         function(**values)
 
 
-def call_one_of(functions: Mapping[str, Callable], words: Sequence[str], prog: str) -> None:
+def call_one_of(functions: Mapping[str, Callable | Commands], words: Sequence[str], prog: str) -> None:
     """Calls the function that the first word names; `-h` lists them."""
     if words and words[0] in (*HELP, HELP_ALL):
-        print(list_text(prog, "COMMAND", {n: inspect.getdoc(function) or "" for n, function in functions.items()}))
+        docs = {n: f.about if isinstance(f, Commands) else inspect.getdoc(f) or "" for n, f in functions.items()}
+        print(list_text(prog, "COMMAND", docs))
         return
     with errors_in_words(prog, WRONG_USAGE):
         check_first_word(words, "command", list(functions), prog)
-    call(functions[words[0]], words[1:], f"{prog} {words[0]}")
+    chosen, prog = functions[words[0]], f"{prog} {words[0]}"
+    if isinstance(chosen, Commands):
+        call_one_of(chosen.functions, words[1:], prog)
+    else:
+        call(chosen, words[1:], prog)
 
 
 def check_first_word(words: Sequence[str], what: str, names: Sequence[str], prog: str) -> None:

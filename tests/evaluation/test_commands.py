@@ -98,7 +98,7 @@ def test_davis_from_the_command_line(run_folder, tmp_path, monkeypatch, capsys):
 def test_render_refuses_a_full_folder(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(SystemExit, match="must be new or empty"):
-        call(monkeypatch, "render", "--out", tmp_path)
+        call(monkeypatch, "render", "davis", tmp_path)
 
 
 def test_labels_that_do_not_match_are_named(images, monkeypatch, run_folder):

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
 from ..checks import check, check_choice
-from ..data.procedural_video import write_davis
 from ..report.console import print_sentence
 from ..threads import limit_spinning
-from ..usage import Choice, Start, call_one_of, word_after
+from ..usage import POSITIONAL, Choice, Commands, Start, call_one_of, word_after
 from .checkpoints import facts_of
 from .davis.benchmark import DavisProtocol, evaluate_davis
 from .davis.folder import DavisFolder
+from .detect.annotations import open_coco
+from .detect.benchmark import evaluate_detect
+from .detect.pictures import draw_detections
+from .detect.protocols import HEADS as DETECTORS
+from .detect.protocols import TASKS as DETECT_TASKS
+from .detect.protocols import DetectProtocol, published_detect
 from .encoder_folder import check_new
 from .features import Reading
 from .images import PROCEDURAL, open_images
+from .layouts.coco import write_coco
+from .layouts.davis import write_davis
+from .layouts.labeled import write_cars, write_cifar10, write_cifar100, write_flowers102, write_folder, write_inat2019
+from .layouts.scenes import write_ade20k, write_imagenet_s, write_voc2012
 from .options import Checkpoint, Labeled, LabeledOptions
 from .pictures.patch_features import PictureProtocol, draw_pictures
 from .pictures.relations import RelationProtocol, evaluate_relations
@@ -162,6 +172,11 @@ def davis(
         checkpoint.finish(build_result(encoder, "davis", name, protocol, metrics, notes, failed, details), ranks)
 
 
+def _published_detect(kind: type[DetectProtocol], words: Sequence[str]) -> DetectProtocol:
+    """What `detect` starts from, as the words before it is read say."""
+    return published_detect(kind, word_after("--schedule", words, "1x"), word_after("--data", words, PROCEDURAL))
+
+
 def segment(
     checkpoint: Checkpoint,
     protocol: Annotated[SegmentProtocol, Choice(HEADS, default_protocol)],
@@ -212,6 +227,39 @@ def segment(
         )
 
 
+def detect(
+    checkpoint: Checkpoint,
+    protocol: Annotated[DetectProtocol, Choice(DETECTORS, _published_detect)],
+    data: str = PROCEDURAL,
+    schedule: str = "1x",
+    reading: Reading = Reading(),  # noqa: B008
+) -> None:
+    """Find objects with their boxes and masks: `detect --checkpoint ... mask-rcnn|cascade`; then the detector's own options.
+
+    Args:
+        protocol: a detector and its published setting.
+        data: a folder in COCO layout, or `procedural`.
+        schedule: 1x or 3x, how long is trained.
+        reading: how images are read.
+    """
+    with join_ranks(checkpoint.device) as ranks:
+        encoder = checkpoint.open(ranks)
+        with open_coco(data) as images:
+            result = evaluate_detect(encoder, images, protocol, ranks, reading)
+        task, notes = DETECT_TASKS[type(protocol)], (*images.notes, *images.unreadable.notes(ranks))
+        if ranks.rank == 0:
+            folder = checkpoint.folder / f"{task}-{images.name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            draw_detections(result.pictures).save(folder / "objects.png")
+        published = published_detect(type(protocol), "1x", data)  # which is that of every paper
+        checkpoint.finish(
+            build_result(
+                encoder, task, images.name, protocol, result.metrics, notes, None, result.by_class, published=published
+            ),
+            ranks,
+        )
+
+
 def attention(
     checkpoint: Checkpoint,
     data: str = PROCEDURAL,
@@ -255,21 +303,52 @@ def relations(
         checkpoint.finish(build_result(encoder, "relations", data, protocol, result.metrics, notes), ranks)
 
 
-def render(out: Path, videos: int = 8, frames: int = 24, size: int = 192, seed: int = 0) -> None:
-    """Draw videos of the procedural objects with true masks, as a folder in DAVIS layout.
+_DRAWN = """
 
     Args:
         out: a new folder.
-        videos: how many.
-        frames: of each.
-        size: side of a frame.
-        seed: other seeds give other videos.
+        images: how many.
+        size: side of an image.
+        seed: other seeds give other images.
     """
-    print(f"{videos} videos: {write_davis(out, videos, frames, size, seed)}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (knn, linear, finetune, semi, davis, segment, attention, relations, render)
+def drawn(write: Callable[..., Path]) -> Callable[..., None]:
+    """A writer of a layout as a command."""
+
+    @wraps(write)
+    def command(**options) -> None:
+        print(f"written: {write(**options)}")
+
+    text = write.__doc__ or ""
+    command.__doc__ = text if "Args:" in text else text.rstrip() + _DRAWN
+    command.__annotations__ = {**write.__annotations__, "out": Annotated[Path, POSITIONAL]}
+    return command
+
+
+RENDER = Commands(
+    "Draw small procedural data with true labels, in the layout of a published data set.",
+    {
+        "davis": drawn(write_davis),
+        "coco": drawn(write_coco),
+        "ade20k": drawn(write_ade20k),
+        "voc2012": drawn(write_voc2012),
+        "imagenet-s": drawn(write_imagenet_s),
+        "folder": drawn(write_folder),
+        "cifar10": drawn(write_cifar10),
+        "cifar100": drawn(write_cifar100),
+        "flowers102": drawn(write_flowers102),
+        "cars": drawn(write_cars),
+        "inat2019": drawn(write_inat2019),
+    },
+)
+
+COMMANDS: dict[str, Callable[..., None] | Commands] = {
+    **{
+        command.__name__: command
+        for command in (knn, linear, finetune, semi, davis, segment, detect, attention, relations)
+    },
+    "render": RENDER,
 }
 
 

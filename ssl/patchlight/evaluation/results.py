@@ -48,6 +48,7 @@ def build_result(
     notes: tuple[str, ...] = (),
     failed: dict[str, str] | None = None,
     details: dict | None = None,
+    *,
     published: DataclassInstance | None = None,
 ) -> Result:
     """A result under a protocol. published: the protocol as published for this data; by default the class's own defaults."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,7 +51,7 @@ class Batches(Sampler[list[int]]):
 class TrainingData(Named, Protocol):
     """Images, or scenes, that are read and changed at random."""
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor | int]: ...
+    def __getitem__(self, item: int) -> tuple[Tensor, Any]: ...
 
 
 class TrainingBatches:
@@ -63,7 +63,7 @@ class TrainingBatches:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
         for sample, numbers, reasons in self._in_time():
             for number, reason in zip(numbers.tolist(), reasons, strict=True):
                 if reason:
@@ -94,17 +94,24 @@ class _Replacing(Dataset):
     def __init__(self, data: TrainingData, seed: int) -> None:
         self.data, self.seed = data, seed
 
-    def __getitem__(self, item: int) -> tuple[tuple[Tensor, Tensor | int], int, str]:
+    def __getitem__(self, item: int) -> tuple[tuple[Tensor, Any], int, str]:
         sample = read_sample(self.data, self.seed, item, self.data.__getitem__)
         return (sample.content, *((item, sample.replacement.reason) if sample.replacement else (-1, "")))
 
 
 def training_loader(
-    data: TrainingData, batches: Batches, workers: int, device: torch.device, unreadable: Unreadable
+    data: TrainingData,
+    batches: Batches,
+    workers: int,
+    device: torch.device,
+    unreadable: Unreadable,
+    collate: Callable[[list], tuple] | None = None,
 ) -> TrainingBatches:
+    """collate: makes a batch of samples that do not stack."""
     replacing, pin_memory = _Replacing(data, batches.seed), device.type == "cuda"
     timeout = TIMEOUT if workers else 0
-    loader = DataLoader(replacing, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, timeout=timeout)
+    loader = DataLoader(replacing, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, timeout=timeout,
+                        collate_fn=collate)  # fmt: skip
     return TrainingBatches(data, loader, unreadable)
 
 

@@ -1,1 +1,1 @@
-"""Small procedural data in the layouts of real data sets."""
+"""Writers of small procedural data sets in the layouts that evaluations read."""

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import timm.data
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ..encoder import Encoder, autocast, set_drop_path
 from ..encoder_folder import FINETUNED, as_file, write_encoder
 from ..features import Reading
+from ..norms import average_statistics
 from ..progress import progress
 from ..ranks import Ranks
 from ..training import Batches, broadcast_weights, cosine_rate, layer_groups, set_rate, training_loader, update
@@ -154,15 +154,6 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002 it is timm that draws from it
     random.seed(seed)
-
-
-def average_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Running means and variances of BatchNorm, of which each rank has its own, become their means over ranks."""
-    if ranks.world > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= ranks.world
 
 
 def evaluate_classifier(

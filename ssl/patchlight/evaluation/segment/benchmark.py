@@ -12,6 +12,7 @@ from ...checks import check
 from ...data.reading import describe_error
 from ..encoder import Encoder, autocast, set_drop_path
 from ..features import Reading
+from ..norms import average_statistics, share_norms
 from ..progress import progress
 from ..ranks import Ranks
 from ..sheets import overlay, tile
@@ -28,7 +29,6 @@ from ..training import (
 from .crops import TrainingScenes
 from .heads import UperNetHead
 from .model import Segmenter, segmentation_loss
-from .norms import average_statistics, share_norms
 from .predictions import Predictions
 from .protocols import SegmentProtocol
 from .scenes import IGNORE, Scenes

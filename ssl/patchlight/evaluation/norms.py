@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ranks import Ranks
+from .ranks import Ranks
 
 
 class _Standardize(torch.autograd.Function):
@@ -79,6 +79,8 @@ def share_norms(module: nn.Module, ranks: Ranks) -> None:
 @torch.no_grad()
 def average_statistics(module: nn.Module, ranks: Ranks) -> None:
     """Running statistics become their mean over ranks, those of norms too that are of another class than nn.BatchNorm2d."""
+    if ranks.world == 1:
+        return
     for name, statistics in module.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             statistics.copy_(ranks.sum(statistics) / ranks.world)

@@ -11,10 +11,10 @@ from torch import nn
 from patchlight.backbones.vit import VisionTransformer
 from patchlight.evaluation.encoder import Encoder, InputFormat
 from patchlight.evaluation.features import Reading
+from patchlight.evaluation.norms import SharedNorm, average_statistics, share_norms
 from patchlight.evaluation.ranks import Ranks
 from patchlight.evaluation.segment import benchmark
 from patchlight.evaluation.segment.model import Segmenter, segmentation_loss
-from patchlight.evaluation.segment.norms import SharedNorm, average_statistics, share_norms
 from patchlight.evaluation.segment.protocols import UperNetSegment
 from patchlight.evaluation.segment.scenes import IGNORE, open_scenes
 from patchlight.evaluation.segment.windows import predict
