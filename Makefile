@@ -22,7 +22,7 @@ endif
 # A line for each package that is fetched, so that nobody waits without a sign; none for those that are there.
 TELL = | { grep --line-buffered -E "Collecting|Downloading|Building|Successfully|error|ERROR" || true; }
 
-.PHONY: demo test test-matrix faults fuzz bench docs lint sanitize doctor build clean
+.PHONY: demo test test-matrix faults fuzz bench tables docs lint sanitize doctor build clean
 
 demo: $(READY)  ## pretrains a small ViT on procedural images; report, pictures and checkpoint in runs/demo-*
 	$(PY) train.py demo --output.folder runs/demo-$(shell date +%Y%m%d-%H%M%S)
@@ -42,6 +42,9 @@ fuzz: $(READY)  ## the fuzz tests for long, SECONDS=600 each
 bench: $(READY)  ## every op at every size for this machine, tables and plots in bench/out
 	$(PY) -m bench ops
 	$(PY) -m bench report
+
+tables: $(READY)  ## every row of the papers' tables with small drawn images, in build/tables; TABLES="SERE 5" picks, RESUME=--resume goes on
+	$(PY) -m patchlight.command tables run $(TABLES) $(RESUME)
 
 docs: $(READY)  ## the documentation as a site, in build/docs; every warning is an error
 	$(PY) -m sphinx -q -W --keep-going -n -b html docs build/docs

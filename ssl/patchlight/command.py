@@ -11,6 +11,10 @@ COMMANDS = {
     "train": ("patchlight.recipes.command", "pretrain a model: a recipe, and any setting by flag"),
     "evaluate": ("patchlight.evaluation.__main__", "k-NN, linear, fine-tuning, DAVIS, segmentation, pictures"),
     "export": ("patchlight.export.__main__", "a trained teacher for timm, the Hugging Face Hub, ONNX and torch.export"),
+    "tables": (
+        "patchlight.tables.__main__",
+        "the papers' tables: what to type for each row, and small runs of all of it",
+    ),
     "check-data": ("patchlight.data.check_data", "read every image once and list those that cannot be read"),
     "check-checkpoint": ("patchlight.checkpoint.__main__", "read every byte of a run's checkpoints"),
     "doctor": ("patchlight_kernels.__main__", "versions, hardware, and which implementation of each op runs"),

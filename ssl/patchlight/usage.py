@@ -288,8 +288,9 @@ class Words:
                 self.loose.append(word)
         for setting in self.positional:
             if self.loose:
-                word = self.loose.pop(0)
-                self._set(setting, setting.path, [word], f"{setting.path[-1].upper()}", word)
+                words = self.loose[:1] if words_of(setting.kind) is not None else list(self.loose)
+                del self.loose[: len(words)]
+                self._set(setting, setting.path, words, f"{setting.path[-1].upper()}", " ".join(words))
 
     def _read_flag(self, word: str) -> None:
         name, equals, inline = word.partition("=")
@@ -347,6 +348,19 @@ def _is_flag(word: str) -> bool:
     return bool(re.match(r"--?[A-Za-z]", word)) and word != "-inf"
 
 
+def values_of(function: Callable, words: Sequence[str], prog: str) -> dict[str, Any]:
+    """The values that `call` would call a function with. A ValueError if a word belongs to none."""
+    return _values(Group.of_function(function, words), words, prog)
+
+
+def _values(group: Group, words: Sequence[str], prog: str) -> dict[str, Any]:
+    read = Words(group, words)
+    read.read()
+    _take_choice(group, read)
+    check(not read.loose, "Every word must belong to a setting", " ".join(read.loose), f"see {prog} --help")
+    return group.make(read.given, read.typed)
+
+
 def call(function: Callable, words: Sequence[str], prog: str) -> None:
     """Calls a function with the values of a command line: `-h` prints its help."""
     with errors_in_words(prog, WRONG_USAGE):
@@ -355,11 +369,7 @@ def call(function: Callable, words: Sequence[str], prog: str) -> None:
         print(help_text(group, prog, inspect.getdoc(function) or ""))
         return
     with errors_in_words(prog, WRONG_USAGE, group):
-        read = Words(group, words)
-        read.read()
-        _take_choice(group, read)
-        check(not read.loose, "Every word must belong to a setting", " ".join(read.loose), f"see {prog} --help")
-        values = group.make(read.given, read.typed)
+        values = _values(group, words, prog)
     with errors_in_words(prog, FAILED, group):
         function(**values)
 

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "objectives": GROUND | {"heads", "data.masking"},
     "evaluation": GROUND | {"report", "checkpoint", "backbones", "heads", "data"},
     "export": GROUND | {"report", "checkpoint", "backbones", "heads", "data", "evaluation"},
+    "tables": GROUND | {"report", "evaluation"},
     "run": GROUND | {"objectives", "data"},
     "needs": GROUND | {"backbones", "objectives", "data"},
     "cost": GROUND | {"backbones", "run"},

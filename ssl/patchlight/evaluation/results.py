@@ -15,13 +15,13 @@ from rich.text import Text
 
 from .checkpoints import run_folder_of
 from .encoder import Encoder
-from .paper_numbers import PaperNumbers, paper_numbers
+from .paper_numbers import PaperNumbers, main_numbers, paper_numbers
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 FOLDER = "evaluation"  # in a run's folder, where the run's report finds it
-_MOST_COLUMNS = 5
+_MOST_COLUMNS, _MOST_ROWS = 5, 10
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,14 @@ def save_result(result: Result, folder: Path, environment: dict) -> Path:
 def print_result(result: Result, console: Console | None = None) -> None:
     """The measured numbers in percent, the published ones below, and whether they may be compared."""
     console = console or Console()
-    rows = paper_numbers(result.task, result.data)
+    rows = main_numbers(result.task, result.data)
     in_papers = [name for name in result.metrics if any(name in row.metrics for row in rows)]
     names = in_papers or list(result.metrics)[:_MOST_COLUMNS]
-    console.print(_table(result, names, rows))
+    console.print(_table(result, names, rows[:_MOST_ROWS]))
     rest = ", ".join(f"{name} {100 * value:.2f}" for name, value in result.metrics.items() if name not in names)
     lines = [Text(f"also: {rest}")] if rest else []
+    if more := len(paper_numbers(result.task, result.data)) - len(rows[:_MOST_ROWS]):
+        lines.append(Text(f"{more} more rows of papers are in the result's file; `patchlight tables show` lists all."))
     if not rows:
         lines.append(Text(f"No published number is known for {result.task} on {result.data}."))
     elif result.changed:
