@@ -44,6 +44,8 @@ def test_maps_are_those_that_the_backbone_names(name):
 
 def test_a_vit_gives_the_published_blocks():
     assert map_blocks(12) == (3, 5, 7, 11)
+    assert map_blocks(12, (3, 6, 9, 12)) == (2, 5, 8, 11)
+    assert map_blocks(24, (3, 6, 9, 12)) == (5, 11, 17, 23)
     assert map_blocks(2) == (0, 0, 0, 1)
     assert map_blocks(1) == (0, 0, 0, 0)
 

@@ -28,9 +28,12 @@ class MapLevel:
     norm: bool = False  # whether such heads put a LayerNorm on it first, as published for this backbone
 
 
-def map_blocks(depth: int) -> tuple[int, ...]:
-    """The blocks whose patches are a ViT's four maps: of 12 the 4th, 6th, 8th and 12th, as iBOT and XCiT published."""
-    return tuple(max(1, round(depth * share / 12)) - 1 for share in (4, 6, 8, 12))
+MAP_BLOCKS = (4, 6, 8, 12)  # of a ViT's 12 blocks those whose patches are its four maps, as iBOT and XCiT published
+
+
+def map_blocks(depth: int, blocks: tuple[int, ...] = MAP_BLOCKS) -> tuple[int, ...]:
+    """The numbers, from 0, of the same blocks in a ViT of another depth."""
+    return tuple(max(1, round(depth * block / 12)) - 1 for block in blocks)
 
 
 def as_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -72,8 +75,11 @@ class Backbone(nn.Module, ABC):
         """What `maps` returns, finest first; strides may be equal. By default the patches alone."""
         return (MapLevel(self.width, self.patch_size),)
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Feature maps [M, C, rows, columns] for detection and segmentation, of pixels [M, 3, H, W]."""
+    def maps(self, pixels: Tensor, blocks: tuple[int, ...] = MAP_BLOCKS) -> tuple[Tensor, ...]:
+        """Feature maps [M, C, rows, columns] for detection and segmentation, of pixels [M, 3, H, W].
+
+        blocks: of a ViT of 12; other backbones do not read them.
+        """
         tokens = self(pixels)
         return (as_map(tokens.patches, tokens.grid),)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..checks import check, sentence
 from ..records import Tokens
-from .interface import Backbone, MapLevel
+from .interface import MAP_BLOCKS, Backbone, MapLevel
 
 ARCHITECTURES = {
     "resnet18": {"bottleneck": False, "depths": (2, 2, 2, 2)},
@@ -73,7 +73,7 @@ class ResNet(Backbone):
     def map_levels(self) -> tuple[MapLevel, ...]:
         return tuple(MapLevel(self.width // 2 ** (3 - stage), STRIDE // 2 ** (3 - stage)) for stage in range(4))
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, pixels: Tensor, blocks: tuple[int, ...] = MAP_BLOCKS) -> tuple[Tensor, ...]:
         """The maps after each stage."""
         x, kept = self.maxpool(self.act1(self.bn1(self.conv1(pixels)))), []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

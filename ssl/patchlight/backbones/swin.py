@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..checks import check, sentence
 from ..records import Tokens
-from .interface import Backbone, MapLevel
+from .interface import MAP_BLOCKS, Backbone, MapLevel
 from .patches import PatchEmbed
 
 ARCHITECTURES = {
@@ -95,7 +95,7 @@ class SwinTransformer(Backbone):
         first = self.patch_size // self.reduction
         return tuple(MapLevel(self.stem_width * 2**stage, first * 2**stage, norm=True) for stage in range(STAGES))
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, pixels: Tensor, blocks: tuple[int, ...] = MAP_BLOCKS) -> tuple[Tensor, ...]:
         """The residual stream after each stage."""
         self.grid(*pixels.shape[-2:])
         x, kept = self.patch_embed(pixels), []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import check, sentence
 from ..records import Tokens
-from .interface import Backbone, MapLevel, map_blocks
+from .interface import MAP_BLOCKS, Backbone, MapLevel, map_blocks
 from .layout import attention_heads, find_layout
 
 NORM_EPS = 1e-6
@@ -113,19 +113,19 @@ class TimmBackbone(Backbone):
     @property
     def map_levels(self) -> tuple[MapLevel, ...]:
         if self.is_vit:
-            return (MapLevel(self.width, self.patch_size),) * len(map_blocks(len(self.blocks)))
+            return (MapLevel(self.width, self.patch_size),) * len(MAP_BLOCKS)
         stages = getattr(self.model, "feature_info", None) if hasattr(self.model, "forward_intermediates") else None
         if not stages:
             return super().map_levels
         norm = hasattr(self.model, "layers") and hasattr(self.model, "patch_embed")  # Swin and its kin
         return tuple(MapLevel(stage["num_chs"], stage["reduction"], norm) for stage in list(stages)[-4:])
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, pixels: Tensor, blocks: tuple[int, ...] = MAP_BLOCKS) -> tuple[Tensor, ...]:
         """A ViT's patches after some blocks, without the final norm; the last four stages of others, where timm gives them."""
         if not self.is_vit and len(self.map_levels) == 1:
             return super().maps(pixels)
         self.grid(*pixels.shape[-2:])
-        numbers = list(map_blocks(len(self.blocks))) if self.is_vit else len(self.map_levels)
+        numbers = list(map_blocks(len(self.blocks), blocks)) if self.is_vit else len(self.map_levels)
         kept = self.model.forward_intermediates(
             pixels, indices=numbers, norm=False, output_fmt="NCHW", intermediates_only=True
         )

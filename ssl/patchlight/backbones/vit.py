@@ -15,7 +15,7 @@ from patchlight_kernels import query_attention
 
 from ..checks import check, check_choice, sentence
 from ..records import Queries, Tokens
-from .interface import Backbone, MapLevel, as_map, map_blocks
+from .interface import MAP_BLOCKS, Backbone, MapLevel, as_map, map_blocks
 from .patches import PatchEmbed
 from .positions import EMBEDDINGS, grid_positions, resize_table
 
@@ -164,16 +164,16 @@ class VisionTransformer(Backbone):
 
     @property
     def map_levels(self) -> tuple[MapLevel, ...]:
-        return (MapLevel(self.width, self.patch_size),) * 4
+        return (MapLevel(self.width, self.patch_size),) * len(MAP_BLOCKS)
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, pixels: Tensor, blocks: tuple[int, ...] = MAP_BLOCKS) -> tuple[Tensor, ...]:
         """The patches after some blocks, without the final norm, all on one grid."""
         grid = self.grid(*pixels.shape[-2:])
         x, kept = self.embed(pixels), []
         for block in self.blocks:
             x = block(x)
             kept.append(x[:, int(self.has_class_token) :])
-        return tuple(as_map(kept[number], grid) for number in map_blocks(len(kept)))
+        return tuple(as_map(kept[number], grid) for number in map_blocks(len(kept), blocks))
 
     def _as_stream(self, x: Tensor) -> Tensor:
         """x in the format that tokens have between blocks."""

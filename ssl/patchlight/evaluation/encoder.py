@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..backbones.interface import MapLevel
+from ..backbones.interface import MAP_BLOCKS, MapLevel
 from ..backbones.vit import DropPath
 from ..checks import check
 from ..data.policy import IMAGENET_MEAN, IMAGENET_STD
@@ -85,7 +85,7 @@ class EvaluatedBackbone(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]: ...
+    def maps(self, pixels: Tensor, blocks: tuple[int, ...] = MAP_BLOCKS) -> tuple[Tensor, ...]: ...
 
     def __call__(self, pixels: Tensor, *, layers: tuple[int, ...] = ()) -> Tokens: ...
 
@@ -124,9 +124,9 @@ class Encoder(nn.Module):
     def map_levels(self) -> tuple[MapLevel, ...]:
         return self.backbone.map_levels
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def maps(self, pixels: Tensor, blocks: tuple[int, ...] = MAP_BLOCKS) -> tuple[Tensor, ...]:
         """Feature maps for detection and segmentation, finest first, as `map_levels` describes them."""
-        return self.backbone.maps(pixels)
+        return self.backbone.maps(pixels, blocks)
 
     def forward(self, pixels: Tensor, layers: tuple[int, ...] = ()) -> Encoded:
         """pixels [M, 3, H, W] as `normalize` returns them, sides multiples of the patch size; layers: blocks to return, of

@@ -70,7 +70,9 @@ def evaluate_segment(
     """
     data.check_first()
     torch.manual_seed(protocol.seed)
-    model = Segmenter(encoder, protocol.build_head(encoder, data.classes), protocol.features).to(ranks.device)
+    model = Segmenter(encoder, protocol.build_head(encoder, data.classes), protocol.features, protocol.blocks).to(
+        ranks.device
+    )
     share_norms(model, ranks)
     broadcast_weights(model, ranks)
     torch.manual_seed(protocol.seed + 1 + ranks.rank)

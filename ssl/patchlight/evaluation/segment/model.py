@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...backbones.interface import MAP_BLOCKS
 from ..encoder import Encoder
 from ..ranks import Ranks
 from .features import features_of
@@ -14,18 +15,18 @@ from .scenes import IGNORE
 
 
 class Segmenter(nn.Module):
-    """An encoder and a head. features: what the head takes, one of the words in `features.py`."""
+    """An encoder and a head. features: what the head takes, one of the words in `features.py`; blocks: of a ViT of 12."""
 
-    def __init__(self, encoder: Encoder, head: nn.Module, features: str) -> None:
+    def __init__(self, encoder: Encoder, head: nn.Module, features: str, blocks: tuple[int, ...] = MAP_BLOCKS) -> None:
         super().__init__()
-        self.encoder, self.head, self.features = encoder, head, features
+        self.encoder, self.head, self.features, self.blocks = encoder, head, features, blocks
 
     def forward(self, pixels: Tensor, frozen: bool = False) -> tuple[Tensor, ...]:
         """Score maps [B, C, h, w] of any resolution for pixels [B, 3, H, W]; sides are padded to whole patches."""
         patch = self.encoder.patch_size
         pixels = F.pad(pixels, (0, -pixels.shape[-1] % patch, 0, -pixels.shape[-2] % patch))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            maps = features_of(self.encoder, pixels, self.features)
+            maps = features_of(self.encoder, pixels, self.features, self.blocks)
         return self.head(maps)
 
     def others(self) -> nn.ModuleList:

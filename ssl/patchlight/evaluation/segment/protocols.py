@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...backbones.interface import MAP_BLOCKS
 from ...checks import check, check_choice, check_numbers, check_tuple
 from ..encoder import Encoder
 from .features import MAPS, NORMED_MAPS, PATCHES, has_one_grid
@@ -62,6 +63,8 @@ class SegmentProtocol:
     """The longer side in testing is at most this, and in training in proportion; 0: any."""
     stride: int = 341
     """Pixels between windows in testing."""
+    blocks: tuple[int, int, int, int] = MAP_BLOCKS
+    """Of a ViT of 12 blocks those whose patches fpn and upernet take; of one of another depth those in the same places."""
     frozen: bool = False
     """Whether the backbone is not trained."""
     seed: int = 0
@@ -161,6 +164,7 @@ class FpnSegment(SegmentProtocol):
     """Width of the head."""
     pyramid: bool = False
     """Whether a ViT's maps are made finer and coarser first; those of other backbones always have four scales."""
+    blocks: tuple[int, int, int, int] = (3, 6, 9, 12)
 
     @property
     def features(self) -> str:
