@@ -110,6 +110,47 @@ def test_measured_steps_are_those_of_the_csv():
     assert f"commit {measured['DINO']['commit']}," in cost
 
 
+def test_extra_cost_side_by_side_is_that_of_the_csv():
+    over = {
+        row["case"].split()[0]: row for row in csv.DictReader((RESULTS / "step_cpu.csv").open()) if row["time_ratio"]
+    }
+    cells = {cells[0]: cells[-1] for cells in rows(section(INDEX, "Side by side")) if len(cells) == 6}
+    for method, steps in {
+        "SelfPatch": ["DINO+SelfPatch"],
+        "PQCL": ["iBOT+PQCL"],
+        "SERE": ["iBOT+SERE", "DINO+SERE"],
+    }.items():
+        time, flops = (
+            sorted({f"{float(over[step][key]):.2f}x" for step in steps}) for key in ("time_ratio", "flop_ratio")
+        )
+        assert cells[method] == f"{' to '.join(time)} time, {' to '.join(flops)} FLOPs"
+
+
+def test_what_the_papers_say_about_cost_stands_beside_the_csvs():
+    measured, counted = {}, {}
+    for row in csv.DictReader((RESULTS / "step_cpu.csv").open()):
+        measured.setdefault(row["case"].split()[0], {})[row["provider"]] = row
+    for row in csv.DictReader((RESULTS / "cost.csv").open()):
+        if (row["depth"], row["phase"]) == ("12", "step"):
+            counted[row["method"]] = [float(row[key]) for key in ("gb", "gflop products in 16 bit")]
+    time = lambda name: float(measured[name]["over host"]["time_ratio"])
+    over = lambda name, host: [a / b for a, b in zip(counted[name], counted[host], strict=True)]
+    more = lambda ratio: f"{100 * (ratio - 1):.0f} % more"
+    shorter = lambda long, short, ratios: [f"{long / short / ratio:.2f}x" for ratio in ratios]
+    (selfpatch, total, sere, pqcl) = rows(section(INDEX, "What the papers say about cost"))
+    gb, flops = over("selfpatch", "dino")
+    assert selfpatch[1:] == [f"{more(time('DINO+SelfPatch'))} time", f"{more(gb)} bytes, {more(flops)} FLOPs"]
+    cpu, by_bytes, by_flops = shorter(300, 200, [time("DINO+SelfPatch"), gb, flops])
+    assert total[1:] == [cpu, f"{by_bytes} by bytes, {by_flops} by FLOPs"]
+    cpu, by_bytes, by_flops = shorter(300, 100, [time("iBOT+SERE"), *over("sere", "ibot")])
+    assert sere[1:] == [f"{cpu} less time", f"{by_bytes} by bytes, {by_flops} by FLOPs"]
+    memory = lambda name, provider: float(measured[name][provider]["peak_extra_mb"])
+    mine, host = memory("iBOT+PQCL", "patchlight"), memory("iBOT+PQCL", "host alone")
+    less = f"{100 * (1 - mine / memory('iBOT', 'patchlight')):.0f} % less memory than iBOT with four"
+    words = f"{more(time('iBOT+PQCL'))} time and {more(mine / host)} memory than its host without local crops; {less}"
+    assert pqcl[1] == words
+
+
 def test_counted_steps_are_those_of_the_csv():
     names = {"DINO": "dino", "DINO + SelfPatch": "selfpatch", "DINO + SERE": "dino-sere", "iBOT": "ibot"}
     names |= {"iBOT + SERE": "sere", "iBOT + PQCL, no local crops": "pqcl"}
