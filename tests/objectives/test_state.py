@@ -29,7 +29,8 @@ def attributes(objectives) -> dict[str, object]:
 
 def is_fixed(value: object) -> bool:
     frozen = dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen
-    return frozen or value is None or isinstance(value, str | int | float)
+    plain = value if isinstance(value, tuple) else (value,)
+    return frozen or all(item is None or isinstance(item, str | int | float) for item in plain)
 
 
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import RUNNERS, TORCH_RUNNERS, assert_as_exact_as_pytorch, needs_gpu, outcome, running
+from parity import RUNNERS, TORCH_RUNNERS, assert_as_exact_as_pytorch, needs_gpu, outcome, running, widened
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchlight_kernels import force, hardware, query_attention, registry
@@ -38,6 +40,13 @@ def masked(qkv: torch.Tensor, raw: int, query_keys: str, crop: int | None) -> to
     mask = may_read(raw, qkv.shape[1], query_keys, crop).to(qkv.device)
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def pytorchs_errors(given: dict) -> dict[str, float]:
+    """How far PyTorch's attention under the mask is from float64."""
+    plain = replace(SPEC, public=masked)
+    exact, found = outcome(plain, widened(given)), outcome(plain, given)
+    return {key: (value - exact[key]).abs().max().item() for key, value in found.items()}
 
 
 def run(device, name, given: dict) -> dict:
@@ -108,7 +117,9 @@ def test_far_apart_scores(device, name):
     given["qkv"] *= 20
     found = run(device, name, given)
     assert all(value.isfinite().all() for value in found.values())
-    assert_as_exact_as_pytorch(SPEC, given, found, f"{name} on {device}")
+    # PyTorch's attention for CPUs takes exp to 20 units in the last place on some of them, also where nobody packs anything.
+    also = pytorchs_errors(given) if (device, name) == ("cpu", "torch") else None
+    assert_as_exact_as_pytorch(SPEC, given, found, f"{name} on {device}", also)
 
 
 @every_runner
@@ -135,7 +146,10 @@ def test_strides_of_the_projection_need_no_copy(device, name):
     assert args[0].data_ptr() == view.data_ptr()
     dense = run(device, name, given)
     for key, value in run(device, name, given | {"qkv": view}).items():
-        assert torch.equal(value, dense[key]), key
+        if (device, name) == ("cpu", "torch"):  # PyTorch's sums may have another order where rows lie elsewhere
+            torch.testing.assert_close(value, dense[key], rtol=1e-5, atol=1e-6, msg=key)
+        else:
+            assert torch.equal(value, dense[key]), key
 
 
 @every_runner

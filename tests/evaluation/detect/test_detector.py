@@ -277,7 +277,7 @@ def test_from_the_command_line(run_folder, tmp_path, monkeypatch, capsys):
     result = json.loads((run_folder / "evaluation/detect-mask-rcnn-drawn.json").read_text())
     assert result["metrics"].keys() == {f"{k} {m}" for k in ("box", "mask") for m in ("AP", "AP50", "AP75")}
     assert result["changed"]["epochs"] == [12, 1]  # no paper has a longer one than 1x
-    assert "milestones" not in result["changed"], "3x has its own"
+    assert result["changed"]["milestones"] == [[8, 11], [27, 33]]
     assert result["protocol"]["milestones"] == [27, 33]
     assert (run_folder / "evaluation/detect-mask-rcnn-drawn/objects.png").exists()
     assert "box AP" in (run_folder / "report.html").read_text()
