@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from patchlight.usage import call_one_of
 
-from . import evaluation, loader, ops, report, step, study, tables, update
+from . import creatures, evaluation, loader, ops, report, step, study, tables, update
 from .cost import command as cost
 from .gpu import command as gpu
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable] = {
     "evaluation": evaluation.measure_evaluation,
     "study": study.measure_study,
     "study-report": study.draw,
+    "study-scenes": creatures.draw_sheet,
     "cost": cost.measure_cost,
     "gpu": gpu.measure_gpu,
     "report": report.draw,
