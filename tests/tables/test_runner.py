@@ -101,6 +101,18 @@ def test_a_network_that_was_removed_is_trained_again_for_what_failed(runner):
     assert sum(words[0] == "train" for words in commands(mended)) == 2
 
 
+def test_what_a_killed_command_left_is_removed(runner):
+    done = runner()
+    left = done.out / "runs" / "x"
+    left.mkdir(parents=True)
+    (left / "half").write_text("a run")
+    kept = done.out / "other"
+    kept.mkdir()
+    assert done.do(["train", "x", "--output.folder", str(left), "--data.path", str(kept)]).ok
+    assert not (left / "half").exists()
+    assert kept.is_dir()
+
+
 def test_a_slow_command_ends_with_its_processes(runner):
     done = runner(limit=2, sleep=True)
     outcome = done.do(["evaluate", "x"])

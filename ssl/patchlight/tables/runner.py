@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from . import small
 from .commands import Place, run_of
 
 JOURNAL, LOGS, RESULTS = "journal.jsonl", "logs", "results"
+WRITTEN = ("--output.folder", "--save", "--predictions")  # before a folder that a command writes, and wants to be new
 PATCHLIGHT = (sys.executable, "-m", "patchlight.command")
 
 
@@ -79,6 +81,9 @@ class Runner:
         known = self.done.get(tuple(words))
         if known is not None:
             return known
+        for flag, folder in itertools.pairwise(words):
+            if flag in WRITTEN:  # what a command left that was killed
+                shutil.rmtree(folder, ignore_errors=True)
         outcome = self._run(words)
         self.done[tuple(words)] = outcome
         with (self.out / JOURNAL).open("a", encoding="utf-8") as journal:
