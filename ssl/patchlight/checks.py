@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ def check(holds: bool, rule: str, got: object, remedy: str) -> None:
     """A ValueError unless the rule holds."""
     if not holds:
         raise ValueError(sentence(rule, got, remedy))
+
+
+def check_new_folder(name: str, folder: Path) -> None:
+    """A ValueError if the folder holds anything, or is a file."""
+    unused = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    got = f"{folder}, which holds files" if folder.is_dir() else f"{folder}, which is a file"
+    check(unused, f"{name} must be new or empty", got, "choose another")
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

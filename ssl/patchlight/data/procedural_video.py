@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..checks import check
+from ..checks import check, check_new_folder
 from .procedural import CLASSES, backgrounds, colors, object_at
 from .random_numbers import PROCEDURAL, random_uniform
 
@@ -74,12 +74,7 @@ def _panned(seed: int, number: int, time: Tensor, u: Tensor, size: int) -> Tenso
 def write_davis(root: str | Path, videos: int = 8, frames: int = 24, size: int = 192, seed: int = 0) -> Path:
     """Writes videos in DAVIS layout: JPEGImages/480p (the name that readers expect, whatever the size), Annotations, val.txt."""
     root = Path(root)
-    check(
-        not root.exists() or not any(root.iterdir()),
-        "write_davis: the folder must be new or empty",
-        f"{root}, which holds files",
-        "choose another",
-    )
+    check_new_folder("write_davis: the folder", root)
     names = [f"procedural-{number:03d}" for number in range(videos)]
     for number, name in enumerate(names):
         images, labels = draw_video(seed, number, frames, size)

@@ -26,7 +26,7 @@ from ..backbones.timm_backbone import TimmBackbone
 from ..backbones.vit import VisionTransformer
 from ..backbones.weight_file import check_weights, read_tensors
 from ..checkpoint.folder import FACTS
-from ..checks import check, sentence
+from ..checks import check, check_new_folder, sentence
 from ..durable import make_folder, move, write_whole
 from ..heads.summary import MeanSummary, build_summary
 from .encoder import Encoder, InputFormat
@@ -39,9 +39,7 @@ _CLASSES: dict[str, type[Backbone]] = {kind.__name__: kind for kind in (VisionTr
 
 def check_new(folder: Path) -> None:
     """Makes the folder; an error if it holds anything."""
-    unused = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    got = f"{folder}, which holds files" if folder.is_dir() else f"{folder}, which is a file"
-    check(unused, "--save must name a new or an empty folder", got, "choose another")
+    check_new_folder("The folder of --save", folder)
     make_folder(folder)
 
 

@@ -210,7 +210,7 @@ def test_a_folder_that_holds_anything_is_refused_first(data, tmp_path, run_folde
 
     monkeypatch.setattr("patchlight.evaluation.__main__.train_classifier", never)
     command = "finetune", "--checkpoint", str(run_folder), "--data", data.name, "--save"
-    with pytest.raises(SystemExit, match=r"--save must name a new or an empty folder, got .*mine, which holds files"):
+    with pytest.raises(SystemExit, match=r"The folder of --save must be new or empty, got .*mine, which holds files"):
         main([*command, str(tmp_path / "mine")])
     with pytest.raises(SystemExit, match=r"got .*thesis.txt, which is a file; choose another"):
         main([*command, str(tmp_path / "mine" / "thesis.txt")])

@@ -11,7 +11,7 @@ import faster_coco_eval.core.mask as coco_mask
 import numpy as np
 from PIL import Image
 
-from ...checks import check
+from ...checks import check, check_new_folder
 from ...data.procedural import CLASSES
 from ...data.procedural_scenes import SceneObject, draw_scene
 from ...usage import POSITIONAL
@@ -30,8 +30,7 @@ def write_coco(out: Annotated[Path, POSITIONAL], images: int = 64, size: int = 1
         seed: other seeds give other images.
     """
     out = Path(out)
-    rule, got = "write_coco: the folder must be new or empty", f"{out}, which holds files"
-    check(not out.exists() or not any(out.iterdir()), rule, got, "choose another")
+    check_new_folder("write_coco: the folder", out)
     check(images >= 1, "write_coco: images must be positive", images, "use one or more")
     (out / "annotations").mkdir(parents=True)
     for number, (part, count) in enumerate({"train2017": images, "val2017": max(_LEAST, images // 4)}.items()):

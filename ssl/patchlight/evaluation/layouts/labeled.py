@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...checks import check, check_least
+from ...checks import check_least, check_new_folder
 from ...data.procedural import CLASSES, ProceduralSource
 from ...durable import make_folder
 from .annotated import CAR_TESTS, CARS, FLOWERS, INAT
@@ -100,8 +100,7 @@ def write_inat2019(out: Path, images: int = 64, size: int = 96, seed: int = 0) -
 def _drawn(out: Path, images: int, size: int, seed: int) -> tuple[ProceduralSource, ProceduralSource]:
     """Images of a training and of a test part; the second has a quarter as many, and both have every class."""
     check_least("The number of training images", images, len(CLASSES), "every class needs one")
-    unused = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    check(unused, "The folder must be new or empty", f"{out}, which holds files", "choose another")
+    check_new_folder("The folder", out)
     make_folder(out)
     return ProceduralSource(images, size, seed), ProceduralSource(max(len(CLASSES), images // 4), size, seed + 1)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...checks import check
+from ...checks import check, check_new_folder
 from ...data.procedural import CLASSES, ProceduralSource
 from ..segment.predictions import as_stored
 from ..segment.scenes import ProceduralScenes
@@ -63,8 +63,7 @@ def write_imagenet_s(out: str | Path, images: int = 40, size: int = 96, seed: in
 
 def _new_folder(out: str | Path, images: int) -> Path:
     out = Path(out)
-    empty = not out.exists() or not any(out.iterdir())
-    check(empty, "The folder must be new or empty", f"{out}, which holds files", "choose another")
+    check_new_folder("The folder", out)
     rule = f"There must be an image of each of the {_LEAST} classes"
     check(images >= _LEAST, rule, f"{images} images", "use more")
     return out

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...checks import check
+from ...checks import check_new_folder
 from ..images import PROCEDURAL
 from ..sheets import PALETTE
 from .scenes import UnmaskedSource
@@ -25,12 +25,7 @@ class Predictions:
     images: UnmaskedSource | None = None
 
     def __post_init__(self) -> None:
-        check(
-            not self.folder.exists() or not any(self.folder.iterdir()),
-            "The folder of predictions must be new or empty",
-            f"{self.folder}, which holds files",
-            "choose another",
-        )
+        check_new_folder("The folder of predictions", self.folder)
 
     def save(self, name: Path, classes: np.ndarray) -> Path:
         """Writes classes [H, W] as FOLDER/name.png."""
