@@ -11,7 +11,7 @@ from engine.tiny_run import (
     PQCL,
     SELFPATCH,
     NoiseLoader,
-    largest_difference,
+    assert_a_resumed_run_is_the_whole,
     on_processes,
     tiny_run,
     tiny_trainer,
@@ -56,18 +56,7 @@ def test_the_query_term_falls(host, pqcl, tmp_path):
 
 def test_ten_steps_and_ten_resumed_are_twenty_bit_for_bit(tmp_path):
     parts = {"options": (IBOT, PQCL), "model": {"drop_path": 0.5}}
-    whole = train_tiny(tiny_run(tmp_path / "whole", **parts))
-    run = tiny_run(tmp_path / "parts", **parts)
-    first = tiny_trainer(run)
-    for _ in range(10):
-        first.step()
-    first.save()
-    first.checkpoints.finish()
-    torch.manual_seed(12345)
-    second = train_tiny(replace(run, output=replace(run.output, resume=True)))
-    assert [step["loss"] for step in second["terms"]] == [step["loss"] for step in whole["terms"][10:]]
-    for part in ("student", "teacher", "objectives"):
-        assert largest_difference(whole[part], second[part]) == 0
+    assert_a_resumed_run_is_the_whole(tmp_path, 10, **parts)
 
 
 @pytest.mark.parametrize(("pqcl", "shard"), [(PQCL, 2), (SEMI, 1)], ids=["shared, sharded", "semi, replicated"])

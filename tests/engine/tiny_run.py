@@ -5,7 +5,9 @@ import multiprocessing
 import multiprocessing.connection
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -166,6 +168,22 @@ def tiny_trainer(
     trainer = build_trainer(run, mesh, NoiseLoader(run, mesh), metrics or MetricsInMemory())
     trainer.repeated_step.recorder = recorder or trainer.repeated_step.recorder
     return trainer
+
+
+def assert_a_resumed_run_is_the_whole(folder: Path, steps: int, **parts: Any) -> None:
+    """A run that stops after so many steps and is resumed ends bit for bit as one that does not stop."""
+    whole = train_tiny(tiny_run(folder / "whole", **parts))
+    run = tiny_run(folder / "parts", **parts)
+    first = tiny_trainer(run)
+    for _ in range(steps):
+        first.step()
+    first.save()
+    first.checkpoints.finish()
+    torch.manual_seed(12345)
+    second = train_tiny(replace(run, output=replace(run.output, resume=True)))
+    assert [step["loss"] for step in second["terms"]] == [step["loss"] for step in whole["terms"][steps:]]
+    for part in ("student", "teacher", "objectives"):
+        assert largest_difference(whole[part], second[part]) == 0
 
 
 def step_values(lr: float, weight_decay: float = 0.1, momentum: float = 0.9, freeze: bool = False) -> dict[str, Tensor]:

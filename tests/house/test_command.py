@@ -201,7 +201,7 @@ WRONG = [
     ("evaluate finetune --checkpoint @/tiny --layout cifar", "--layout must be one of folder, cifar10 ... got 'cifar'"),
     ("evaluate finetune --checkpoint @/tiny --layout cars", "cars needs a folder, got 'procedural' ... pass the folder"),
     ("evaluate finetune --checkpoint @/tiny --layout cars --data @/images", "cars_train, ... got no cars_train in @/images"),
-    ("evaluate semi --checkpoint @/tiny --save @/images", "The folder of --save must be new or empty, got @/images, which holds files"),
+    ("evaluate semi --checkpoint @/tiny --save @/images", "--save must be new ... got @/images, which holds files"),
     ("evaluate segment --checkpoint @/tiny", "One of linear, conv, fpn, upernet must be named, got none"),
     ("evaluate segment --checkpoint @/tiny upernt", "got upernt; perhaps upernet"),
     ("evaluate segment --checkpoint @/tiny linear --steps 0", "--steps must be ... got 0"),

@@ -15,6 +15,7 @@ from engine.tiny_run import (
     SELFPATCH,
     SERE,
     NoiseLoader,
+    assert_a_resumed_run_is_the_whole,
     largest_difference,
     on_processes,
     outcome,
@@ -108,17 +109,7 @@ def test_two_processes_train_like_one(shard, tmp_path):
 def test_a_resumed_run_is_the_whole_run(tmp_path):
     """Drawn masks of queries, the student's own prototypes and the centers of patches included."""
     parts = {"options": ALL, "schedule": {"epochs": 2, "steps_per_epoch": 4}}
-    whole = train_tiny(tiny_run(tmp_path / "whole", **parts))
-    run = tiny_run(tmp_path / "parts", **parts)
-    first = tiny_trainer(run)
-    for _ in range(3):
-        first.step()
-    first.save()
-    first.checkpoints.finish()
-    second = train_tiny(replace(run, output=replace(run.output, resume=True)))
-    assert [step["loss"] for step in second["terms"]] == [step["loss"] for step in whole["terms"][3:]]
-    for part in ("student", "teacher", "objectives"):
-        assert largest_difference(whole[part], second[part]) == 0
+    assert_a_resumed_run_is_the_whole(tmp_path, 3, **parts)
 
 
 def test_the_teacher_of_semi_shared_heads_has_no_prototypes_for_patches(tmp_path):
